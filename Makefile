@@ -1,0 +1,30 @@
+# `make demo` and `make test` are all a new machine needs: both prepare .venv from the lock file first.
+PYTHON ?= python3
+VENV := .venv
+LOCK := requirements-cpu.lock
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test test-fast check lint
+
+setup:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" LOCK="$(LOCK)" sh .ci/setup
+
+demo: setup
+	$(BIN)/python cli.py demo --out demo-run
+
+test: setup check
+	$(BIN)/python -m pytest -m "slow or vllm" --durations=15
+
+# The tier for the loop of writing code: under a minute, starts no engine.
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow and not vllm" -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test-fast

@@ -1,0 +1,207 @@
+"""Command line of Decant: parse, load the configuration, call one function, turn errors into exit codes.
+
+Exit codes: 0 done, 1 an error that the message explains or a failed verification, 2 wrong usage, 130 interrupted.
+Every heavy import stands inside its command, so that `--help` answers at once.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import DecantError
+
+app = typer.Typer(
+    name="decant",
+    help="Score a large multimodal teacher once, distil it into small students from the stored scores.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file of the run.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as engine.dtype=float32. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
+
+
+@app.callback()
+def _launcher_arguments(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Accepts what the deepspeed launcher adds to the arguments; the rank itself comes from the environment."""
+
+
+@app.command("precompute-logits")
+def precompute_logits(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Score a dataset with the teacher, once: dataset in, Parquet shards out.
+
+    Kind "kd" keeps the top of the teacher's distribution and the log-prob of every response token; kind "dpo" keeps
+    the reference log-probs of chosen and rejected answers. An interrupted run continues when it is started again.
+    """
+    from common.config import load_config
+    from precompute.config import PrecomputeConfig
+    from precompute.run import run
+
+    summary = run(load_config(PrecomputeConfig, config, overrides or ()))
+    typer.echo(summary.render())
+    if summary.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command("verify-shards")
+def verify_shards(
+    path: Annotated[Path, typer.Argument(help="Output directory of precompute-logits.", show_default=False)],
+    dataset: Annotated[
+        Path | None, typer.Option(help="The dataset file: check that every sample of it is covered.")
+    ] = None,
+    recompute: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Score N random rows again with transformers in float32.")
+    ] = 0,
+    teacher: Annotated[Path | None, typer.Option(help="Teacher directory, for --recompute.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Where image paths start, for --recompute.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Chat template of the capture, for --recompute, if it was given by a file.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which random rows --recompute takes.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Check everything that training relies on: provenance, checksums, schema, values, coverage.
+
+    Exit code 0 if all checks hold, 1 if one does not. Without --recompute no model is loaded.
+    """
+    from precompute.verify import verify
+
+    if recompute and teacher is None:
+        raise typer.BadParameter("--recompute needs --teacher DIR")
+    report = verify(path, dataset=dataset)
+    if recompute and report.ok:
+        from precompute.recompute import recompute as score_again
+
+        assert teacher is not None
+        report = report.with_recompute(
+            score_again(path, teacher, recompute, image_root=image_root, chat_template=chat_template, seed=seed)
+        )
+    typer.echo(report.to_json() if as_json else report.render())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Train one stage of a student: alone, or on many GPUs under the deepspeed launcher or torchrun.
+
+    configs/llava-mod holds the four stages with the paper's settings. A killed run continues from its newest whole
+    checkpoint when it is started again. The student ends up in OUTPUT/final, a plain Hugging Face directory.
+    """
+    from common.config import load_config
+    from train.config import TrainConfig
+
+    settings = load_config(TrainConfig, config, overrides or ())
+
+    from train.stage import train as train_stage
+
+    result = train_stage(settings)
+    _log.info("%s: trained to step %d", result.final, result.steps)
+
+
+@app.command("init-student")
+def init_student(
+    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False)],
+    vision: Annotated[
+        Path | None, typer.Option(help="LLaVA or CLIP directory whose vision tower is taken.", show_default=False)
+    ] = None,
+    language: Annotated[
+        Path | None, typer.Option(help="Causal language model directory that becomes the student's.", show_default=False)
+    ] = None,
+    dense: Annotated[
+        Path | None, typer.Option(help="Instead of composing: a dense student to upcycle.", show_default=False)
+    ] = None,
+    experts: Annotated[int, typer.Option(min=2, help="Experts a sparse layer, with --dense.")] = 4,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts a token is sent to, with --dense.")] = 2,
+    layers: Annotated[
+        str, typer.Option(help="Sparse layers: every-second, first-half, second-half, all or indices such as 1,3.")
+    ] = "every-second",
+    seed: Annotated[int, typer.Option(help="Of the fresh adapter or routers.")] = 0,
+) -> None:
+    """Make a student: from a vision tower, a language model and a fresh adapter, or by sparse upcycling of a dense one.
+
+    The upcycled student gives the same outputs as the dense one it comes from.
+    """
+    from common.errors import ConfigError
+
+    if (dense is None) == (vision is None and language is None) or (dense is None and not (vision and language)):
+        raise typer.BadParameter("give --vision and --language, or --dense alone")
+    if dense is None:
+        from train.student import compose_student
+
+        assert vision is not None
+        assert language is not None
+        made = compose_student(vision, language, out, seed=seed)
+        typer.echo(
+            f"{out}: {made.num_parameters / 1e6:,.1f}M parameters; <image> is token {made.image_token_id} "
+            f"({made.image_token_row})"
+        )
+        return
+    from pydantic import ValidationError
+
+    from train.config import MoEConfig
+    from train.moe import upcycle_directory
+
+    try:
+        pattern = tuple(int(i) for i in layers.split(",")) if layers[:1].isdigit() else layers
+        moe = MoEConfig.model_validate({"num_experts": experts, "top_k": top_k, "layers": pattern})
+    except (ValueError, ValidationError) as error:
+        raise ConfigError(f"--layers {layers} --experts {experts} --top-k {top_k}: {error}") from error
+    num_parameters = upcycle_directory(dense, out, moe, seed=seed)
+    typer.echo(f"{out}: {num_parameters / 1e6:,.1f}M parameters, {experts} experts, top {top_k}, layers {layers}")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A stage's output, one of its checkpoints, or a student.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False)],
+) -> None:
+    """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed."""
+    from train.export import export as export_student
+
+    export_student(source, out)
+    typer.echo(f"{out}: exported")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("demo-run"),
+    seed: Annotated[int, typer.Option(help="Seed of data, models and training.")] = 0,
+) -> None:
+    """Run the whole chain on real handwritten digits: teacher, scores, verification, four stages, export, table."""
+    from demo.run import run_demo
+
+    run_demo(out, seed=seed)
+
+
+_log = logging.getLogger("decant")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    for name in ("decant", "precompute", "train", "demo", "common"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        app()
+    except DecantError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was published is safe, and the same command continues", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

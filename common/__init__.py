@@ -1,0 +1,1 @@
+"""What both halves share: configuration, samples, encodings, scores, shards. Imports no engine."""

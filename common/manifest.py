@@ -1,0 +1,240 @@
+"""The contract of an output directory, and the receipts of its shards.
+
+    output/
+      manifest.json       what made this output; written once, before the first shard
+      shard-00042.parquet the rows of samples [42 S, 43 S) of the dataset
+      shard-00042.json    its receipt: rows, tokens, bytes, SHA-256, skipped samples
+
+The receipt is published last and is the commit: a shard without one does not exist. There is no list of shards
+to update, so any number of processes can work on one output without a coordinator. Both kinds of JSON carry a
+SHA-256 of their own content, so a changed bit in them is found too.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ValidationError
+
+from common.config import Strict, digest
+from common.errors import ProvenanceError, ShardError
+from common.samples import Kind
+from common.storage import publish
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+_RECEIPT_NAME = re.compile(r"shard-(\d{5,})\.json")
+
+
+class TeacherIdentity(Strict):
+    """Which model spoke. `vocab_size` is the size of its output layer, padding included."""
+
+    architecture: str
+    weights_sha256: str
+    config_sha256: str
+    vocab_size: int
+
+
+class TokenizerIdentity(Strict):
+    """Which tokenizer, and which chat template, turned conversations into tokens."""
+
+    sha256: str
+    vocab_size: int
+    template_sha256: str
+
+
+class ImageIdentity(Strict):
+    """What the teacher saw of an image."""
+
+    processor_sha256: str
+    aspect_ratio: Literal["pad", "keep"]
+    tokens_per_image: int
+
+
+class DatasetIdentity(Strict):
+    """Which samples, in which order."""
+
+    name: str
+    sha256: str
+    num_samples: int
+
+
+class CaptureSettings(Strict):
+    """What is kept of the distribution. `top_k` 0 keeps no entries; the vocabulary's size keeps all."""
+
+    top_k: int
+    score: Literal["response", "all"]
+    max_tokens: int
+    on_bad_sample: Literal["stop", "skip"]
+
+
+class EngineIdentity(Strict):
+    """What computed the scores."""
+
+    name: str
+    version: str
+    dtype: str
+
+
+class Manifest(Strict):
+    """Provenance of all shards of one output."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Kind
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    image: ImageIdentity | None
+    dataset: DatasetIdentity
+    capture: CaptureSettings
+    engine: EngineIdentity
+    samples_per_shard: int
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards a complete output has."""
+        return -(-self.dataset.num_samples // self.samples_per_shard)
+
+    @property
+    def sha256(self) -> str:
+        """Digest that every shard and receipt of this output carries."""
+        return digest(self)
+
+    def shard_range(self, number: int) -> range:
+        """Dataset positions of shard `number`."""
+        start = number * self.samples_per_shard
+        return range(start, min(start + self.samples_per_shard, self.dataset.num_samples))
+
+
+class Skipped(Strict):
+    """A sample that was left out by explicit choice."""
+
+    index: int
+    id: str
+    reason: str
+
+
+class Receipt(Strict):
+    """What shard `shard` holds and what its bytes are."""
+
+    shard: int
+    manifest_sha256: str
+    num_rows: int
+    num_scored_tokens: int
+    num_bytes: int
+    sha256: str
+    skipped: tuple[Skipped, ...] = ()
+
+
+SealedT = TypeVar("SealedT", bound=Strict)
+
+
+def write_sealed(path: Path, content: Strict) -> None:
+    """Publishes a model as JSON together with the digest of its content."""
+    body = content.model_dump(mode="json")
+    publish(path, (json.dumps({**body, "content_sha256": digest(content)}, indent=1) + "\n").encode())
+
+
+def read_sealed(path: Path, schema: type[SealedT]) -> SealedT:
+    """Reads what `write_sealed` wrote.
+
+    Raises:
+        ShardError: missing, unreadable, of another schema, or not the bytes that were written.
+    """
+    try:
+        raw: dict[str, Any] = json.loads(path.read_bytes())
+        claimed = raw.pop("content_sha256")
+        content = schema.model_validate(raw)
+    except FileNotFoundError as error:
+        raise ShardError(f"{path}: does not exist; expected an output of precompute-logits there") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
+        raise ShardError(f"{path}: is damaged or of another version ({error})") from error
+    if claimed != digest(content):
+        raise ShardError(
+            f"{path}: its content does not match its own SHA-256; the file was changed after it was written"
+        )
+    return content
+
+
+def shard_path(output: Path, number: int) -> Path:
+    """Path of a shard's Parquet file."""
+    return output / f"shard-{number:05d}.parquet"
+
+
+def receipt_path(output: Path, number: int) -> Path:
+    """Path of a shard's receipt."""
+    return shard_path(output, number).with_suffix(".json")
+
+
+def read_manifest(output: Path) -> Manifest:
+    """Reads and checks manifest.json of an output."""
+    manifest = read_sealed(output / MANIFEST_NAME, Manifest)
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ShardError(
+            f"{output / MANIFEST_NAME}: schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}"
+        )
+    return manifest
+
+
+def published_shards(output: Path) -> tuple[int, ...]:
+    """Numbers of the shards that have a receipt, ascending."""
+    matches = (_RECEIPT_NAME.fullmatch(path.name) for path in output.glob("shard-*.json"))
+    numbers = {int(match[1]) for match in matches if match}
+    return tuple(sorted(n for n in numbers if receipt_path(output, n).is_file()))
+
+
+def read_receipt(output: Path, number: int, manifest: Manifest) -> Receipt:
+    """Reads a shard's receipt and checks that it belongs to this manifest and number."""
+    path = receipt_path(output, number)
+    receipt = read_sealed(path, Receipt)
+    if receipt.shard != number:
+        raise ShardError(f"{path}: is the receipt of shard {receipt.shard}; the file was renamed")
+    if receipt.manifest_sha256 != manifest.sha256:
+        raise ProvenanceError(f"{path}: belongs to an output with another manifest; remove it and run again")
+    return receipt
+
+
+def open_output(output: Path, manifest: Manifest) -> None:
+    """Begins an output, or checks that `manifest` is what began it.
+
+    Raises:
+        ProvenanceError: with every difference, if another teacher, dataset or setting began it.
+    """
+    path = output / MANIFEST_NAME
+    if not path.exists():
+        write_sealed(path, manifest)
+        return
+    differences = list_differences(read_manifest(output).model_dump(), manifest.model_dump())
+    if differences:
+        raise ProvenanceError(
+            f"{output}: was begun with other settings; nothing was written\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nchoose another output, or restore what began this one"
+        )
+
+
+def list_differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every leaf in which two nested dictionaries differ, one line each."""
+    lines = []
+    for key in sorted({*there, *here}):
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += list_differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: the output has {a!r}, this run has {b!r}")
+    return lines
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes.
+
+    Raises:
+        ShardError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,265 @@
+"""Questions, conversations and preference pairs about scikit-learn's handwritten digits.
+
+The images are the 1,797 real digits of `sklearn.datasets.load_digits` (8 x 8 pixels, 17 shades). A fifth of them,
+the same share of each digit, is held out: no held-out image occurs in a training file. Which image is held out,
+and which words speak of it, is a function of the seed alone, and so is every byte written.
+
+```
+load_digits ── images/*.png
+            ├─ training images ─┬─ train_captions.jsonl        a description of each, for a fresh adapter
+            │                   ├─ train_conversations.json    what the teacher learns from
+            │                   ├─ student_conversations.json  those of some of the images, for the student
+            │                   └─ train_preferences.jsonl     the rejected answer names a wrong digit
+            └─ held-out images ─── test_conversations.jsonl, test_questions.jsonl, test_preferences.jsonl
+```
+Images are named relative to the folder that holds the files. Axes: N images, F pixels of an image (64),
+K training images.
+"""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+
+IMAGE_SIZE = 56
+TEST_SHARE = 0.2
+STUDENT_SHARE = 0.3
+CONVERSATIONS_PER_IMAGE = 3
+
+Line = dict[str, Any]
+
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_DIGIT = re.compile(rf"\b(?:{'|'.join(_WORDS)}|[0-9])\b")
+
+# What can be asked: the phrasings of each question, and of its answer. Answers are filled by `_answer`.
+_TASKS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "which": (
+        (
+            "Which digit is this?",
+            "What digit do you see?",
+            "Name the digit in the image.",
+            "What number is written here?",
+            "Read the digit.",
+        ),
+        (
+            "This is the digit {n}.",
+            "The digit is {w}.",
+            "It is {a} {w}.",
+            "I see the number {n}.",
+            "The number here is {w}.",
+        ),
+    ),
+    "parity": (
+        ("Is the digit even or odd?", "Is this number odd?", "Even or odd?"),
+        ("It is {even}.", "The digit is {even}.", "The number {n} is {even}."),
+    ),
+    "larger": (
+        ("Is the digit larger than five?", "Is this number more than five?", "Larger than five?"),
+        ("{yes}, it is {larger}.", "{yes}, {w} is {larger}.", "{yes}, the digit is {larger}."),
+    ),
+    "description": (
+        ("Describe the image.", "What is in the picture?", "Say what you see."),
+        (
+            "{A} handwritten {w}.",
+            "A small picture of the digit {n}.",
+            "The image shows {a} {w}.",
+            "Somebody wrote the number {w}.",
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Where the files lie and what they hold. `root` is the folder that image names are relative to."""
+
+    root: Path
+    train_captions: Path
+    train_conversations: Path
+    student_conversations: Path
+    train_preferences: Path
+    test_conversations: Path
+    test_questions: Path
+    test_preferences: Path
+    num_train_images: int
+    num_student_images: int
+    num_test_images: int
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The seven files of lines, training files first."""
+        return (
+            self.train_captions,
+            self.train_conversations,
+            self.student_conversations,
+            self.train_preferences,
+            self.test_conversations,
+            self.test_questions,
+            self.test_preferences,
+        )
+
+
+def write_dataset(out: Path, *, seed: int) -> DemoData:
+    """Write the images and the seven files into `out`, made if absent, and return where they are.
+
+    Captions, conversations and questions are LLaVA conversations; a question carries the true digit under
+    `"digit"` besides. Preferences are pairs in the manner of RLAIF-V.
+    """
+    pixels_NF, digits_N = load_digits(return_X_y=True)
+    truth = [int(digit) for digit in digits_N]
+    test, train = _split(range(len(truth)), truth, TEST_SHARE, random.Random(f"{seed}/test"))
+    student, _ = _split(train, truth, STUDENT_SHARE, random.Random(f"{seed}/student"))
+    rivals = _rivals(pixels_NF, digits_N, train)
+
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for index, pixels_F in enumerate(pixels_NF):
+        _picture(pixels_F).save(out / _image_name(index))
+
+    data = DemoData(
+        root=out,
+        train_captions=out / "train_captions.jsonl",
+        train_conversations=out / "train_conversations.json",
+        student_conversations=out / "student_conversations.json",
+        train_preferences=out / "train_preferences.jsonl",
+        test_conversations=out / "test_conversations.jsonl",
+        test_questions=out / "test_questions.jsonl",
+        test_preferences=out / "test_preferences.jsonl",
+        num_train_images=len(train),
+        num_student_images=len(student),
+        num_test_images=len(test),
+    )
+    rounds = range(CONVERSATIONS_PER_IMAGE)
+    conversations = {i: [_conversation(i, k, truth[i], seed) for k in rounds] for i in train}
+    _write(data.train_captions, [_caption(i, truth[i], seed) for i in train])
+    _write(data.train_conversations, [line for i in train for line in conversations[i]])
+    _write(data.student_conversations, [line for i in student for line in conversations[i]])
+    _write(data.train_preferences, [_preference(i, truth[i], rivals[i], seed) for i in train])
+    _write(data.test_conversations, [_conversation(i, 0, truth[i], seed) for i in test])
+    _write(data.test_questions, [_question(i, truth[i], seed) for i in test])
+    _write(data.test_preferences, [_preference(i, truth[i], rivals[i], seed) for i in test])
+    return data
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Return the lines of one of the files that `write_dataset` wrote (a JSON array, or one object a line)."""
+    text = path.read_text(encoding="utf-8")
+    lines = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    return list(lines)
+
+
+def named_digit(text: str) -> int | None:
+    """Return the digit that `text` names, by word or by numeral; None if it names none, or several."""
+    named = _named_digits(text)
+    return named.pop() if len(named) == 1 else None
+
+
+def contradicts(answer: str, digit: int) -> bool:
+    """Tell whether `answer` says something untrue of `digit`: another digit, parity, or side of five."""
+    words = set(re.findall(r"\w+", answer.lower()))
+    wrong_parity = ("odd" if digit % 2 == 0 else "even") in words
+    wrong_side_of_five = "larger" in words and ("not" not in words) != (digit > 5)
+    return wrong_parity or wrong_side_of_five or bool(_named_digits(answer) - {digit})
+
+
+def _named_digits(text: str) -> set[int]:
+    found = _DIGIT.findall(text.lower())
+    return {_WORDS.index(name) if name in _WORDS else int(name) for name in found}
+
+
+def _split(
+    indices: Sequence[int], truth: Sequence[int], share: float, choice: random.Random
+) -> tuple[list[int], list[int]]:
+    """Part `indices` in two sorted lists, `share` of the images of every digit in the first."""
+    taken: set[int] = set()
+    for digit in range(10):
+        of_digit = [i for i in indices if truth[i] == digit]
+        taken.update(choice.sample(of_digit, round(share * len(of_digit))))
+    return sorted(taken), [i for i in indices if i not in taken]
+
+
+def _rivals(pixels_NF: NDArray[np.float64], digits_N: NDArray[np.int64], known: Sequence[int]) -> list[int]:
+    """Return for each image the wrong digit it looks most like: that of the nearest `known` image of another."""
+    known_KF, known_digits_K = pixels_NF[known], digits_N[known]
+    distance_NK = (known_KF**2).sum(axis=1) - 2 * pixels_NF @ known_KF.T  # up to a constant of the row
+    distance_NK[digits_N[:, None] == known_digits_K] = np.inf
+    return [int(known_digits_K[nearest]) for nearest in distance_NK.argmin(axis=1)]
+
+
+def _picture(pixels_F: NDArray[np.float64]) -> Image.Image:
+    """Return an RGB picture of 64 shades 0..16, each pixel a square of equal colour, so that nothing is lost."""
+    shades = np.rint(pixels_F.reshape(8, 8) * (255 / 16)).astype(np.uint8)
+    return Image.fromarray(shades).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST).convert("RGB")
+
+
+def _image_name(index: int) -> str:
+    return f"images/{index:04d}.png"
+
+
+def _answer(task: str, digit: int, choice: random.Random) -> str:
+    article = "an" if digit == 8 else "a"
+    return choice.choice(_TASKS[task][1]).format(
+        n=digit,
+        w=_WORDS[digit],
+        a=article,
+        A=article.capitalize(),
+        even="odd" if digit % 2 else "even",
+        yes="Yes" if digit > 5 else "No",
+        larger="larger" if digit > 5 else "not larger",
+    )
+
+
+def _turns(tasks: Sequence[str], digit: int, choice: random.Random) -> list[Line]:
+    turns = []
+    for number, task in enumerate(tasks):
+        question = choice.choice(_TASKS[task][0])
+        turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": _answer(task, digit, choice)})
+    return turns
+
+
+def _line(name: str, index: int, turns: list[Line]) -> Line:
+    return {"id": name, "image": _image_name(index), "conversations": turns}
+
+
+def _caption(index: int, digit: int, seed: int) -> Line:
+    name = f"caption-{index:04d}"
+    return _line(name, index, _turns(["description"], digit, random.Random(f"{seed}/{name}")))
+
+
+def _question(index: int, digit: int, seed: int) -> Line:
+    name = f"question-{index:04d}"
+    turns = _turns(["which"], digit, random.Random(f"{seed}/{name}"))
+    return {**_line(name, index, turns), "digit": digit}
+
+
+def _conversation(index: int, number: int, digit: int, seed: int) -> Line:
+    """Ask one to three different things about an image; half of the conversations have a single turn."""
+    name = f"conversation-{index:04d}-{number}"
+    choice = random.Random(f"{seed}/{name}")
+    tasks = choice.sample(list(_TASKS), choice.choice((1, 1, 2, 3)))
+    return _line(name, index, _turns(tasks, digit, choice))
+
+
+def _preference(index: int, digit: int, wrong_digit: int, seed: int) -> Line:
+    """Pair a true answer with a twin that differs in the digit alone."""
+    name = f"preference-{index:04d}"
+    task = random.Random(f"{seed}/{name}/task").choice(("which", "which", "description"))
+    chosen, rejected = (
+        _turns([task], named, random.Random(f"{seed}/{name}")) for named in (digit, wrong_digit)
+    )
+    return {"id": name, "image": _image_name(index), "chosen": chosen, "rejected": rejected}
+
+
+def _write(path: Path, lines: list[Line]) -> None:
+    """Write a JSON array with one line of text an element (.json), or one object a line (.jsonl)."""
+    rows = [json.dumps(line, ensure_ascii=False) for line in lines]
+    text = "[\n" + ",\n".join(rows) + "\n]\n" if path.suffix == ".json" else "\n".join(rows) + "\n"
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,183 @@
+"""Tiny models of the families that the real ones come from, with random weights: CLIP, Qwen2, LLaVA.
+
+The teacher is a whole `LlavaForConditionalGeneration`, the student a language model alone, which still wants a
+vision tower and an adapter. They share a tokenizer, but pad their output layers differently, as Qwen2-7B
+(152,064 rows) and Qwen2-0.5B (151,936) do.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from demo.data import IMAGE_SIZE, DemoData, read_lines
+
+PATCH_SIZE = 14
+CONTEXT = 512
+TOKENIZER_SIZE = 448
+TEACHER_ROWS = 512
+STUDENT_ROWS = 480
+
+PAD, IMAGE, START, END = "<|pad|>", "<image>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# The two files that describe images, as the `llava-hf` directories have them. Written out, because without
+# torchvision transformers would save the name of its fallback class.
+_IMAGE_PROCESSOR: dict[str, Any] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "processor_class": "LlavaProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": IMAGE_SIZE},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_PROCESSOR: dict[str, Any] = {
+    "processor_class": "LlavaProcessor",
+    "image_token": IMAGE,
+    "patch_size": PATCH_SIZE,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+}
+
+
+@dataclass(frozen=True)
+class DemoModels:
+    """Hugging Face directories: an untrained LLaVA, and an untrained language model for the student."""
+
+    teacher: Path
+    student_language: Path
+
+
+def build_models(out: Path, data: DemoData, *, seed: int) -> DemoModels:
+    """Write both models with tokenizer and configuration into `out`, made if absent; return where they are.
+
+    Nothing is trained: the weights are random and depend on `seed` alone, the tokenizer on the training texts.
+    """
+    built = DemoModels(teacher=out / "teacher", student_language=out / "student_language")
+    tokenizer = _fit_tokenizer(data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _save(LlavaForConditionalGeneration(_teacher_config(tokenizer)), tokenizer, built.teacher)
+        _save(Qwen2ForCausalLM(_student_config(tokenizer)), tokenizer, built.student_language)
+    _write(built.teacher / "preprocessor_config.json", _IMAGE_PROCESSOR)
+    _write(built.teacher / "processor_config.json", _PROCESSOR)
+    return built
+
+
+def _fit_tokenizer(data: DemoData) -> PreTrainedTokenizerFast:
+    """Fit a byte-level BPE, which encodes any text, to the texts of the training files."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE,
+        special_tokens=[PAD, IMAGE, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_training_texts(data), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[IMAGE, START],
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _training_texts(data: DemoData) -> Iterator[str]:
+    """Yield each turn behind its role, as the chat template sets it, so that roles become tokens too."""
+    roles = {"human": "user", "gpt": "assistant"}
+    for line in read_lines(data.train_conversations) + read_lines(data.train_captions):
+        for turn in line["conversations"]:
+            yield f"{roles[turn['from']]}\n"
+            yield turn["value"].removeprefix(f"{IMAGE}")
+
+
+def _teacher_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    vision = CLIPVisionConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        num_hidden_layers=3,
+        hidden_size=96,
+        intermediate_size=384,
+        num_attention_heads=3,
+        projection_dim=96,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=_text_config(tokenizer, TEACHER_ROWS, hidden_size=128, intermediate_size=256, heads=4),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=False,
+    )
+
+
+def _student_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+    return _text_config(tokenizer, STUDENT_ROWS, hidden_size=64, intermediate_size=128, heads=2)
+
+
+def _text_config(
+    tokenizer: PreTrainedTokenizerFast, rows: int, *, hidden_size: int, intermediate_size: int, heads: int
+) -> Qwen2Config:
+    """Return a Qwen2 of four layers whose heads are 32 wide, a size that vLLM's CPU attention takes."""
+    return Qwen2Config(
+        vocab_size=rows,
+        num_hidden_layers=4,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Save `model` and `tokenizer` with the names of weights that vLLM and published checkpoints use."""
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

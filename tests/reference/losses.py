@@ -1,0 +1,91 @@
+"""Losses in float64, one row, pair or token at a time, in terms of probabilities instead of log-sum-exps."""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def softmax(logits: ArrayLike) -> Array:
+    values = np.asarray(logits, dtype=np.float64)
+    powers = np.exp(values - values.max())
+    return powers / powers.sum()
+
+
+def full_kl(teacher_probs: ArrayLike, student_probs: ArrayLike) -> float:
+    pairs = zip(np.asarray(teacher_probs).tolist(), np.asarray(student_probs).tolist(), strict=True)
+    return math.fsum(p * math.log(p / q) for p, q in pairs if p > 0)
+
+
+def distillation(
+    logits: ArrayLike, ids: ArrayLike, logprobs: ArrayLike, rest_mass: ArrayLike, vocab_size: int, tail: str
+) -> Array:
+    rows = zip(*(np.asarray(column) for column in (logits, ids, logprobs, rest_mass)), strict=True)
+    losses = []
+    for row_logits, row_ids, row_logprobs, rest in rows:
+        student = softmax(row_logits[:vocab_size])
+        slots = zip(row_ids, row_logprobs, strict=True)
+        teacher = {int(i): math.exp(lp) for i, lp in slots if lp != -math.inf}
+        p = list(teacher.values())
+        q = [student[i] for i in teacher]
+        if tail == "renormalise":
+            p = [value / math.fsum(p) for value in p]
+            q = [value / math.fsum(q) for value in q]
+        if tail == "bucket" and rest > 0:
+            p.append(float(rest))
+            q.append(math.fsum(student[i] for i in range(vocab_size) if i not in teacher))
+        losses.append(full_kl(p, q))
+    return np.array(losses)
+
+
+def own_logprobs(logits: ArrayLike, ids: ArrayLike, vocab_size: int) -> Array:
+    rows = zip(np.asarray(logits), np.asarray(ids), strict=True)
+    return np.array([math.log(softmax(row[:vocab_size])[i]) for row, i in rows])
+
+
+def preference(
+    policy_chosen: ArrayLike,
+    policy_rejected: ArrayLike,
+    reference_chosen: ArrayLike,
+    reference_rejected: ArrayLike,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Array:
+    """One loss a pair; for "kto_pair" the 2P losses of the chosen half, then of the rejected half."""
+    chosen = np.asarray(policy_chosen, np.float64) - np.asarray(reference_chosen, np.float64)
+    rejected = np.asarray(policy_rejected, np.float64) - np.asarray(reference_rejected, np.float64)
+    if loss_type == "kto_pair":
+        chosen_kl, rejected_kl = max(0.0, float(chosen.mean())), max(0.0, float(rejected.mean()))
+        desirable = [1 - 1 / (1 + math.exp(-beta * (c - rejected_kl))) for c in chosen]
+        undesirable = [1 - 1 / (1 + math.exp(-beta * (chosen_kl - r))) for r in rejected]
+        return np.array(desirable + undesirable)
+    losses = []
+    for c, r in zip(chosen, rejected, strict=True):
+        if loss_type == "sigmoid":
+            # The chosen response wins with the Bradley-Terry probability of the two implicit rewards.
+            wins = math.exp(beta * c) / (math.exp(beta * c) + math.exp(beta * r))
+            losses.append(-(1 - label_smoothing) * math.log(wins) - label_smoothing * math.log(1 - wins))
+        elif loss_type == "ipo":
+            losses.append((c - r - 0.5 / beta) ** 2)
+        elif loss_type == "hinge":
+            losses.append(1 - beta * (c - r) if beta * (c - r) < 1 else 0.0)
+        else:
+            raise AssertionError(loss_type)
+    return np.array(losses)
+
+
+def load_balancing(router_logits: list[Array], mask: ArrayLike, top_k: int) -> float:
+    num_experts = router_logits[0].shape[1]
+    keep = np.asarray(mask).astype(bool)
+    tokens = [row for layer in router_logits for row in layer[keep]]
+    if not tokens:
+        return 0.0
+    loss = 0.0
+    for expert in range(num_experts):
+        routed = [sum(row > row[expert]) < top_k for row in tokens]
+        mean_prob = math.fsum(softmax(row)[expert] for row in tokens) / len(tokens)
+        loss += num_experts * sum(routed) / len(tokens) * mean_prob
+    return loss

@@ -1,0 +1,346 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration, PreTrainedModel, Qwen2MoeModel, Qwen3MoeModel
+
+from common.errors import ConfigError, ModelError
+from tests.models import TextFamily, randomise, tiny_causal_lm, tiny_llava
+from train.moe import MoEConfig, router_logits_hook, sparse_layers, upcycle
+from train.student import freeze, language_model, load_student, save_student, text_config
+
+F32 = torch.float32
+
+
+def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two sequences of 40 tokens; for a LLaVA the first holds an image."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 280, (2, 40), generator=generator)
+    if not isinstance(model, LlavaForConditionalGeneration):
+        return {"input_ids": ids}
+    ids[0, 3:19] = model.config.image_token_index
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 56, 56, generator=generator)}
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(model)).logits
+
+
+@pytest.fixture(scope="module")
+def dense_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("llava"), "qwen2", tied=True)
+
+
+@pytest.fixture(scope="module")
+def dense_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_causal_lm(tmp_path_factory.mktemp("lm"), "qwen2")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("text", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("make", [tiny_llava, tiny_causal_lm], ids=["llava", "text"])
+def test_upcycled_logits_equal_the_dense_ones_also_after_saving(
+    make: Any, text: TextFamily, tied: bool, tmp_path: Path
+) -> None:
+    dense = load_student(make(tmp_path / "dense", text, tied=tied), dtype=F32)
+    sparse = upcycle(dense, MoEConfig(), seed=0)
+    expected, found = logits(dense), logits(sparse)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert isinstance(language_model(sparse), Qwen3MoeModel if text == "qwen3" else Qwen2MoeModel)
+
+    save_student(sparse, tmp_path / "dense", tmp_path / "sparse")
+    loaded = load_student(tmp_path / "sparse", dtype=F32)
+    assert type(loaded) is type(sparse)
+    assert torch.equal(logits(loaded), found)
+    weights = loaded.state_dict()
+    assert weights.keys() == sparse.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in sparse.state_dict().items())
+
+
+@pytest.mark.parametrize("layers", ["every-second", "first-half", "second-half", "all", (0, 3)])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (2, 1), (3, 3)])
+def test_any_pattern_and_any_number_of_experts_is_exact(
+    dense_llava: Path, layers: Any, num_experts: int, top_k: int
+) -> None:
+    dense = load_student(dense_llava, dtype=F32)
+    sparse = upcycle(dense, MoEConfig(num_experts, top_k, layers), seed=0)
+    torch.testing.assert_close(logits(sparse), logits(dense), rtol=0, atol=1e-5)
+    found = tuple(i for i, layer in enumerate(language_model(sparse).layers) if hasattr(layer.mlp, "experts"))
+    assert found == sparse_layers(layers, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}, "rms_norm_eps": 1e-3}),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+        ),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}}),
+        ("qwen3", {"head_dim": 64, "rms_norm_eps": 1e-3}),
+    ],
+)
+def test_settings_of_the_dense_model_carry_over(
+    text: TextFamily, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    dense = load_student(tiny_causal_lm(tmp_path, text, **overrides), dtype=F32)
+    torch.testing.assert_close(logits(upcycle(dense, MoEConfig(), seed=0)), logits(dense), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "named"),
+    [
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("llama", {"attention_bias": True}, "attention_bias is True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is True"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("mistral", {"sliding_window": 16}, "sliding_window is 16"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+            "sliding_window",
+        ),
+        ("llama", {"head_dim": 64}, "head_dim is 64, expected 32"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type is 'dynamic'",
+        ),
+    ],
+)
+def test_what_cannot_be_carried_exactly_is_refused(
+    text: TextFamily, overrides: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    dense = load_student(tiny_causal_lm(tmp_path, text, **overrides), dtype=F32)
+    with pytest.raises(ModelError, match=named):
+        upcycle(dense, MoEConfig(), seed=0)
+
+
+def test_a_sparse_model_is_not_upcycled_again(dense_lm: Path) -> None:
+    sparse = upcycle(load_student(dense_lm, dtype=F32), MoEConfig(), seed=0)
+    with pytest.raises(ModelError, match="qwen2_moe: cannot be upcycled"):
+        upcycle(sparse, MoEConfig(), seed=0)
+
+
+def test_experts_are_copies_with_storage_of_their_own(dense_lm: Path) -> None:
+    dense = load_student(dense_lm, dtype=F32)
+    sparse = upcycle(dense, MoEConfig(), seed=0)
+    ffn, experts = dense.model.layers[1].mlp, sparse.model.layers[1].mlp.experts
+    width = ffn.gate_proj.out_features
+    for expert in range(4):
+        assert torch.equal(experts.gate_up_proj[expert, :width], ffn.gate_proj.weight)
+        assert torch.equal(experts.gate_up_proj[expert, width:], ffn.up_proj.weight)
+        assert torch.equal(experts.down_proj[expert], ffn.down_proj.weight)
+    with torch.no_grad():
+        experts.down_proj[0] += 1
+        sparse.model.norm.weight += 1
+    assert torch.equal(experts.down_proj[1], ffn.down_proj.weight)
+    assert torch.equal(dense.model.norm.weight, load_student(dense_lm, dtype=F32).model.norm.weight)
+
+
+def test_the_router_is_normal_and_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    dense = load_student(tiny_causal_lm(tmp_path, hidden_size=256, num_layers=2), dtype=F32)
+    routers = []
+    for seed in (5, 5, 6):
+        torch.rand(3)
+        routers.append(upcycle(dense, MoEConfig(num_experts=16), seed=seed).model.layers[1].mlp.gate.weight)
+    assert torch.equal(routers[0], routers[1])
+    assert not torch.equal(routers[0], routers[2])
+    assert routers[0].mean().abs() < 0.02 * 4 / 4096**0.5
+    assert abs(routers[0].std() - 0.02) < 0.02 * 4 / (2 * 4096) ** 0.5
+
+
+def test_the_dtype_stays(dense_lm: Path) -> None:
+    dense = load_student(dense_lm, dtype=torch.bfloat16)
+    assert {p.dtype for p in upcycle(dense, MoEConfig(), seed=0).parameters()} == {torch.bfloat16}
+
+
+def test_the_generation_settings_stay(dense_llava: Path) -> None:
+    dense = load_student(dense_llava, dtype=F32)
+    sparse = upcycle(dense, MoEConfig(), seed=0)
+    assert dense.generation_config.eos_token_id is not None
+    assert sparse.generation_config.eos_token_id == dense.generation_config.eos_token_id
+
+
+def test_experts_run_on_the_grouped_kernel(dense_llava: Path) -> None:
+    assert text_config(
+        upcycle(load_student(dense_llava, dtype=F32), MoEConfig(), seed=0)
+    )._experts_implementation == ("grouped_mm")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_layers", "expected"),
+    [
+        ("every-second", 4, (1, 3)),
+        ("every-second", 5, (1, 3)),
+        ("first-half", 5, (0, 1)),
+        ("second-half", 5, (2, 3, 4)),
+        ("all", 3, (0, 1, 2)),
+        ((2, 0), 3, (0, 2)),
+    ],
+)
+def test_patterns_name_layers(pattern: Any, num_layers: int, expected: tuple[int, ...]) -> None:
+    assert sparse_layers(pattern, num_layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_layers"), [((3,), 3), ((-1,), 3), ((1, 1), 3), ((), 3), ("every-second", 1)]
+)
+def test_impossible_layers_are_refused(pattern: Any, num_layers: int) -> None:
+    with pytest.raises(ConfigError, match=r"moe\.layers"):
+        sparse_layers(pattern, num_layers)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 0), (4, 5)])
+def test_impossible_numbers_of_experts_are_refused(num_experts: int, top_k: int) -> None:
+    with pytest.raises(ConfigError, match="num_experts"):
+        MoEConfig(num_experts=num_experts, top_k=top_k)
+
+
+def test_the_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MoEConfig().top_k = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("groups", "patterns"),
+    [
+        ({"experts"}, (".mlp.experts.",)),
+        ({"router"}, (".mlp.gate.",)),
+        ({"experts", "router", "adapter"}, (".mlp.experts.", ".mlp.gate.", ".multi_modal_projector.")),
+        ({"language_model"}, (".language_model.", "lm_head")),
+    ],
+)
+def test_exactly_the_named_groups_of_a_sparse_student_train(
+    text: TextFamily, groups: set[str], patterns: tuple[str, ...], tmp_path: Path
+) -> None:
+    sparse = upcycle(load_student(tiny_llava(tmp_path, text), dtype=F32), MoEConfig(), seed=0)
+    num_trainable = freeze(sparse, frozenset(groups))
+    expected = {
+        name: p.numel()
+        for name, p in sparse.named_parameters()
+        if any(pattern in name for pattern in patterns) and "shared_expert" not in name
+    }
+    assert {name for name, p in sparse.named_parameters() if p.requires_grad} == set(expected)
+    assert num_trainable == sum(expected.values())
+
+
+def test_the_shared_expert_stays_zero_and_frozen_after_loading(dense_llava: Path, tmp_path: Path) -> None:
+    save_student(upcycle(load_student(dense_llava, dtype=F32), MoEConfig(), seed=0), dense_llava, tmp_path)
+    sparse = load_student(tmp_path, dtype=F32)
+    freeze(sparse, frozenset({"language_model", "experts"}))
+    shared = [p for name, p in sparse.named_parameters() if "shared_expert" in name]
+    assert len(shared) == 2 * 4
+    assert not any(p.any() or p.requires_grad for p in shared)
+
+
+def perturbed(path: Path) -> PreTrainedModel:
+    sparse = upcycle(load_student(path, dtype=F32), MoEConfig(), seed=0)
+    moved = [(n, p) for n, p in sparse.named_parameters() if ".mlp.experts." in n or ".mlp.gate." in n]
+    randomise(moved, seed=1)
+    return sparse
+
+
+def test_router_logits_are_those_that_transformers_returns(dense_lm: Path) -> None:
+    sparse = perturbed(dense_lm)
+    with torch.no_grad():
+        expected = sparse(**inputs(sparse), output_router_logits=True).router_logits
+    router_logits = router_logits_hook(sparse)
+    logits(sparse)
+    found = router_logits.take()
+    assert len(found) == len(expected) == 2
+    for layer, expected_layer in zip(found, expected, strict=True):
+        assert layer.shape == (2 * 40, 4)
+        assert torch.equal(layer, expected_layer)
+
+
+def test_router_logits_of_a_llava_come_from_the_input_of_each_router(dense_llava: Path) -> None:
+    sparse = perturbed(dense_llava)
+    router_logits = router_logits_hook(sparse)
+    seen: list[Tensor] = []
+    for layer in (1, 3):
+        gate = language_model(sparse).layers[layer].mlp.gate
+        gate.register_forward_pre_hook(lambda module, args: seen.append(args[0] @ module.weight.T))
+    logits(sparse)
+    for found, expected in zip(router_logits.take(), seen, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_nothing_is_added_to_the_language_model_loss(dense_lm: Path) -> None:
+    sparse = perturbed(dense_lm)
+    router_logits = router_logits_hook(sparse)
+    ids = inputs(sparse)["input_ids"]
+    output = sparse(input_ids=ids, labels=ids)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    assert len(router_logits.take()) == 2
+
+
+def test_the_saved_config_does_not_know_of_the_hook(dense_llava: Path, tmp_path: Path) -> None:
+    sparse = perturbed(dense_llava)
+    router_logits_hook(sparse)
+    save_student(sparse, dense_llava, tmp_path)
+    assert text_config(load_student(tmp_path, dtype=F32)).output_router_logits is False
+
+
+@pytest.mark.parametrize("groups", [{"router"}, {"experts", "router", "adapter"}])
+def test_router_logits_have_the_same_gradient_under_activation_checkpointing(
+    dense_llava: Path, groups: set[str]
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        sparse = perturbed(dense_llava).train()
+        freeze(sparse, frozenset(groups))
+        if checkpointing:
+            sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        router_logits = router_logits_hook(sparse)
+        lm_loss = sparse(**inputs(sparse), use_cache=False).logits.logsumexp(-1).mean()
+        taken = router_logits.take()
+        assert len(taken) == 2
+        (lm_loss + sum(layer.softmax(-1).square().mean() for layer in taken)).backward()
+        gradients.append({n: p.grad for n, p in sparse.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        assert gradient.any()
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_checkpointing_that_cuts_the_router_off_is_refused(dense_llava: Path) -> None:
+    sparse = perturbed(dense_llava).train()
+    freeze(sparse, frozenset({"router", "adapter"}))
+    sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    router_logits_hook(sparse)
+    with pytest.raises(ModelError, match="use_reentrant"):
+        sparse(**inputs(sparse), use_cache=False)
+
+
+def test_removed_hooks_collect_nothing(dense_lm: Path) -> None:
+    sparse = perturbed(dense_lm)
+    router_logits = router_logits_hook(sparse)
+    router_logits.remove()
+    logits(sparse)
+    with pytest.raises(AssertionError, match="no forward pass"):
+        router_logits.take()
+
+
+def test_a_dense_model_has_no_router_logits(dense_lm: Path) -> None:
+    with pytest.raises(ModelError, match="has no router"):
+        router_logits_hook(load_student(dense_lm, dtype=F32))

@@ -1,0 +1,1 @@
+"""Training of the student from stored teacher scores."""

@@ -1,0 +1,148 @@
+"""Configuration of one training stage. One TOML file a stage; configs/llava-mod/ holds the paper's four."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from common.config import Strict
+
+Stage = Literal["init", "dense-to-dense", "dense-to-sparse", "preference", "sft"]
+Group = Literal["vision_tower", "adapter", "language_model", "experts", "router"]
+
+# What each stage trains (LLaVA-MoD, arXiv 2408.15881, section 3); the vision tower is frozen in all of them.
+TRAINABLE: dict[Stage, tuple[Group, ...]] = {
+    "init": ("adapter",),
+    "sft": ("adapter", "language_model"),
+    "dense-to-dense": ("adapter", "language_model"),
+    "dense-to-sparse": ("adapter", "experts", "router"),
+    "preference": ("adapter", "experts", "router"),
+}
+
+
+class ModelConfig(Strict):
+    """The student: a local Hugging Face directory, as `init-student`, `export` or a stage's `final/` left it."""
+
+    path: Path
+    chat_template: Path | None = None
+
+
+class MoEConfig(Strict):
+    """Sparse upcycling of a dense student at the start of the stage; a sparse one is left as it is."""
+
+    num_experts: int = Field(4, ge=2)
+    top_k: int = Field(2, ge=1)
+    layers: Literal["every-second", "first-half", "second-half", "all"] | tuple[int, ...] = "every-second"
+
+
+class DataConfig(Strict):
+    """Where samples come from: shards of teacher scores, or a dataset file when no teacher is needed.
+
+    `validation` is an output or a file like the source; `validation_fraction` instead holds out evenly spread
+    samples of the source itself. `max_tokens` counts the student's expanded image tokens.
+    `shuffle_window` bounds how far apart on disk the samples of one batch may come from.
+    """
+
+    shards: Path | None = None
+    dataset: Path | None = None
+    image_root: Path | None = None
+    image_aspect_ratio: Literal["pad", "keep"] = "pad"
+    score: Literal["response", "all"] = "response"
+    max_tokens: int = Field(2048, ge=8)
+    validation: Path | None = None
+    validation_fraction: float = Field(0.0, ge=0.0, le=0.5)
+    shuffle_window: int = Field(8192, ge=1)
+    num_workers: int = Field(2, ge=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataConfig":
+        if (self.shards is None) == (self.dataset is None):
+            raise ValueError("give exactly one of shards (with teacher scores) and dataset (without)")
+        if self.validation is not None and self.validation_fraction:
+            raise ValueError("give validation or validation_fraction, not both")
+        return self
+
+
+class LossConfig(Strict):
+    """Weights of the terms of the objective, and the form of each."""
+
+    distillation: float = Field(0.0, ge=0.0)
+    cross_entropy: float = Field(0.0, ge=0.0)
+    balance: float = Field(0.0, ge=0.0)
+    preference: float = Field(0.0, ge=0.0)
+    tail: Literal["bucket", "renormalise", "ignore"] = "bucket"
+    preference_type: Literal["sigmoid", "ipo", "hinge", "kto_pair"] = "sigmoid"
+    beta: float = Field(0.1, gt=0.0)
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+
+    @model_validator(mode="after")
+    def _something_to_optimise(self) -> "LossConfig":
+        if not (self.distillation or self.cross_entropy or self.preference):
+            raise ValueError("every weight is 0; set distillation, cross_entropy or preference")
+        if self.preference and (self.distillation or self.cross_entropy):
+            raise ValueError("preference needs pairs, distillation and cross_entropy need conversations; set one kind")
+        return self
+
+
+class OptimConfig(Strict):
+    """Optimiser and schedule. `global_batch_size` is samples a step over all ranks and accumulation steps."""
+
+    learning_rate: float = Field(gt=0.0)
+    global_batch_size: int = Field(256, ge=1)
+    micro_batch_size: int = Field(8, ge=1)
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, ge=0.0)
+
+
+class RunConfig(Strict):
+    """Precision, memory, checkpoints, logs.
+
+    `deepspeed` is a DeepSpeed JSON file whose settings are laid over the ones made from this configuration;
+    `training_arguments` go to Hugging Face's `TrainingArguments` and may not name what this file sets.
+    """
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    activation_checkpointing: bool = True
+    save_steps: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    eval_steps: int = Field(500, ge=1)
+    log_steps: int = Field(1, ge=1)
+    resume: Literal["auto", "never"] = "auto"
+    deepspeed: Path | None = None
+    training_arguments: dict[str, Any] = {}
+
+
+class TrainConfig(Strict):
+    """One stage."""
+
+    stage: Stage
+    output: Path
+    seed: int = 0
+    model: ModelConfig
+    moe: MoEConfig | None = None
+    data: DataConfig
+    loss: LossConfig
+    optim: OptimConfig
+    run: RunConfig = RunConfig()
+    trainable: tuple[Group, ...] | None = None
+
+    @model_validator(mode="after")
+    def _stage_is_consistent(self) -> "TrainConfig":
+        if self.loss.distillation and self.data.shards is None:
+            raise ValueError("loss.distillation needs data.shards: the teacher's scores come from there")
+        if self.loss.preference and self.data.shards is None:
+            raise ValueError("loss.preference needs data.shards of kind dpo: the reference log-probs come from there")
+        if self.loss.balance and self.stage in ("init", "dense-to-dense"):
+            raise ValueError(f"loss.balance is for sparse students; stage {self.stage} trains a dense one")
+        return self
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """Parameter groups that this run trains."""
+        return frozenset(TRAINABLE[self.stage] if self.trainable is None else self.trainable)

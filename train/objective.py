@@ -1,0 +1,117 @@
+"""The objective of a micro-batch: a weighted sum of terms, each a sum and a count.
+
+    logits at the scored rows, router logits, Batch ── compute_terms ──> {name: Term}
+    {name: Term}, counts over the whole global step ── step_loss ──> scalar to differentiate
+
+A term is never averaged here: the sums of all micro-batches and ranks are divided once by the count of the whole
+step, so 1 rank x 8 accumulated micro-batches is 8 ranks x 1. Nothing in this module knows the trainer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.batch import Batch
+from train.config import LossConfig
+from train.losses import (
+    distillation_loss,
+    load_balancing_loss,
+    own_logprobs,
+    preference_loss,
+    sequence_logprobs,
+)
+
+# What a term is counted in.
+UNITS = ("rows", "pairs", "tokens")
+
+
+@dataclass(frozen=True)
+class Term:
+    """`total` is a float32 scalar sum over a micro-batch; `unit` says of what; `weight` 0 is a metric only."""
+
+    total: Tensor
+    unit: str
+    weight: float = 0.0
+
+
+def unit_counts(batch: Batch) -> dict[str, int]:
+    """How many scored rows, preference pairs and real tokens a micro-batch has."""
+    return {"rows": batch.num_rows, "pairs": batch.num_pairs, "tokens": batch.num_tokens}
+
+
+def compute_terms(
+    logits_RV: Tensor,
+    batch: Batch,
+    config: LossConfig,
+    *,
+    vocab_size: int,
+    router_logits: Sequence[Tensor] = (),
+    router_top_k: int = 1,
+) -> dict[str, Term]:
+    """All terms and metrics of a micro-batch.
+
+    Args:
+        logits_RV: [R, V], the student's output at `batch.rows`.
+        router_logits: one [B * T, E] a sparse layer.
+        vocab_size: the tokenizer's size; the student's ids from there on are padding.
+
+    The balance loss is not a sum over tokens: a micro-batch's value is weighted with its number of tokens, so
+    that the step's value is the token-weighted mean of its micro-batches'.
+    """
+    terms: dict[str, Term] = {}
+    own_R = own_logprobs(logits_RV, batch.targets, vocab_size=vocab_size)
+    if batch.num_pairs or config.preference:
+        terms |= _preference_terms(own_R, batch, config)
+    else:
+        terms["cross_entropy"] = Term(-own_R.sum(), "rows", config.cross_entropy)
+    if config.distillation:
+        assert batch.topk_ids is not None and batch.topk_logprobs is not None and batch.rest_mass is not None
+        loss_R = distillation_loss(
+            logits_RV, batch.topk_ids, batch.topk_logprobs, batch.rest_mass, vocab_size=vocab_size, tail=config.tail
+        )
+        terms["distillation"] = Term(loss_R.sum(), "rows", config.distillation)
+    if router_logits:
+        balance = load_balancing_loss(router_logits, batch.token_mask.flatten(), top_k=router_top_k)
+        terms["balance"] = Term(balance * batch.num_tokens, "tokens", config.balance)
+    return terms
+
+
+def step_loss(terms: Mapping[str, Term], counts: Mapping[str, float]) -> Tensor:
+    """Weighted sum of the terms over the counts of the whole global step; every parameter stays connected."""
+    weighted = [term.weight * term.total / max(counts[term.unit], 1) for term in terms.values() if term.weight]
+    return torch.stack(weighted).sum()
+
+
+def _preference_terms(own_R: Tensor, batch: Batch, config: LossConfig) -> dict[str, Term]:
+    """Loss of the pairs, and the metrics under TRL's names."""
+    if not batch.num_pairs:
+        # A stand-in: nothing to prefer, but the graph has to reach every parameter on every rank.
+        return {"preference": Term(own_R.sum() * 0.0, "pairs", config.preference)}
+    assert batch.reference_logprobs is not None
+    policy_S = sequence_logprobs(own_R, batch.row_sequence, batch.num_sequences)
+    reference_S = batch.reference_logprobs.to(policy_S.dtype)
+    if config.preference_type == "ipo":
+        lengths_S = torch.bincount(batch.row_sequence, minlength=batch.num_sequences).clamp(min=1)
+        policy_S, reference_S = policy_S / lengths_S, reference_S / lengths_S
+    num = batch.num_pairs
+    result = preference_loss(
+        policy_S[:num],
+        policy_S[num : 2 * num],
+        reference_S[:num],
+        reference_S[num : 2 * num],
+        loss_type=config.preference_type,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+    )
+    margins = result.chosen_reward_P - result.rejected_reward_P
+    return {
+        "preference": Term(result.loss_P.sum(), "pairs", config.preference),
+        "rewards/chosen": Term(result.chosen_reward_P.sum(), "pairs"),
+        "rewards/rejected": Term(result.rejected_reward_P.sum(), "pairs"),
+        "rewards/margins": Term(margins.sum(), "pairs"),
+        "rewards/accuracies": Term((margins > 0).to(margins.dtype).sum(), "pairs"),
+        "logps/chosen": Term(policy_S[:num].detach().sum(), "pairs"),
+        "logps/rejected": Term(policy_S[num : 2 * num].detach().sum(), "pairs"),
+    }

@@ -1,0 +1,289 @@
+"""Runs one stage: from a configuration to a trained student in `output/final`.
+
+    output/
+      config.json, versions.json       what was asked for, and what ran it
+      metrics.jsonl, tensorboard/      one line and one point a log
+      checkpoints/checkpoint-<step>/   DeepSpeed state, whole or not there
+      final/                           the student as a plain Hugging Face directory
+
+The only module that starts DeepSpeed.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, PreTrainedModel, TrainingArguments, set_seed
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
+
+from common.config import digest
+from common.encoding import Encoder
+from common.errors import ConfigError, ProvenanceError
+from common.images import ImageSpec
+from common.manifest import list_differences
+from common.samples import Kind
+from common.storage import publish
+from train.batch import Collator
+from train.callbacks import MetricsFile, Progress
+from train.checkpoint import newest_complete
+from train.config import TrainConfig
+from train.moe import is_sparse, router_logits_hook, upcycle
+from train.stream import ShardSource, Source, StepPlan, open_source, split_validation
+from train.student import freeze, is_multimodal, load_student, save_student, text_config
+from train.trainer import StudentTrainer, accumulation_steps
+
+_log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """`metrics` are those of the last validation, `final` the directory of the trained student."""
+
+    final: Path
+    steps: int
+    resumed_from: int
+    metrics: dict[str, float]
+
+
+def train(config: TrainConfig) -> StageResult:
+    """Trains a stage, or continues it from its newest whole checkpoint.
+
+    Under a launcher (deepspeed, torchrun) every process calls this; alone it makes a group of one.
+
+    Raises:
+        ConfigError, DataError, ModelError, ProvenanceError, ShardError, StorageError: before the first step as
+            far as it can be known then.
+    """
+    _join_launcher()
+    disable_progress_bar()
+    main = os.environ["RANK"] == "0"
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    accumulation = accumulation_steps(config.optim, num_ranks)
+
+    encoder = Encoder.load(config.model.path, config.model.chat_template, config.data.score)
+    source, plan, validation = _data(config, encoder)
+    resume = newest_complete(config.output) if config.run.resume == "auto" else None
+    _begin(config, source, main)
+    max_steps = config.optim.max_steps or plan.steps_per_epoch * config.optim.epochs
+    start_step = resume[1] if resume else 0
+    final = config.output / "final"
+    if start_step >= max_steps and (final / "config.json").is_file():
+        _log.info("%s is complete at step %d; nothing to do", config.output, start_step)
+        return StageResult(final, start_step, start_step, {})
+
+    args = _training_arguments(config, accumulation, max_steps)
+    set_seed(config.seed)
+    model = _student(config)
+    num_trainable = freeze(model, config.groups)
+    # No labels are ever passed, and the loss is ours: the model must not be asked to count tokens.
+    trainer = StudentTrainer(
+        model,
+        args,
+        loss=config.loss,
+        optim=config.optim,
+        source=source,
+        plan=plan,
+        collator=_collator(config, model, encoder),
+        validation=validation,
+        vocab_size=encoder.vocab_size,
+        router_logits=router_logits_hook(model) if is_sparse(model) else None,
+        start_step=start_step,
+        num_workers=config.data.num_workers,
+        keep_checkpoints=config.run.keep_checkpoints,
+        callbacks=[Progress(config.stage), MetricsFile(config.output / "metrics.jsonl")] if main else [],
+    )
+    if main:
+        _log.info(
+            "%s: %s, %.1fM parameters, %.1fM trained (%s); %s, %s, ZeRO %d, attention %s, %d rank(s) x %d x %d; "
+            "steps %d to %d",
+            config.stage,
+            type(model).__name__,
+            sum(p.numel() for p in model.parameters()) / 1e6,
+            num_trainable / 1e6,
+            ", ".join(sorted(config.groups)),
+            args.device,
+            config.run.precision,
+            config.run.zero_stage,
+            text_config(model)._attn_implementation,
+            num_ranks,
+            accumulation,
+            config.optim.micro_batch_size,
+            start_step,
+            max_steps,
+        )
+    trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
+    metrics = trainer.evaluate()
+    state = trainer.full_state_dict()
+    if main:
+        save_student(model, config.model.path, final, state_dict=state)
+    trainer.accelerator.wait_for_everyone()
+    return StageResult(final, max_steps, start_step, metrics)
+
+
+def _join_launcher() -> None:
+    """Makes a process group of one where no launcher made one, and keeps DeepSpeed from compiling for the CPU."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(alone)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        import deepspeed.ops
+
+        # An optional shared-memory reduction whose compilation takes most of a minute at every first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _data(config: TrainConfig, encoder: Encoder) -> tuple[Source, StepPlan, tuple[Source, StepPlan] | None]:
+    data, optim = config.data, config.optim
+    kind: Kind = "dpo" if config.loss.preference else "kd"
+    source = open_source(data.shards, data.dataset, kind, encoder, data.image_aspect_ratio, data.shuffle_window)
+    selected, held_out = split_validation(len(source), data.validation_fraction)
+    plan = StepPlan(selected, optim.global_batch_size, optim.micro_batch_size, config.seed, data.shuffle_window)
+    validation: tuple[Source, StepPlan] | None = None
+    if data.validation is not None:
+        as_shards = data.shards is not None
+        other = open_source(
+            data.validation if as_shards else None,
+            None if as_shards else data.validation,
+            kind,
+            encoder,
+            data.image_aspect_ratio,
+            data.shuffle_window,
+        )
+        validation = other, _validation_plan(range(len(other)), config)
+    elif held_out:
+        validation = source, _validation_plan(held_out, config)
+    return source, plan, validation
+
+
+def _validation_plan(selected: range | list[int], config: TrainConfig) -> StepPlan:
+    at_once = config.optim.micro_batch_size * int(os.environ["WORLD_SIZE"])
+    # The window of 1 keeps validation samples in their order on disk, run by run.
+    return StepPlan(list(selected), at_once, config.optim.micro_batch_size, 0, window=1)
+
+
+def _student(config: TrainConfig) -> PreTrainedModel:
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    model = load_student(config.model.path, dtype=dtype)
+    if config.moe is not None and not is_sparse(model):
+        model = upcycle(model, config.moe, seed=config.seed)
+    if config.loss.balance and not is_sparse(model):
+        raise ConfigError(f"loss.balance needs a sparse student, {config.model.path} is dense; add a [moe] table")
+    if torch.cuda.is_available() and is_flash_attn_2_available() and config.run.precision == "bf16":
+        model.set_attn_implementation("flash_attention_2")
+    return model
+
+
+def _collator(config: TrainConfig, model: PreTrainedModel, encoder: Encoder) -> Collator:
+    multimodal = is_multimodal(model)
+    return Collator(
+        kind="dpo" if config.loss.preference else "kd",
+        image_spec=ImageSpec.load(config.model.path) if multimodal else None,
+        image_processor=AutoImageProcessor.from_pretrained(config.model.path, local_files_only=True) if multimodal else None,
+        image_token_id=encoder.image_token_id,
+        image_root=config.data.image_root,
+        aspect_ratio=config.data.image_aspect_ratio,
+        max_tokens=config.data.max_tokens,
+        pad_token_id=encoder.tokenizer.pad_token_id or 0,
+    )
+
+
+def _begin(config: TrainConfig, source: Source, main: bool) -> None:
+    """Records what this run is, or refuses to continue another one's output."""
+    manifest = source.manifest.sha256 if isinstance(source, ShardSource) else None
+    record = {"config": json.loads(config.model_dump_json()), "manifest_sha256": manifest, "num_samples": len(source)}
+    path = config.output / "config.json"
+    if path.exists() and newest_complete(config.output) and config.run.resume == "auto":
+        before = json.loads(path.read_text("utf-8"))
+        for settings in (before["config"], record["config"]):
+            # May change between a run and its continuation: they do not change what is computed.
+            for free in ("save_steps", "keep_checkpoints", "eval_steps", "log_steps", "resume"):
+                settings["run"].pop(free, None)
+            settings["data"].pop("num_workers", None)
+        if differences := list_differences(before, record):
+            raise ProvenanceError(
+                f"{config.output}: holds a run with other settings\n"
+                + "\n".join(f"  {line}" for line in differences)
+                + '\nchoose another output, or set run.resume = "never" to start over'
+            )
+        return
+    if main:
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        publish(path, json.dumps({**record, "digest": digest(config)}, indent=1).encode())
+        publish(config.output / "versions.json", json.dumps(versions, indent=1).encode())
+
+
+def _training_arguments(config: TrainConfig, accumulation: int, max_steps: int) -> TrainingArguments:
+    run, optim = config.run, config.optim
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.output / "tensorboard")
+    ours: dict[str, Any] = {
+        "output_dir": str(config.output),
+        "per_device_train_batch_size": optim.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": max_steps,
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": optim.scheduler,
+        "warmup_steps": round(optim.warmup_ratio * max_steps),
+        "max_grad_norm": optim.max_grad_norm,
+        "bf16": run.precision == "bf16",
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": run.activation_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "deepspeed": _deepspeed(config),
+        "logging_steps": run.log_steps,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": run.save_steps,
+        "eval_strategy": "steps" if config.data.validation or config.data.validation_fraction else "no",
+        "eval_steps": run.eval_steps,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "ignore_data_skip": True,
+        "disable_tqdm": True,
+        "report_to": ["tensorboard"],
+        "remove_unused_columns": False,
+    }
+    if clash := sorted(set(ours) & set(run.training_arguments) - {"report_to"}):
+        raise ConfigError(f"run.training_arguments: {', '.join(clash)} follow from other settings of this file")
+    try:
+        return TrainingArguments(**{**ours, **run.training_arguments})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"run.training_arguments: {error}") from error
+
+
+def _deepspeed(config: TrainConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration, with the user's own JSON laid over it."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": config.run.precision == "bf16"},
+        "zero_optimization": {
+            "stage": config.run.zero_stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        # The optimiser is torch's AdamW: no kernel has to be compiled, and it is exact in float32.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.run.deepspeed is not None:
+        try:
+            given = json.loads(config.run.deepspeed.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{config.run.deepspeed}: cannot be read as DeepSpeed JSON ({error})") from error
+        for key, value in given.items():
+            both = isinstance(value, dict) and isinstance(settings.get(key), dict)
+            settings[key] = {**settings[key], **value} if both else value
+    return settings

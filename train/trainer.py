@@ -1,0 +1,313 @@
+"""One training stage: Hugging Face's Trainer on DeepSpeed, with the stream, the objective and whole checkpoints.
+
+    train(config) ── prepare ──> student, plan, collator ── StudentTrainer.train ──> checkpoints, metrics
+                                                          └─ save_final ──> output/final, a plain model directory
+
+The overrides are few: where batches come from, what the loss is, what it is divided by, how a checkpoint becomes
+visible, and validation.
+"""
+
+import itertools
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from common.errors import ConfigError
+from train.batch import Batch, Collator
+from train.checkpoint import mark_complete
+from train.config import LossConfig, OptimConfig
+from train.moe import RouterLogits
+from train.objective import UNITS, Term, compute_terms, step_loss, unit_counts
+from train.stream import Source, StepPlan
+from train.student import text_config
+
+
+class MicroBatches(TorchDataset[Batch]):
+    """The micro-batches of one rank, in the order of training: item step * accumulation + position."""
+
+    def __init__(
+        self, source: Source, plan: StepPlan, collator: Collator, rank: int, num_ranks: int, accumulation: int
+    ) -> None:
+        self._source = source
+        self._plan = plan
+        self._collator = collator
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._accumulation = accumulation
+
+    @property
+    def num_steps(self) -> int:
+        """Global steps of one epoch."""
+        return self._plan.steps_per_epoch
+
+    def __getitem__(self, item: int) -> Batch:
+        step, position = divmod(item, self._accumulation)
+        positions = self._plan.micro_batch(step, position * self._num_ranks + self._rank)
+        return self._collator([self._source[int(i)] for i in positions])
+
+
+class RowSelector:
+    """Makes the output layer see the scored rows alone: [B, T, H] becomes [1, R, H] before the product with V.
+
+    A hook, so that the model stays the vanilla class and ZeRO-3 gathers the layer's weights as always.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.rows: Tensor | None = None
+        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._select)
+
+    def _select(self, _module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.rows is None:
+            return None
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[self.rows].unsqueeze(0),)
+
+    def remove(self) -> None:
+        """Takes the hook off again."""
+        self._handle.remove()
+
+
+class StudentTrainer(Trainer):
+    """Trains a student on the micro-batches of a `StepPlan`."""
+
+    # The loss is divided by the counts of the global step here, never by the Trainer.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        loss: LossConfig,
+        optim: OptimConfig,
+        source: Source,
+        plan: StepPlan,
+        collator: Collator,
+        validation: tuple[Source, StepPlan] | None,
+        vocab_size: int,
+        router_logits: RouterLogits | None,
+        start_step: int,
+        num_workers: int,
+        keep_checkpoints: int,
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        ranks = args.process_index, args.world_size
+        held_out = None if validation is None else MicroBatches(*validation, collator, *ranks, accumulation=1)
+        super().__init__(model=model, args=args, eval_dataset=held_out, callbacks=list(callbacks))
+        self._loss = loss
+        self._optim = optim
+        self._source = source
+        self._plan = plan
+        self._collator = collator
+        self._vocab_size = vocab_size
+        self._router_logits = router_logits
+        self._router_top_k = getattr(text_config(model), "num_experts_per_tok", 1)
+        self._start_step = start_step
+        self._num_workers = num_workers
+        self._keep_checkpoints = keep_checkpoints
+        self._selector = RowSelector(model)
+        self._step_counts: dict[str, float] = {}
+        self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
+        self._units: dict[str, str] = {}
+        self._logged_at = time.monotonic()
+        # It prints every log as a dictionary; ours go to the progress bar and to files.
+        self.remove_callback(PrinterCallback)
+
+    # Batches
+
+    def get_train_dataloader(self) -> "_Loader":
+        """The rank's remaining micro-batches; nothing before the start step is ever decoded."""
+        accumulation = self.args.gradient_accumulation_steps
+        dataset = MicroBatches(
+            self._source, self._plan, self._collator, self.args.process_index, self.args.world_size, accumulation
+        )
+        items = range(self._start_step * accumulation, self.args.max_steps * accumulation)
+        return _Loader(dataset, items, self._num_workers, total=self.args.max_steps * accumulation)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """Collects a step's micro-batches and counts its rows, pairs and tokens over all ranks."""
+        # Fewer, or none, only where a run is continued at its very end.
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        counts = [unit_counts(batch) for batch in batches]
+        local = torch.tensor([sum(c[unit] for c in counts) for unit in UNITS], dtype=torch.float64, device=device)
+        total = self.accelerator.reduce(local, "sum")
+        self._step_counts = dict(zip(UNITS, total.tolist(), strict=True))
+        for unit, count in self._step_counts.items():
+            self._sums[unit] += count
+        return batches, total[0]
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not estimated: images and sparse layers make the Trainer's formula wrong."""
+        return 0
+
+    # Loss
+
+    def compute_loss(self, model: Any, inputs: Batch, **_: Any) -> Tensor:
+        """The micro-batch's share of the step's loss, times the number of ranks that DeepSpeed averages over."""
+        terms = self._terms(model, inputs)
+        for name, term in terms.items():
+            # Stays on the device: reading it here would make every micro-batch wait.
+            self._sums[name] = self._sums[name] + term.total.detach().double()
+            self._units[name] = term.unit
+        return step_loss(terms, self._step_counts) * self.args.world_size
+
+    def _terms(self, model: Any, batch: Batch) -> dict[str, Term]:
+        self._selector.rows = batch.rows
+        images = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
+        try:
+            output = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **images
+            )
+        finally:
+            self._selector.rows = None
+        return compute_terms(
+            output.logits[0],
+            batch,
+            self._loss,
+            vocab_size=self._vocab_size,
+            router_logits=self._router_logits.take() if self._router_logits else (),
+            router_top_k=self._router_top_k,
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the trainable parameters; vectors are not decayed, and no group is empty (ZeRO needs that)."""
+        if self.optimizer is None:
+            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
+            matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
+            groups = [
+                {"params": matrices, "weight_decay": self._optim.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], lr=self._optim.learning_rate, betas=self._optim.betas
+            )
+        return self.optimizer
+
+    # Logs and validation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each term's mean since the last log, over all ranks, and tokens/s."""
+        if "loss" in logs and self._units:
+            logs |= self._means(self._sums, self._units, counted_globally=True)
+            now = time.monotonic()
+            logs["tokens_per_s"] = float(self._sums["tokens"]) / max(now - self._logged_at, 1e-9)
+            self._logged_at = now
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Means of all terms over the held-out samples, as eval_<term>."""
+        if self.eval_dataset is None:
+            return {}
+        model = self.model_wrapped
+        model.eval()
+        sums: defaultdict[str, Tensor | float] = defaultdict(float)
+        units: dict[str, str] = {}
+        with torch.no_grad():
+            for batch in DataLoader(self.eval_dataset, batch_size=None, sampler=range(self.eval_dataset.num_steps)):
+                for unit, count in unit_counts(batch).items():
+                    sums[unit] += count
+                for name, term in self._terms(model, batch.to(self.args.device)).items():
+                    sums[name] = sums[name] + term.total.double()
+                    units[name] = term.unit
+        metrics = {f"eval_{k}": v for k, v in self._means(sums, units, counted_globally=False).items()}
+        self._logged_at = time.monotonic()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _means(
+        self, sums: Mapping[str, Tensor | float], units: Mapping[str, str], *, counted_globally: bool
+    ) -> dict[str, float]:
+        names = sorted(units)
+        device = self.args.device
+        values = torch.stack(
+            [torch.as_tensor(sums[name], dtype=torch.float64, device=device) for name in (*names, *UNITS)]
+        )
+        if counted_globally:
+            totals = torch.cat([self.accelerator.reduce(values[: len(names)], "sum"), values[len(names) :]])
+        else:
+            totals = self.accelerator.reduce(values, "sum")
+        counts = dict(zip(UNITS, totals[len(names) :].tolist(), strict=True))
+        return {n: float(t) / max(counts[units[n]], 1) for n, t in zip(names, totals.tolist(), strict=False)}
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / "checkpoints" / ".partial")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes the checkpoint aside, marks it complete, renames it, and only then removes old ones."""
+        partial = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            written = partial / f"checkpoint-{self.state.global_step}"
+            mark_complete(written, self.state.global_step)
+            final = partial.parent / written.name
+            shutil.rmtree(final, ignore_errors=True)
+            written.rename(final)
+            rotate_checkpoints(str(partial.parent), save_total_limit=self._keep_checkpoints, use_mtime=False)
+        self.accelerator.wait_for_everyone()
+
+    def full_state_dict(self) -> dict[str, Tensor] | None:
+        """The whole weights on the main process, gathered from all ranks where ZeRO-3 partitions them."""
+        gathered: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return gathered if self.args.should_save else None
+
+
+class _Loader:
+    """The rank's micro-batches as the Trainer expects them: an iterable whose length is that of the whole run."""
+
+    def __init__(self, dataset: MicroBatches, items: range, num_workers: int, total: int) -> None:
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=items,
+            num_workers=num_workers,
+            # Workers draw their base seed from this generator, so the global one, and dropout, stay as they are.
+            generator=torch.Generator().manual_seed(0),
+        )
+        self.dataset = dataset
+        self._total = total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+
+def accumulation_steps(optim: OptimConfig, num_ranks: int) -> int:
+    """Micro-batches that each rank accumulates for a global step.
+
+    Raises:
+        ConfigError: the global batch cannot be dealt out evenly.
+    """
+    at_once = optim.micro_batch_size * num_ranks
+    if optim.global_batch_size % at_once:
+        raise ConfigError(
+            f"optim.global_batch_size {optim.global_batch_size} is not a multiple of micro_batch_size "
+            f"{optim.micro_batch_size} x {num_ranks} ranks; change one of them"
+        )
+    return optim.global_batch_size // at_once
