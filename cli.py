@@ -7,7 +7,7 @@ Every heavy import stands inside its command, so that `--help` answers at once.
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,7 +49,7 @@ def precompute_logits(config: ConfigOption, overrides: SetOption = None) -> None
     from precompute.run import run
 
     summary = run(load_config(PrecomputeConfig, config, overrides or ()))
-    typer.echo(summary.render())
+    _show(summary.render())
     if summary.interrupted:
         raise typer.Exit(130)
 
@@ -65,9 +65,6 @@ def verify_shards(
     ] = 0,
     teacher: Annotated[Path | None, typer.Option(help="Teacher directory, for --recompute.")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where image paths start, for --recompute.")] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="Chat template of the capture, for --recompute, if it was given by a file.")
-    ] = None,
     seed: Annotated[int, typer.Option(help="Which random rows --recompute takes.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,20 +72,26 @@ def verify_shards(
 
     Exit code 0 if all checks hold, 1 if one does not. Without --recompute no model is loaded.
     """
+    import json
+
     from precompute.verify import verify
 
     if recompute and teacher is None:
         raise typer.BadParameter("--recompute needs --teacher DIR")
-    report = verify(path, dataset=dataset)
+    report = verify(path, dataset=dataset, progress=not as_json)
+    results: dict[str, Any] = {"verify": report}
     if recompute and report.ok:
         from precompute.recompute import recompute as score_again
 
         assert teacher is not None
-        report = report.with_recompute(
-            score_again(path, teacher, recompute, image_root=image_root, chat_template=chat_template, seed=seed)
+        results["recompute"] = score_again(
+            path, teacher, recompute, image_root=image_root, seed=seed, progress=not as_json
         )
-    typer.echo(report.to_json() if as_json else report.render())
-    if not report.ok:
+    if as_json:
+        typer.echo(json.dumps({name: json.loads(result.to_json()) for name, result in results.items()}, indent=1))
+    else:
+        _show(*(result.render() for result in results.values()))
+    if not all(result.ok for result in results.values()):
         raise typer.Exit(1)
 
 
@@ -117,7 +120,8 @@ def init_student(
         Path | None, typer.Option(help="LLaVA or CLIP directory whose vision tower is taken.", show_default=False)
     ] = None,
     language: Annotated[
-        Path | None, typer.Option(help="Causal language model directory that becomes the student's.", show_default=False)
+        Path | None,
+        typer.Option(help="Causal language model directory that becomes the student's.", show_default=False),
     ] = None,
     dense: Annotated[
         Path | None, typer.Option(help="Instead of composing: a dense student to upcycle.", show_default=False)
@@ -164,7 +168,9 @@ def init_student(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="A stage's output, one of its checkpoints, or a student.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="A stage's output, one of its checkpoints, or a student.", show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False)],
 ) -> None:
     """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed."""
@@ -183,6 +189,14 @@ def demo(
     from demo.run import run_demo
 
     run_demo(out, seed=seed)
+
+
+def _show(*renderables: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for renderable in renderables:
+        console.print(renderable)
 
 
 _log = logging.getLogger("decant")

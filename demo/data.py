@@ -241,10 +241,10 @@ def _question(index: int, digit: int, seed: int) -> Line:
 
 
 def _conversation(index: int, number: int, digit: int, seed: int) -> Line:
-    """Ask one to three different things about an image; half of the conversations have a single turn."""
+    """Ask one or two things about an image; two thirds of the conversations have a single turn."""
     name = f"conversation-{index:04d}-{number}"
     choice = random.Random(f"{seed}/{name}")
-    tasks = choice.sample(list(_TASKS), choice.choice((1, 1, 2, 3)))
+    tasks = choice.sample(list(_TASKS), choice.choice((1, 1, 2)))
     return _line(name, index, _turns(tasks, digit, choice))
 
 
@@ -252,9 +252,7 @@ def _preference(index: int, digit: int, wrong_digit: int, seed: int) -> Line:
     """Pair a true answer with a twin that differs in the digit alone."""
     name = f"preference-{index:04d}"
     task = random.Random(f"{seed}/{name}/task").choice(("which", "which", "description"))
-    chosen, rejected = (
-        _turns([task], named, random.Random(f"{seed}/{name}")) for named in (digit, wrong_digit)
-    )
+    chosen, rejected = (_turns([task], named, random.Random(f"{seed}/{name}")) for named in (digit, wrong_digit))
     return {"id": name, "image": _image_name(index), "chosen": chosen, "rejected": rejected}
 
 

@@ -59,6 +59,8 @@ class Engine:
             ModelError: vLLM cannot load the model, or the device has too little memory.
         """
         _keep_quiet_and_offline()
+        if settings.enforce_eager and current_platform.is_cpu():
+            _compile_nothing()
         arguments: dict[str, Any] = {
             **settings.options,
             "model": str(model_dir),
@@ -152,3 +154,9 @@ def _keep_quiet_and_offline() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+
+
+def _compile_nothing() -> None:
+    """Eager means eager: vLLM would still compile the function that ranks prompt log-probs, for half a minute."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    torch._dynamo.config.disable = True

@@ -18,6 +18,9 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from common.config import digest
@@ -36,6 +39,8 @@ CONFIG_NAME = "config.json"
 
 # Samples whose images are decoded before the engine asks for them.
 _LOADED_AHEAD = 64
+
+_SHOWN_SKIPPED = 20
 
 T = TypeVar("T")
 ResultT = TypeVar("ResultT")
@@ -84,6 +89,21 @@ class Summary:
         if not self.num_new_shards:
             return f"all {self.num_shards} shards are complete; nothing was left to do"
         return f"all {self.num_shards} shards are complete"
+
+    def render(self) -> RenderableType:
+        """The outcome, the totals and the samples that were left out."""
+        table = Table(show_header=False, box=None)
+        table.add_row("output", str(self.output))
+        table.add_row("shards", f"{self.num_complete_shards:,} of {self.num_shards:,}, {self.num_new_shards:,} new")
+        table.add_row("rows", f"{self.num_rows:,}, {self.num_new_rows:,} new")
+        table.add_row("scored tokens", f"{self.num_scored_tokens:,} in {self.num_bytes:,} bytes")
+        if self.num_new_tokens:
+            speed = f"{self.num_new_tokens:,} tokens in {self.scoring_s:,.0f} s, {self.new_tokens_per_s:,.0f} tokens/s"
+            table.add_row("teacher read", speed)
+        lines = [Text(f"skipped {skipped.id!r}: {skipped.reason}") for skipped in self.skipped[:_SHOWN_SKIPPED]]
+        if more := len(self.skipped) - len(lines):
+            lines.append(Text(f"and {more:,} more, listed in the receipts beside the shards"))
+        return Group(table, *lines, Text(self.message))
 
 
 def run(

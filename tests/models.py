@@ -68,9 +68,7 @@ def tiny_tokenizer(directory: Path, *, image_token: bool = True) -> PreTrainedTo
         tokenizer_object=backend,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=[
-            token for token in special if token not in ("<|endoftext|>", "<|im_end|>")
-        ],
+        additional_special_tokens=[token for token in special if token not in ("<|endoftext|>", "<|im_end|>")],
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
@@ -153,9 +151,7 @@ def tiny_causal_lm(
     return directory
 
 
-def randomise(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], seed: int, std: float = 0.1
-) -> None:
+def randomise(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], seed: int, std: float = 0.1) -> None:
     """Redraw parameters in place from normal(0, std); norm scales from normal(1, std)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

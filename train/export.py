@@ -6,20 +6,15 @@
 DeepSpeed's files, optimizer states and trainer states stay behind.
 """
 
-import functools
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from common.errors import ModelError, StorageError
-from train.student import load_student, save_student, staged_directory
+from train.student import load_student, save_student, staged_directory, stored_dtype
 
 __all__ = ["export", "save_student", "staged_directory"]
-
-# As safetensors names them.
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def export(source: Path, out: Path) -> None:
@@ -28,51 +23,40 @@ def export(source: Path, out: Path) -> None:
     Every tensor keeps its value and its dtype; where the source mixes dtypes, the widest holds all of them.
 
     Args:
-        source: a student directory, or a checkpoint with one in it or directly below it.
+        source: a student directory, a stage's output with its `final`, or a checkpoint with one model below it.
         out: must not exist, or be empty. It appears complete and verified, or not at all.
 
     Raises:
-        ModelError: `source` holds no model or several, or the written model does not load back equal.
-        StorageError: `out` is not empty or cannot be written.
+        ModelError: `source` holds no model, or several; see the message.
+        StorageError: `out` is not empty, cannot be written, or does not read back equal.
     """
     with staged_directory(out) as staging:
         model_dir = _find_model(source)
-        dtype = _widest_dtype(model_dir)
+        dtype = stored_dtype(model_dir)
         model = load_student(model_dir, dtype=dtype)
         save_student(model, model_dir, staging)
-        _verify(model, load_student(staging, dtype=_widest_dtype(staging)), staging)
+        _verify(model, load_student(staging, dtype=stored_dtype(staging)), staging)
 
 
 def _find_model(source: Path) -> Path:
-    if (source / "config.json").is_file():
-        return source
-    below = sorted(path.parent for path in source.glob("*/config.json"))
+    """`source` itself, its `final`, or the only model directory directly below it."""
+    # A stage's output has a config.json of its own, without weights beside it.
+    for path in (source, source / "final"):
+        if _holds_model(path):
+            return path
+    below = [path for path in sorted(source.glob("*")) if _holds_model(path)]
     if len(below) != 1:
         raise ModelError(
             f"{source}: found {len(below)} model directories"
             + (f" ({', '.join(path.name for path in below)})" if below else "")
-            + ", expected config.json in it or in one directory below it; name the directory of the model"
+            + ", expected config.json and safetensors in it, in its final/ or in one directory below it; "
+            "name the directory of the model"
         )
     return below[0]
 
 
-def _widest_dtype(model_dir: Path) -> torch.dtype:
-    """The dtype that all weights in the directory convert to without loss."""
-    found: set[torch.dtype] = set()
-    for path in model_dir.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="pt") as weights:
-                kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no dict)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{path}: cannot be read as safetensors ({error}); copy or save it again"
-            ) from error
-        found |= {_FLOATS[kind] for kind in kinds if kind in _FLOATS}
-    if not found:
-        raise ModelError(
-            f"{model_dir}: found no floating-point weights in *.safetensors; expected a saved model"
-        )
-    return functools.reduce(torch.promote_types, found)
+def _holds_model(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
 def _verify(written: PreTrainedModel, read: PreTrainedModel, path: Path) -> None:

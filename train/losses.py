@@ -5,7 +5,6 @@ L mixture-of-experts layers, T positions, E experts.
 
 Everything is accumulated in float32, whatever the input dtype, except that float64 input stays float64.
 """
-# ruff: noqa: N815  (fields carry their axes, as arguments do)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -252,5 +251,5 @@ def _without_padding(logits_RV: Tensor, vocab_size: int) -> Tensor:
 
 
 def _divergence(teacher_RK: Tensor, student_RK: Tensor, student_lse_R: Tensor) -> Tensor:
-    """Sum of p_T (log p_T - log p_S) over the slots; [R]. An empty one's difference is finite, its p_T is 0."""
+    """Sum of p_T (log p_T - log p_S) over the slots; an empty one has p_T = 0 and finite logarithms."""
     return (teacher_RK.exp() * (teacher_RK - student_RK + student_lse_R[:, None])).sum(1)

@@ -16,7 +16,7 @@ Axes: B batch, T positions, E experts, L sparse layers, H hidden size, I width o
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, assert_never
 
 import torch
@@ -32,7 +32,17 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from common.errors import ConfigError, ModelError
-from train.student import ZERO_SHARED_EXPERT, is_multimodal, language_model, text_config
+from train.config import MoEConfig
+from train.student import (
+    ZERO_SHARED_EXPERT,
+    is_multimodal,
+    language_model,
+    load_student,
+    save_student,
+    staged_directory,
+    stored_dtype,
+    text_config,
+)
 
 SparsePattern = Literal["every-second", "first-half", "second-half", "all"]
 
@@ -73,25 +83,6 @@ _DENSE_FFN = re.compile(r"(?P<layer>.*\.layers\.(?P<index>\d+)\.mlp)\.(?P<part>g
 _QKV_WEIGHT = re.compile(r"(?P<linear>.*\.self_attn\.[qkv]_proj)\.weight")
 
 
-@dataclass(frozen=True)
-class MoEConfig:
-    """Which layers become sparse, and how wide the choice is.
-
-    `layers` is a pattern, see `sparse_layers`, or the indices themselves.
-    """
-
-    num_experts: int = 4
-    top_k: int = 2
-    layers: SparsePattern | tuple[int, ...] = "every-second"
-
-    def __post_init__(self) -> None:
-        if self.num_experts < 2 or not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"moe: found num_experts = {self.num_experts}, top_k = {self.top_k}; expected at least 2 experts "
-                "and 1 <= top_k <= num_experts"
-            )
-
-
 def sparse_layers(pattern: SparsePattern | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     """The indices of the sparse layers among `num_layers`, ascending.
 
@@ -130,14 +121,16 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
 
     Args:
         model: dense, whole (not partitioned by ZeRO-3); a LLaVA or a causal language model.
-        moe: see there.
+        moe: number of experts, experts a token is sent to, sparse layers (see `sparse_layers`).
         seed: of the routers.
 
     Raises:
         ModelError: the text model's architecture is not in this module's table, or a setting of it has no exact
             counterpart there.
-        ConfigError: `moe.layers` does not fit the number of layers.
+        ConfigError: `moe.layers` does not fit the number of layers, or `moe.top_k` the number of experts.
     """
+    if moe.top_k > moe.num_experts:
+        raise ConfigError(f"moe.top_k: found {moe.top_k}, expected at most num_experts = {moe.num_experts}")
     dense = text_config(model)
     _refuse_inexact(dense)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -152,9 +145,7 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
             config.text_config = sparse
             upcycled: PreTrainedModel = type(model)(config)
         else:
-            upcycled = {"qwen2_moe": Qwen2MoeForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}[
-                sparse.model_type
-            ](sparse)
+            upcycled = {"qwen2_moe": Qwen2MoeForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}[sparse.model_type](sparse)
     upcycled.to(model.dtype)
     upcycled.tie_weights()
     generator = torch.Generator().manual_seed(seed)
@@ -164,6 +155,19 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
     upcycled.load_state_dict(weights, strict=True)
     upcycled.generation_config = copy.deepcopy(model.generation_config)
     return upcycled.train(model.training)
+
+
+def upcycle_directory(dense: Path, out: Path, moe: MoEConfig, *, seed: int) -> int:
+    """`upcycle` from one student directory to another, in the dtype of the first; returns the number of parameters.
+
+    Raises:
+        ModelError, ConfigError: see `load_student` and `upcycle`; `out` is not made.
+        StorageError: `out` is not empty or cannot be written.
+    """
+    with staged_directory(out) as staging:
+        model = upcycle(load_student(dense, dtype=stored_dtype(dense)), moe, seed=seed)
+        save_student(model, dense, staging)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def is_sparse(model: PreTrainedModel) -> bool:
@@ -225,9 +229,7 @@ def router_logits_hook(model: PreTrainedModel) -> RouterLogits:
         ModelError: the model has no router.
     """
     if not is_sparse(model):
-        raise ModelError(
-            f"{type(model).__name__}: has no router ({text_config(model).model_type}); upcycle it first"
-        )
+        raise ModelError(f"{type(model).__name__}: has no router ({text_config(model).model_type}); upcycle it first")
     return RouterLogits(language_model(model))
 
 
@@ -268,9 +270,7 @@ def _sparse_weights(
             gate_up = torch.cat([tensor, dense[f"{ffn['layer']}.up_proj.weight"]])
             weights[f"{ffn['layer']}.experts.gate_up_proj"] = gate_up.expand(num_experts, -1, -1)
             router = torch.empty(num_experts, tensor.shape[1])
-            weights[f"{ffn['layer']}.gate.weight"] = nn.init.normal_(
-                router, std=ROUTER_STD, generator=generator
-            )
+            weights[f"{ffn['layer']}.gate.weight"] = nn.init.normal_(router, std=ROUTER_STD, generator=generator)
         elif ffn["part"] == "down":
             weights[f"{ffn['layer']}.experts.down_proj"] = tensor.expand(num_experts, -1, -1)
     return weights

@@ -67,7 +67,9 @@ def compute_terms(
     else:
         terms["cross_entropy"] = Term(-own_R.sum(), "rows", config.cross_entropy)
     if config.distillation:
-        assert batch.topk_ids is not None and batch.topk_logprobs is not None and batch.rest_mass is not None
+        assert batch.topk_ids is not None
+        assert batch.topk_logprobs is not None
+        assert batch.rest_mass is not None
         loss_R = distillation_loss(
             logits_RV, batch.topk_ids, batch.topk_logprobs, batch.rest_mass, vocab_size=vocab_size, tail=config.tail
         )

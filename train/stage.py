@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from train.checkpoint import newest_complete
 from train.config import TrainConfig
 from train.moe import is_sparse, router_logits_hook, upcycle
 from train.stream import ShardSource, Source, StepPlan, open_source, split_validation
-from train.student import freeze, is_multimodal, load_student, save_student, text_config
+from train.student import freeze, is_multimodal, load_student, text_config
 from train.trainer import StudentTrainer, accumulation_steps
 
 _log = logging.getLogger(__name__)
@@ -80,11 +81,11 @@ def train(config: TrainConfig) -> StageResult:
         _log.info("%s is complete at step %d; nothing to do", config.output, start_step)
         return StageResult(final, start_step, start_step, {})
 
+    # Before the training arguments: from then on ZeRO-3 partitions what is loaded, and upcycling needs it whole.
+    model = _student(config)
     args = _training_arguments(config, accumulation, max_steps)
     set_seed(config.seed)
-    model = _student(config)
     num_trainable = freeze(model, config.groups)
-    # No labels are ever passed, and the loss is ours: the model must not be asked to count tokens.
     trainer = StudentTrainer(
         model,
         args,
@@ -99,6 +100,7 @@ def train(config: TrainConfig) -> StageResult:
         start_step=start_step,
         num_workers=config.data.num_workers,
         keep_checkpoints=config.run.keep_checkpoints,
+        assets_from=config.model.path,
         callbacks=[Progress(config.stage), MetricsFile(config.output / "metrics.jsonl")] if main else [],
     )
     if main:
@@ -122,9 +124,11 @@ def train(config: TrainConfig) -> StageResult:
         )
     trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
     metrics = trainer.evaluate()
-    state = trainer.full_state_dict()
+    partial = config.output / ".final.partial"
+    trainer.save_model(str(partial))
     if main:
-        save_student(model, config.model.path, final, state_dict=state)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
     trainer.accelerator.wait_for_everyone()
     return StageResult(final, max_steps, start_step, metrics)
 
@@ -135,7 +139,13 @@ def _join_launcher() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         os.environ.update(alone)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
@@ -191,7 +201,9 @@ def _collator(config: TrainConfig, model: PreTrainedModel, encoder: Encoder) -> 
     return Collator(
         kind="dpo" if config.loss.preference else "kd",
         image_spec=ImageSpec.load(config.model.path) if multimodal else None,
-        image_processor=AutoImageProcessor.from_pretrained(config.model.path, local_files_only=True) if multimodal else None,
+        image_processor=AutoImageProcessor.from_pretrained(config.model.path, local_files_only=True)
+        if multimodal
+        else None,
         image_token_id=encoder.image_token_id,
         image_root=config.data.image_root,
         aspect_ratio=config.data.image_aspect_ratio,
@@ -203,11 +215,18 @@ def _collator(config: TrainConfig, model: PreTrainedModel, encoder: Encoder) -> 
 def _begin(config: TrainConfig, source: Source, main: bool) -> None:
     """Records what this run is, or refuses to continue another one's output."""
     manifest = source.manifest.sha256 if isinstance(source, ShardSource) else None
-    record = {"config": json.loads(config.model_dump_json()), "manifest_sha256": manifest, "num_samples": len(source)}
+    record: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "config_sha256": digest(config),
+        "manifest_sha256": manifest,
+        "num_samples": len(source),
+    }
     path = config.output / "config.json"
     if path.exists() and newest_complete(config.output) and config.run.resume == "auto":
         before = json.loads(path.read_text("utf-8"))
-        for settings in (before["config"], record["config"]):
+        for side in (before, record):
+            settings = side["config"]
+            side.pop("config_sha256", None)
             # May change between a run and its continuation: they do not change what is computed.
             for free in ("save_steps", "keep_checkpoints", "eval_steps", "log_steps", "resume"):
                 settings["run"].pop(free, None)
@@ -221,7 +240,7 @@ def _begin(config: TrainConfig, source: Source, main: bool) -> None:
         return
     if main:
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-        publish(path, json.dumps({**record, "digest": digest(config)}, indent=1).encode())
+        publish(path, json.dumps(record, indent=1).encode())
         publish(config.output / "versions.json", json.dumps(versions, indent=1).encode())
 
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from common.encoding import Encoded, Encoder, Score
+from common.encoding import Encoded, Encoder
 from common.errors import ConfigError, DataError, ProvenanceError, ShardError
 from common.images import AspectRatio
 from common.manifest import Manifest, read_manifest, read_receipt, receipt_path, shard_path
@@ -165,7 +165,7 @@ class StepPlan:
             raise DataError("no sample is left to train on; the dataset is empty or all of it is held out")
         if global_batch_size % micro_batch_size:
             raise ConfigError(
-                f"optim.global_batch_size {global_batch_size} is not a multiple of optim.micro_batch_size {micro_batch_size}"
+                f"optim.global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
             )
         self._selected = np.asarray(selected, np.int64)
         self._global = global_batch_size
@@ -205,18 +205,6 @@ def _check_provenance(output: Path, manifest: Manifest, encoder: Encoder, aspect
         raise ProvenanceError(
             f"{output}: these scores do not fit this student\n"
             + "\n".join(differences)
-            + "\nids of one tokenizer mean nothing in another; use a student of the teacher's family and the settings of the capture"
+            + "\nids of one tokenizer mean nothing in another; use a student of the teacher's family, "
+            "and the settings of the capture"
         )
-
-
-__all__ = [
-    "DatasetSource",
-    "Example",
-    "Score",
-    "ShardSource",
-    "Source",
-    "StepPlan",
-    "open_source",
-    "sample_order",
-    "split_validation",
-]

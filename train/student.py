@@ -7,6 +7,7 @@ A student is a `LlavaForConditionalGeneration` or a plain causal language model,
 subclassed: a subclass loses transformers' key conversion, and its weights stay random without an error.
 """
 
+import functools
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -57,6 +58,9 @@ _ASSETS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+
+# As safetensors names them.
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 # No network, no code from the directory, no pickle.
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -101,15 +105,32 @@ def load_student(path: Path, *, dtype: torch.dtype) -> PreTrainedModel:
             "Convert an original LLaVA checkpoint to the llava-hf layout first"
         )
     try:
-        model, report = model_class.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **_SAFE_WEIGHTS
-        )
+        model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **_SAFE_WEIGHTS)
     except _LOAD_ERRORS as error:
         raise ModelError(
             f"{path}: the weights cannot be loaded ({error}). Expected safetensors that fit config.json"
         ) from error
     _refuse_incomplete(path, report)
     return model
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The dtype that all weights of a model directory convert to without loss: their own, if they agree.
+
+    Raises:
+        ModelError: the directory has no readable safetensors.
+    """
+    found: set[torch.dtype] = set()
+    for file in path.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no dict)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: cannot be read as safetensors ({error}); copy or save it again") from error
+        found |= {_FLOATS[kind] for kind in kinds if kind in _FLOATS}
+    if not found:
+        raise ModelError(f"{path}: found no floating-point weights in *.safetensors; expected a saved model")
+    return functools.reduce(torch.promote_types, found)
 
 
 def is_multimodal(model: PreTrainedModel) -> bool:
@@ -180,9 +201,7 @@ def save_student(
     """
     assets = [path for name in _ASSETS if (path := assets_from / name).is_file()]
     if not any(path.name.startswith("tokenizer") for path in assets):
-        raise ModelError(
-            f"{assets_from}: has no tokenizer files to go with the saved model; name its directory"
-        )
+        raise ModelError(f"{assets_from}: has no tokenizer files to go with the saved model; name its directory")
     # Attached explicitly: otherwise the names depend on how this model object came to be.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     try:
@@ -191,9 +210,7 @@ def save_student(
             if path.parent.resolve() != out.resolve():
                 shutil.copyfile(path, out / path.name)
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{out}: the model could not be written ({error}); free space or choose another"
-        ) from error
+        raise StorageError(f"{out}: the model could not be written ({error}); free space or choose another") from error
 
 
 @contextmanager
@@ -243,9 +260,7 @@ def compose_student(
         source = load_student(language_from, dtype=dtype)
         tokenizer = _load(AutoTokenizer, language_from, "tokenizer")
         had_image_token = IMAGE_MARKER in tokenizer.get_added_vocab()
-        tokenizer.add_special_tokens(
-            {"extra_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False
-        )
+        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False)
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
 
         model = _join(tower, source, image_token_id, seed)

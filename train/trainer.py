@@ -30,7 +30,7 @@ from train.config import LossConfig, OptimConfig
 from train.moe import RouterLogits
 from train.objective import UNITS, Term, compute_terms, step_loss, unit_counts
 from train.stream import Source, StepPlan
-from train.student import text_config
+from train.student import save_student, text_config
 
 
 class MicroBatches(TorchDataset[Batch]):
@@ -81,6 +81,8 @@ class RowSelector:
 class StudentTrainer(Trainer):
     """Trains a student on the micro-batches of a `StepPlan`."""
 
+    optimizer: Any
+    control: Any
     # The loss is divided by the counts of the global step here, never by the Trainer.
     loss_is_scaled_for_ga = True
 
@@ -100,6 +102,7 @@ class StudentTrainer(Trainer):
         start_step: int,
         num_workers: int,
         keep_checkpoints: int,
+        assets_from: Path,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         ranks = args.process_index, args.world_size
@@ -116,6 +119,7 @@ class StudentTrainer(Trainer):
         self._start_step = start_step
         self._num_workers = num_workers
         self._keep_checkpoints = keep_checkpoints
+        self._assets_from = assets_from
         self._selector = RowSelector(model)
         self._step_counts: dict[str, float] = {}
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
@@ -171,9 +175,7 @@ class StudentTrainer(Trainer):
         self._selector.rows = batch.rows
         images = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
         try:
-            output = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **images
-            )
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **images)
         finally:
             self._selector.rows = None
         return compute_terms(
@@ -270,10 +272,10 @@ class StudentTrainer(Trainer):
             rotate_checkpoints(str(partial.parent), save_total_limit=self._keep_checkpoints, use_mtime=False)
         self.accelerator.wait_for_everyone()
 
-    def full_state_dict(self) -> dict[str, Tensor] | None:
-        """The whole weights on the main process, gathered from all ranks where ZeRO-3 partitions them."""
-        gathered: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
-        return gathered if self.args.should_save else None
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes the student as transformers and vLLM load it, with its tokenizer and image processor."""
+        assert output_dir is not None
+        save_student(self.model, self._assets_from, Path(output_dir), state_dict=state_dict)
 
 
 class _Loader:

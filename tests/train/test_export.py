@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor, GenerationConfig, 
 from common.errors import ModelError, StorageError
 from tests.models import TextFamily, randomise, tiny_causal_lm, tiny_llava
 from train import export as export_module
+from train.config import MoEConfig
 from train.export import export
-from train.moe import MoEConfig, upcycle
+from train.moe import upcycle
 from train.student import load_student, save_student
 
 F32 = torch.float32
@@ -99,10 +100,7 @@ def test_a_checkpoint_in_transformers_own_key_names_is_exported_too(student: Pat
     """The trainer may save a model that never knew the older names."""
     model = load_student(student, dtype=F32)
     save_student(model, student, tmp_path / "new")
-    weights = {
-        name.replace("model.language_model.", "model.language_model."): t
-        for name, t in model.state_dict().items()
-    }
+    weights = model.state_dict()
     weights.pop("lm_head.weight")  # tied
     save_file(weights, tmp_path / "new" / "model.safetensors", metadata={"format": "pt"})
     export(tmp_path / "new", tmp_path / "out")
@@ -159,6 +157,18 @@ def test_several_models_are_not_chosen_among(student: Path, tmp_path: Path) -> N
         shutil.copytree(student, tmp_path / "run" / name)
     with pytest.raises(ModelError, match="found 2 model directories \\(checkpoint-1, checkpoint-2\\)"):
         export(tmp_path / "run", tmp_path / "out")
+
+
+def test_of_a_stages_output_the_final_model_is_exported(student: Path, tmp_path: Path) -> None:
+    for name in ("checkpoint-1", "final"):
+        shutil.copytree(student, tmp_path / "stage" / name)
+    (tmp_path / "stage" / "config.json").write_text('{"config": {}}')
+    weights = load_file(student / "model.safetensors")
+    weights["multi_modal_projector.linear_1.bias"] += 1
+    save_file(weights, tmp_path / "stage" / "final" / "model.safetensors", metadata={"format": "pt"})
+    export(tmp_path / "stage", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
 
 def test_an_output_with_something_in_it_is_left_alone(student: Path, tmp_path: Path) -> None:

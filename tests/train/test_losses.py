@@ -284,9 +284,7 @@ def test_preference_gradients_agree_with_finite_differences(
 @pytest.mark.parametrize(
     ("loss_type", "expected"), [("sigmoid", math.log(2)), ("ipo", 25.0), ("hinge", 1.0), ("kto_pair", 0.5)]
 )
-def test_the_policy_that_equals_the_reference_has_the_known_loss_and_no_reward(
-    loss_type: str, expected: float
-) -> None:
+def test_the_policy_that_equals_the_reference_has_the_known_loss_and_no_reward(loss_type: str, expected: float) -> None:
     chosen_P, rejected_P, _, _ = random_pairs()
     result = preference_loss(chosen_P, rejected_P, chosen_P, rejected_P, loss_type=loss_type, beta=0.1)
     torch.testing.assert_close(result.loss_P, torch.full_like(chosen_P, expected))
@@ -352,9 +350,7 @@ def trl_preference(
     )
     shifted_2PT = policy_logps_2PT[:, 1:] * completion_mask_2PT[:, 1:]
     zeros_2PT = torch.zeros_like(shifted_2PT)
-    outputs = SimpleNamespace(
-        log_probs=shifted_2PT, entropy=zeros_2PT, mean_logits=zeros_2PT, is_top1=zeros_2PT.bool()
-    )
+    outputs = SimpleNamespace(log_probs=shifted_2PT, entropy=zeros_2PT, mean_logits=zeros_2PT, is_top1=zeros_2PT.bool())
     ref_chosen_P, ref_rejected_P = reference_2P.chunk(2)
     inputs = {
         "input_ids": torch.zeros_like(completion_mask_2PT),
@@ -408,9 +404,7 @@ MASKS = {"all": torch.ones(11), "some": torch.tensor([1, 1, 0, 1, 0, 0, 1, 1, 1,
 @pytest.mark.parametrize("mask_T", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_load_balancing_agrees_with_the_float64_reference(
-    dtype: torch.dtype, top_k: int, mask_T: Tensor
-) -> None:
+def test_load_balancing_agrees_with_the_float64_reference(dtype: torch.dtype, top_k: int, mask_T: Tensor) -> None:
     router = [layer.to(dtype) for layer in random_router()]
     expected = reference.load_balancing([layer.double().numpy() for layer in router], mask_T, top_k)
     assert_accumulated(load_balancing_loss(router, mask_T, top_k=top_k), expected, dtype)
@@ -456,6 +450,4 @@ def test_load_balancing_of_padding_alone_is_zero_with_a_zero_gradient() -> None:
 
 def test_load_balancing_gradient_agrees_with_finite_differences() -> None:
     router = [layer.double().requires_grad_() for layer in random_router()]
-    assert torch.autograd.gradcheck(
-        lambda *layers: load_balancing_loss(layers, MASKS["some"], top_k=2), tuple(router)
-    )
+    assert torch.autograd.gradcheck(lambda *layers: load_balancing_loss(layers, MASKS["some"], top_k=2), tuple(router))

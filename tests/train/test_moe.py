@@ -1,17 +1,16 @@
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, Qwen2MoeModel, Qwen3MoeModel
 
 from common.errors import ConfigError, ModelError
 from tests.models import TextFamily, randomise, tiny_causal_lm, tiny_llava
-from train.moe import MoEConfig, router_logits_hook, sparse_layers, upcycle
-from train.student import freeze, language_model, load_student, save_student, text_config
+from train.config import MoEConfig
+from train.moe import router_logits_hook, sparse_layers, upcycle, upcycle_directory
+from train.student import freeze, language_model, load_student, save_student, stored_dtype, text_config
 
 F32 = torch.float32
 
@@ -42,8 +41,18 @@ def dense_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("text", ["qwen2", "qwen3", "llama", "mistral"])
-@pytest.mark.parametrize("make", [tiny_llava, tiny_causal_lm], ids=["llava", "text"])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (tiny_llava, "qwen2"),
+        (tiny_llava, "qwen3"),
+        (tiny_llava, "llama"),
+        (tiny_causal_lm, "qwen2"),
+        (tiny_causal_lm, "qwen3"),
+        (tiny_causal_lm, "llama"),
+        (tiny_causal_lm, "mistral"),
+    ],
+)
 def test_upcycled_logits_equal_the_dense_ones_also_after_saving(
     make: Any, text: TextFamily, tied: bool, tmp_path: Path
 ) -> None:
@@ -63,13 +72,15 @@ def test_upcycled_logits_equal_the_dense_ones_also_after_saving(
     assert all(torch.equal(weights[name], tensor) for name, tensor in sparse.state_dict().items())
 
 
-@pytest.mark.parametrize("layers", ["every-second", "first-half", "second-half", "all", (0, 3)])
-@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (2, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("layers", "num_experts", "top_k"),
+    [("first-half", 4, 2), ("second-half", 2, 1), ("all", 3, 3), ((0, 3), 4, 1)],
+)
 def test_any_pattern_and_any_number_of_experts_is_exact(
     dense_llava: Path, layers: Any, num_experts: int, top_k: int
 ) -> None:
     dense = load_student(dense_llava, dtype=F32)
-    sparse = upcycle(dense, MoEConfig(num_experts, top_k, layers), seed=0)
+    sparse = upcycle(dense, MoEConfig(num_experts=num_experts, top_k=top_k, layers=layers), seed=0)
     torch.testing.assert_close(logits(sparse), logits(dense), rtol=0, atol=1e-5)
     found = tuple(i for i, layer in enumerate(language_model(sparse).layers) if hasattr(layer.mlp, "experts"))
     assert found == sparse_layers(layers, 4)
@@ -96,9 +107,7 @@ def test_any_pattern_and_any_number_of_experts_is_exact(
         ("qwen3", {"head_dim": 64, "rms_norm_eps": 1e-3}),
     ],
 )
-def test_settings_of_the_dense_model_carry_over(
-    text: TextFamily, overrides: dict[str, Any], tmp_path: Path
-) -> None:
+def test_settings_of_the_dense_model_carry_over(text: TextFamily, overrides: dict[str, Any], tmp_path: Path) -> None:
     dense = load_student(tiny_causal_lm(tmp_path, text, **overrides), dtype=F32)
     torch.testing.assert_close(logits(upcycle(dense, MoEConfig(), seed=0)), logits(dense), rtol=0, atol=1e-5)
 
@@ -179,9 +188,9 @@ def test_the_generation_settings_stay(dense_llava: Path) -> None:
 
 
 def test_experts_run_on_the_grouped_kernel(dense_llava: Path) -> None:
-    assert text_config(
-        upcycle(load_student(dense_llava, dtype=F32), MoEConfig(), seed=0)
-    )._experts_implementation == ("grouped_mm")
+    assert text_config(upcycle(load_student(dense_llava, dtype=F32), MoEConfig(), seed=0))._experts_implementation == (
+        "grouped_mm"
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,26 +208,34 @@ def test_patterns_name_layers(pattern: Any, num_layers: int, expected: tuple[int
     assert sparse_layers(pattern, num_layers) == expected
 
 
-@pytest.mark.parametrize(
-    ("pattern", "num_layers"), [((3,), 3), ((-1,), 3), ((1, 1), 3), ((), 3), ("every-second", 1)]
-)
+@pytest.mark.parametrize(("pattern", "num_layers"), [((3,), 3), ((-1,), 3), ((1, 1), 3), ((), 3), ("every-second", 1)])
 def test_impossible_layers_are_refused(pattern: Any, num_layers: int) -> None:
     with pytest.raises(ConfigError, match=r"moe\.layers"):
         sparse_layers(pattern, num_layers)
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 0), (4, 5)])
-def test_impossible_numbers_of_experts_are_refused(num_experts: int, top_k: int) -> None:
-    with pytest.raises(ConfigError, match="num_experts"):
-        MoEConfig(num_experts=num_experts, top_k=top_k)
+def test_more_choices_than_experts_are_refused(dense_lm: Path) -> None:
+    with pytest.raises(ConfigError, match="found 5, expected at most num_experts = 4"):
+        upcycle(load_student(dense_lm, dtype=F32), MoEConfig(top_k=5), seed=0)
 
 
-def test_the_config_is_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        MoEConfig().top_k = 1  # type: ignore[misc]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_upcycled_directory_holds_the_upcycled_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    dense = tiny_llava(tmp_path / "dense", dtype=dtype)
+    num_parameters = upcycle_directory(dense, tmp_path / "sparse", MoEConfig(), seed=3)
+    found = load_student(tmp_path / "sparse", dtype=dtype)
+    expected = upcycle(load_student(dense, dtype=dtype), MoEConfig(), seed=3).state_dict()
+    assert num_parameters == sum(p.numel() for p in found.parameters())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    assert stored_dtype(tmp_path / "sparse") == dtype
 
 
-@pytest.mark.parametrize("text", ["qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def sparse_llava(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    dense = load_student(tiny_llava(tmp_path_factory.mktemp("sparse"), request.param), dtype=F32)
+    return upcycle(dense, MoEConfig(), seed=0)
+
+
 @pytest.mark.parametrize(
     ("groups", "patterns"),
     [
@@ -229,16 +246,15 @@ def test_the_config_is_frozen() -> None:
     ],
 )
 def test_exactly_the_named_groups_of_a_sparse_student_train(
-    text: TextFamily, groups: set[str], patterns: tuple[str, ...], tmp_path: Path
+    sparse_llava: PreTrainedModel, groups: set[str], patterns: tuple[str, ...]
 ) -> None:
-    sparse = upcycle(load_student(tiny_llava(tmp_path, text), dtype=F32), MoEConfig(), seed=0)
-    num_trainable = freeze(sparse, frozenset(groups))
+    num_trainable = freeze(sparse_llava, frozenset(groups))
     expected = {
         name: p.numel()
-        for name, p in sparse.named_parameters()
+        for name, p in sparse_llava.named_parameters()
         if any(pattern in name for pattern in patterns) and "shared_expert" not in name
     }
-    assert {name for name, p in sparse.named_parameters() if p.requires_grad} == set(expected)
+    assert {name for name, p in sparse_llava.named_parameters() if p.requires_grad} == set(expected)
     assert num_trainable == sum(expected.values())
 
 
@@ -288,7 +304,7 @@ def test_nothing_is_added_to_the_language_model_loss(dense_lm: Path) -> None:
     router_logits = router_logits_hook(sparse)
     ids = inputs(sparse)["input_ids"]
     output = sparse(input_ids=ids, labels=ids)
-    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
     assert len(router_logits.take()) == 2
 

@@ -1,0 +1,96 @@
+"""Named checks with their counts and problems, as a table and as JSON."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+# Kept of each check; the others are counted.
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and in which file."""
+
+    path: str
+    what: str
+
+
+@dataclass
+class Check:
+    """One thing that was looked at, `num_checked` times. Only the first problems are kept, all are counted."""
+
+    name: str
+    meaning: str
+    num_checked: int = 0
+    num_problems: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def passed(self, count: int = 1) -> None:
+        """Counts `count` more things that were looked at."""
+        self.num_checked += count
+
+    def failed(self, path: Path, what: str) -> None:
+        """Notes a problem."""
+        self.num_problems += 1
+        if len(self.problems) < MAX_LISTED:
+            self.problems.append(Problem(str(path), what))
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was wrong."""
+        return self.num_problems == 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Outcome of `verify`. A check that looked at nothing was not reached, or has nothing to look at."""
+
+    output: Path
+    checks: tuple[Check, ...]
+    num_shards: int
+    num_rows: int
+    num_scored_tokens: int
+    num_bytes: int
+    num_skipped: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> str:
+        """The whole report as one JSON object."""
+        body = asdict(self) | {"output": str(self.output), "ok": self.ok}
+        for check, entry in zip(self.checks, body["checks"], strict=True):
+            entry["ok"] = check.ok
+        return json.dumps(body, indent=1)
+
+    def render(self) -> RenderableType:
+        """A table of the checks, the problems below it, and the totals."""
+        table = Table(title=f"{self.output}", title_justify="left", show_lines=False)
+        table.add_column("check")
+        table.add_column("what holds")
+        table.add_column("checked", justify="right")
+        table.add_column("problems", justify="right")
+        for check in self.checks:
+            style = "red" if not check.ok else "dim" if not check.num_checked else ""
+            table.add_row(check.name, check.meaning, f"{check.num_checked:,}", f"{check.num_problems:,}", style=style)
+        totals = (
+            f"{self.num_shards:,} shards, {self.num_rows:,} rows, {self.num_scored_tokens:,} scored tokens, "
+            f"{self.num_bytes:,} bytes, {self.num_skipped:,} samples skipped by choice"
+        )
+        verdict = Text("verified", style="green") if self.ok else Text("NOT verified", style="bold red")
+        return Group(table, *self._problem_lines(), Text(totals), verdict)
+
+    def _problem_lines(self) -> Iterator[Text]:
+        for check in self.checks:
+            for problem in check.problems:
+                yield Text(f"{check.name}: {problem.path}: {problem.what}", style="red")
+            if more := check.num_problems - len(check.problems):
+                yield Text(f"{check.name}: and {more:,} more", style="red")

