@@ -49,7 +49,7 @@ def precompute_logits(config: ConfigOption, overrides: SetOption = None) -> None
     from precompute.run import run
 
     summary = run(load_config(PrecomputeConfig, config, overrides or ()))
-    _show(summary.render())
+    _show(_summary_table(summary))
     if summary.interrupted:
         raise typer.Exit(130)
 
@@ -85,7 +85,7 @@ def verify_shards(
 
         assert teacher is not None
         results["recompute"] = score_again(
-            path, teacher, recompute, image_root=image_root, seed=seed, progress=not as_json
+            path, teacher, num_rows=recompute, image_root=image_root, seed=seed, progress=not as_json
         )
     if as_json:
         typer.echo(json.dumps({name: json.loads(result.to_json()) for name, result in results.items()}, indent=1))
@@ -189,6 +189,26 @@ def demo(
     from demo.run import run_demo
 
     run_demo(out, seed=seed)
+
+
+def _summary_table(summary: Any) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, title=str(summary.output), title_justify="left")
+    scored = max(summary.num_scored_tokens, 1)
+    for name, value in {
+        "shards": f"{summary.num_complete_shards:,} of {summary.num_shards:,} complete, {summary.num_new_shards:,} new",
+        "samples": f"{summary.num_rows:,}, {summary.num_new_rows:,} new",
+        "scored tokens": f"{summary.num_scored_tokens:,}",
+        "size": f"{summary.num_bytes:,} bytes, {summary.num_bytes / scored:,.1f} a scored token",
+        "teacher's speed": f"{summary.new_tokens_per_s:,.0f} tokens/s over {summary.scoring_s:,.1f} s",
+        "skipped by choice": f"{len(summary.skipped):,}",
+    }.items():
+        table.add_row(name, value)
+    skipped = [Text(f"skipped: sample {skip.id!r} (number {skip.index}): {skip.reason}") for skip in summary.skipped]
+    return Group(table, *skipped, Text(summary.message))
 
 
 def _show(*renderables: Any) -> None:

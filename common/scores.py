@@ -3,7 +3,7 @@
 Legend: R scored tokens, N kept entries of all rows, K kept entries of one row.
 
 Packed form, per conversation (all little-endian; docs/shard-format.md has the bits):
-    topk_counts    uint32 [R]   as a Parquet list column
+    topk_counts    int32 [R]   as a Parquet list column
     topk_ids       the N ids in row order as three planes of N bytes: bits 0-7, 8-15, 16-23
     topk_logprobs  the N float32 log-probs in row order as four planes of N bytes, lowest byte first
 Planes put bytes of one significance side by side, which is what makes zstd find their redundancy.

@@ -103,7 +103,7 @@ def write_shard(
         table,
         buffer,
         compression="zstd",
-        # Higher levels save 2% and cost most of the speed: what is left are the low bits of float32.
+        # Higher levels save under 2% and take twice as long or more: what is left are the low bits of float32.
         compression_level=3,
         row_group_size=ROWS_PER_GROUP,
         use_dictionary=[f"{prefix}messages.list.element.role" for prefix in PREFIXES[manifest.kind]],

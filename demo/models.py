@@ -6,6 +6,7 @@ vision tower and an adapter. They share a tokenizer, but pad their output layers
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from demo.data import IMAGE_SIZE, DemoData, read_lines
+from demo.data import IMAGE_SIZE, DemoData, read_lines, write_dataset
 
 PATCH_SIZE = 14
 CONTEXT = 512
@@ -181,3 +182,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    target, given_seed = Path(sys.argv[1]), int(sys.argv[2])
+    build_models(target, write_dataset(target.parent / "data", seed=given_seed), seed=given_seed)

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-_MODULES = (
-    "argparse, ast, bisect, calendar, cmd, codecs, collections, configparser, contextlib, copy, csv, dataclasses, "
-    "datetime, difflib, dis, email.message, enum, fileinput, fnmatch, fractions, ftplib, functools, gettext, glob, "
-    "gzip, heapq, html.parser, http.client, imaplib, inspect, io, ipaddress, itertools, json, linecache, locale, "
-    "logging, mailbox, math, mimetypes, multiprocessing, netrc, numbers, operator, os, pathlib, pdb, pickle, "
-    "pickletools, platform, plistlib, poplib, pprint, queue, random, re, reprlib, sched, secrets, selectors, shelve, "
-    "shlex, shutil, smtplib, socket, sqlite3, ssl, statistics, string, struct, subprocess, symtable, tarfile, "
-    "tempfile, textwrap, threading, timeit, tokenize, trace, traceback, turtledemo, types, typing, unittest, "
-    "urllib.parse, urllib.request, uuid, warnings, wave, weakref, webbrowser, xml.dom, xml.sax, zipfile, zoneinfo"
-).split(", ")
+_MODULES = """
+argparse ast bisect calendar cmd codecs collections configparser contextlib copy csv dataclasses datetime difflib dis
+email.message enum fileinput fnmatch fractions ftplib functools gettext glob gzip heapq html.parser http.client imaplib
+inspect io ipaddress itertools json linecache locale logging mailbox math mimetypes multiprocessing netrc numbers
+operator os pathlib pdb pickle pickletools platform plistlib poplib pprint queue random re reprlib sched secrets
+selectors shelve shlex shutil smtplib socket sqlite3 ssl statistics string struct subprocess symtable tarfile tempfile
+textwrap threading timeit tokenize trace traceback types typing unittest urllib.parse urllib.request uuid warnings wave
+weakref webbrowser xml.dom xml.sax zipfile zoneinfo
+"""
 
 
 def smollm2_dir(tmp: Path) -> Path:
@@ -73,7 +72,7 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
 def _documented() -> list[tuple[str, str]]:
     """Names and docstrings of functions and classes of the standard library, each docstring once."""
     found: dict[str, str] = {}
-    for module_name in _MODULES:
+    for module_name in _MODULES.split():
         module = importlib.import_module(module_name)
         for name in sorted(vars(module)):
             member = getattr(module, name)

@@ -212,8 +212,9 @@ def test_an_end_token_that_the_tokenizer_does_not_name_ends_the_turn_too() -> No
     assert tokenizer.convert_ids_to_tokens(encoded.response_ids.tolist()) == ["▁a", "▁cat", "<|end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    forgetful = CHAT_TEMPLATE.replace("message['content']", "(message['content'] if loop.last else '…')")
+@pytest.mark.parametrize("kept", ["loop.last", "loop.last or message['role'] != 'assistant'"])
+def test_a_template_that_rewrites_earlier_turns_is_refused(model_dir: Path, tmp_path: Path, kept: str) -> None:
+    forgetful = CHAT_TEMPLATE.replace("message['content']", f"(message['content'] if {kept} else '…')")
     encoder = with_template(model_dir, tmp_path, forgetful)
     with pytest.raises(ConfigError, match="sample 'x': the chat template rewrites earlier turns"):
         encoder.encode(CONVERSATION, 1, "sample 'x'")

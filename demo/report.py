@@ -1,0 +1,131 @@
+"""The demo's table and picture: `python -m demo.report DIRECTORY`."""
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import DecantError
+from demo.evaluate import Evaluation, evaluate
+
+# Row of the table, directory of the model.
+MODELS = {
+    "teacher": "teacher",
+    "student, initialised": "runs/init/final",
+    "cross-entropy alone, dense": "runs/ce-dense/final",
+    "distilled, dense-to-dense": "runs/dense-to-dense/final",
+    "cross-entropy alone, sparse": "runs/ce-sparse/final",
+    "distilled, dense-to-sparse": "runs/dense-to-sparse/final",
+    "preference-tuned, exported": "student",
+}
+
+# Distilled row against the row with the same steps, data, order and rate but no teacher.
+PAIRS = {
+    "distilled, dense-to-dense": "cross-entropy alone, dense",
+    "distilled, dense-to-sparse": "cross-entropy alone, sparse",
+}
+
+
+def report(directory: Path) -> dict[str, Evaluation]:
+    """Evaluates every model on held-out images, prints the table, writes report.json and losses.png.
+
+    Raises:
+        DecantError: the exported student says other things under vLLM than under transformers.
+    """
+    rows = {
+        name: evaluate(directory / path, directory / "data/test_questions.jsonl", directory / "scores/test")
+        for name, path in MODELS.items()
+    }
+    console = Console()
+    console.print(_table(rows))
+    for distilled, alone in PAIRS.items():
+        console.print(_comparison(distilled, rows[distilled], rows[alone]))
+    under_vllm = json.loads((directory / "answers.json").read_text("utf-8"))
+    under_transformers = rows["preference-tuned, exported"].answers[: len(under_vllm)]
+    same = sum(a == b for a, b in zip(under_vllm, under_transformers, strict=True))
+    console.print(f"exported student: {same} of {len(under_vllm)} greedy answers are the same in vLLM and transformers")
+    plot_losses(directory, directory / "losses.png")
+    console.print(f"loss curves: {directory / 'losses.png'}")
+    body = {
+        "rows": {name: {k: v for k, v in asdict(row).items() if k != "answers"} for name, row in rows.items()},
+        "same_answers_in_vllm": same,
+        "answers_compared": len(under_vllm),
+    }
+    (directory / "report.json").write_text(json.dumps(body, indent=1) + "\n", "utf-8")
+    if same != len(under_vllm):
+        raise DecantError(f"{directory / 'student'}: vLLM and transformers disagree; the export is not faithful")
+    return rows
+
+
+def plot_losses(directory: Path, out: Path) -> None:
+    """Loss of each stage over its steps; the stages without a teacher beside those with one."""
+    panels = {
+        "teacher: cross-entropy": {"teacher": "cross_entropy"},
+        "student: initialisation": {"init": "cross_entropy"},
+        "dense-to-dense: response NLL": {"dense-to-dense": "cross_entropy", "ce-dense": "cross_entropy"},
+        "dense-to-dense: KL to the teacher": {"dense-to-dense": "distillation"},
+        "dense-to-sparse: response NLL": {"dense-to-sparse": "cross_entropy", "ce-sparse": "cross_entropy"},
+        "preference: DPO loss": {"preference": "preference"},
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
+        for run, key in curves.items():
+            points = [(m["step"], m[key]) for m in _metrics(directory / "runs" / run) if key in m]
+            label = "cross-entropy alone" if run.startswith("ce-") else "distilled" if len(curves) > 1 else run
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+        axis.set(title=title, xlabel="step", ylabel="nats a token" if "DPO" not in title else "nats a pair")
+        axis.grid(alpha=0.3)
+        if len(curves) > 1:
+            axis.legend()
+        if "preference" not in title:
+            axis.set_yscale("log")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def _table(rows: dict[str, Evaluation]) -> Table:
+    table = Table(title="Held-out images", title_justify="left")
+    table.add_column("model")
+    for column in ("answer accuracy", "wrong-digit rate", "response NLL", "KL to teacher"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row.accuracy:.1%}",
+            f"{row.hallucination_rate:.1%}",
+            f"{row.nll:.4f}",
+            f"{row.kl_to_teacher:.4f}",
+        )
+    return table
+
+
+def _comparison(name: str, distilled: Evaluation, alone: Evaluation) -> str:
+    """Distillation against cross-entropy alone, in words; worse is said as plainly as better."""
+    parts = [
+        f"accuracy {distilled.accuracy - alone.accuracy:+.1%}",
+        f"NLL {distilled.nll - alone.nll:+.4f}",
+        f"KL {distilled.kl_to_teacher - alone.kl_to_teacher:+.4f}",
+    ]
+    return f"{name} against cross-entropy alone at equal steps and data: {', '.join(parts)}"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        report(Path(sys.argv[1]))
+    except DecantError as error:
+        Console(stderr=True).print(f"error: {error}")
+        raise SystemExit(1) from error

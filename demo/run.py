@@ -1,0 +1,147 @@
+"""The whole chain on real handwritten digits, with the commands that a user would type.
+
+    data, models ─> teacher: init, sft ─> precompute-logits (kd, dpo) ─> verify-shards
+        ─> student: init, dense-to-dense, dense-to-sparse, preference ─> export ─> vLLM
+        ─> the same student by cross-entropy alone, for comparison
+        ─> one table on held-out images, one picture of the losses
+
+Every step is a command of its own process, run in the demo's directory, and shown before it runs. A demo that was
+stopped continues when it is started again.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from common.errors import DecantError
+from demo.data import write_dataset
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
+
+# Turns a distillation stage into its twin without a teacher: same student, data, batch order, steps and rate.
+CROSS_ENTROPY_ALONE = ("--set", "loss.distillation=0.0", "--set", "loss.cross_entropy=1.0")
+
+# Held-out questions that the exported student answers under vLLM.
+NUM_ANSWERS = 64
+
+
+class DemoError(DecantError):
+    """A step of the demo failed; its own message stands above."""
+
+
+def run_demo(out: Path, *, seed: int) -> None:
+    """Runs every step in `out`, then prints the table and writes `report.json` and `losses.png`.
+
+    Raises:
+        DemoError: a step failed.
+    """
+    console = Console(stderr=True, highlight=False)
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    chain = _Chain(out.resolve(), seed, console)
+
+    console.rule("Data and untrained models")
+    data = write_dataset(out / "data", seed=seed)
+    console.print(
+        f"{data.num_train_images:,} images to learn from, {data.num_test_images} held out; the student sees "
+        f"conversations about {data.num_student_images} of them"
+    )
+    chain.module("demo.models", "models", str(seed), unless="models")
+
+    console.rule("The teacher")
+    chain.train("teacher-init")
+    chain.train("teacher")
+    chain.decant("export", "runs/teacher", "teacher", unless="teacher")
+
+    console.rule("Its scores, once")
+    for name, output, dataset in (
+        ("kd", "train", "student_conversations.json"),
+        ("test", "test", "test_conversations.jsonl"),
+        ("dpo", "preferences", "train_preferences.jsonl"),
+    ):
+        chain.decant("precompute-logits", "--config", str(CONFIGS / f"precompute-{name}.toml"))
+        recompute = ("--recompute", "16", "--teacher", "teacher") if name != "test" else ()
+        chain.decant("verify-shards", f"scores/{output}", "--dataset", f"data/{dataset}", *recompute)
+
+    console.rule("The student, four stages")
+    chain.decant(
+        "init-student", "models/student", "--vision", "teacher", "--language", "models/student_language",
+        unless="models/student",
+    )  # fmt: skip
+    for stage in ("init", "dense-to-dense", "dense-to-sparse", "preference"):
+        chain.train(stage)
+
+    console.rule("The same student by cross-entropy alone")
+    chain.train("dense-to-dense", "ce-dense", "runs/init/final", *CROSS_ENTROPY_ALONE)
+    chain.train("dense-to-sparse", "ce-sparse", "runs/ce-dense/final", *CROSS_ENTROPY_ALONE)
+
+    console.rule("Export, and the exported student under vLLM")
+    chain.decant("export", "runs/preference", "student", unless="student")
+    chain.module("demo.answers", "student", "data/test_questions.jsonl", str(NUM_ANSWERS), "answers.json")
+
+    console.rule("Held-out images")
+    chain.module("demo.report", ".")
+    minutes = (time.monotonic() - started) / 60
+    _record(out, {"minutes": round(minutes, 2), "seconds": chain.seconds})
+    console.print(f"{out}: finished in {minutes:.1f} minutes; the exported student is {out / 'student'}")
+
+
+class _Chain:
+    """Runs steps in the demo's directory."""
+
+    def __init__(self, directory: Path, seed: int, console: Console) -> None:
+        self._directory = directory
+        self._seed = seed
+        self._console = console
+        self.seconds: dict[str, float] = {}
+
+    def train(self, config: str, name: str | None = None, model: str | None = None, *overrides: str) -> None:
+        """Trains the stage of a configuration, under another name and on another student if they are given."""
+        renamed = ("--set", f"output=runs/{name}", "--set", f"model.path={model}") if name else ()
+        self.decant(
+            "train", "--config", str(CONFIGS / f"{config}.toml"), "--set", f"seed={self._seed}", *renamed, *overrides
+        )
+
+    def decant(self, *arguments: str, unless: str | None = None) -> None:
+        """Runs a command of the command line."""
+        self._run("decant", ["-m", "cli", *arguments], arguments, unless)
+
+    def module(self, name: str, *arguments: str, unless: str | None = None) -> None:
+        """Runs a module of the demo."""
+        self._run(f"python -m {name}", ["-m", name, *arguments], arguments, unless)
+
+    def _run(self, shown: str, command: Sequence[str], arguments: Sequence[str], unless: str | None) -> None:
+        line = f"{shown} {shlex.join(_short(a) for a in arguments)}"
+        if unless is not None and (self._directory / unless).exists():
+            self._console.print(f"[dim]$ {line}   (done before)[/dim]")
+            return
+        self._console.print(f"\n[bold]$ {line}[/bold]")
+        started = time.monotonic()
+        environment = {
+            **os.environ,
+            # The engine in the command's own process starts in a third of the time.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        code = subprocess.run([sys.executable, *command], cwd=self._directory, env=environment, check=False).returncode
+        self.seconds[line] = round(time.monotonic() - started, 1)
+        if code:
+            raise DemoError(f"{line}: exit code {code}; see its message above. Run the demo again to continue here")
+        self._console.print(f"[dim]{self.seconds[line]:.0f} s[/dim]")
+
+
+def _short(argument: str) -> str:
+    return f"configs/demo/{Path(argument).name}" if argument.startswith(str(CONFIGS)) else argument
+
+
+def _record(out: Path, entries: dict[str, object]) -> None:
+    path = out / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **entries}, indent=1) + "\n", "utf-8")

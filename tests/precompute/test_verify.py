@@ -1,0 +1,451 @@
+"""Every kind of damage is found under its own name, and none makes verification crash."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from common.manifest import (
+    Manifest,
+    Receipt,
+    Skipped,
+    file_sha256,
+    read_manifest,
+    read_receipt,
+    receipt_path,
+    shard_path,
+    write_sealed,
+)
+from common.samples import Sample, Turn
+from common.scores import TeacherScores
+from common.shards import ShardFile, ShardRow, write_shard
+from precompute.report import MAX_LISTED, Report
+from precompute.run import run
+from precompute.verify import verify
+from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config, preference_records
+from tests.real_weights import write_jsonl
+
+ROOT = Path(__file__).parents[2]
+
+Damage = Callable[[Path], None]
+RowDamage = Callable[[list[ShardRow], Manifest], list[ShardRow]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    config = make_config(root, llava_dir, conversation_records(root, 10))
+    run(config, progress=False, start_teacher=StandInTeacher)
+    return root
+
+
+@pytest.fixture
+def output(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole / "out", tmp_path / "out")
+
+
+def failed(report: Report) -> dict[str, str]:
+    return {check.name: check.problems[0].what for check in report.checks if not check.ok}
+
+
+def rows_of(output: Path, number: int) -> list[ShardRow]:
+    shard = ShardFile(shard_path(output, number), read_manifest(output), number)
+    rows = list(shard)
+    shard.close()
+    return rows
+
+
+def sign_again(output: Path, number: int) -> None:
+    """Makes a receipt that fits whatever the shard's bytes are now, so that later checks are reached."""
+    receipt = read_receipt(output, number, read_manifest(output))
+    path = shard_path(output, number)
+    changed = {"sha256": file_sha256(path), "num_bytes": path.stat().st_size}
+    write_sealed(receipt_path(output, number), receipt.model_copy(update=changed))
+
+
+def with_scores(row: ShardRow, **changes: object) -> ShardRow:
+    conversation = row.conversations[0]
+    scores = dataclasses.replace(conversation.scores, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(row, conversations=(dataclasses.replace(conversation, scores=scores),))
+
+
+def with_tokens(row: ShardRow, **changes: object) -> ShardRow:
+    conversation = row.conversations[0]
+    encoded = dataclasses.replace(conversation.encoded, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(row, conversations=(dataclasses.replace(conversation, encoded=encoded),))
+
+
+def scores_of(row: ShardRow) -> TeacherScores:
+    return row.conversations[0].scores
+
+
+def put(array: np.ndarray, position: int, value: float) -> np.ndarray:
+    changed = array.copy()
+    changed[position] = value
+    return changed
+
+
+def test_a_whole_output_passes_every_check(whole: Path) -> None:
+    report = verify(whole / "out", whole / "data.jsonl", progress=False)
+    assert report.ok
+    assert all(check.num_checked for check in report.checks)
+    assert (report.num_shards, report.num_rows, report.num_skipped) == (3, 10, 0)
+    assert report.num_bytes == sum(path.stat().st_size for path in (whole / "out").glob("*.parquet"))
+
+
+def test_preference_pairs_pass_every_check(tmp_path: Path, llava_dir: Path) -> None:
+    config = make_config(tmp_path, llava_dir, preference_records(tmp_path, 6), kind="dpo", top_k=0)
+    run(config, progress=False, start_teacher=StandInTeacher)
+    assert verify(config.output, config.dataset, progress=False).ok
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+FILE_DAMAGE: dict[str, tuple[Damage, str, str]] = {
+    "no output": (shutil.rmtree, "manifest", "does not exist"),
+    "manifest gone": (lambda out: (out / "manifest.json").unlink(), "manifest", "does not exist"),
+    "manifest edited": (
+        lambda out: (out / "manifest.json").write_text((out / "manifest.json").read_text().replace("512", "513")),
+        "manifest",
+        "does not match its own SHA-256",
+    ),
+    "manifest is rubbish": (lambda out: (out / "manifest.json").write_bytes(b"\xff\x00"), "manifest", "damaged"),
+    "receipt edited": (
+        lambda out: receipt_path(out, 1).write_text(receipt_path(out, 1).read_text().replace('"num_rows": 4', "5")),
+        "receipts",
+        "damaged",
+    ),
+    "receipt of another shard": (
+        lambda out: shutil.copy(receipt_path(out, 0), receipt_path(out, 1)),
+        "receipts",
+        "is the receipt of shard 0",
+    ),
+    "receipt gone": (lambda out: receipt_path(out, 1).unlink(), "files", "has no receipt"),
+    "shard gone": (lambda out: shard_path(out, 1).unlink(), "files", "receipt of a shard that is not there"),
+    "number past the end": (
+        lambda out: shutil.copy(shard_path(out, 1), shard_path(out, 7)),
+        "files",
+        "last shard is 2",
+    ),
+    "shards missing": (
+        lambda out: [path.unlink() for path in out.glob("shard-0000[12].*")],
+        "coverage",
+        "2 of 3 shards are missing: 1-2",
+    ),
+    "one bit flipped": (lambda out: flip(shard_path(out, 1), 2000), "checksums", "its receipt says"),
+    "cut short": (
+        lambda out: shard_path(out, 1).write_bytes(shard_path(out, 1).read_bytes()[:-100]),
+        "checksums",
+        "remove both files and run precompute-logits again",
+    ),
+    "emptied": (lambda out: shard_path(out, 1).write_bytes(b""), "checksums", "has 0 bytes"),
+}
+
+
+@pytest.mark.parametrize("what", FILE_DAMAGE)
+def test_damage_to_files_is_found(output: Path, what: str) -> None:
+    damage, check, message = FILE_DAMAGE[what]
+    damage(output)
+    found = failed(verify(output, progress=False))
+    assert re.search(message, found[check]), found
+
+
+def test_a_flipped_bit_behind_a_matching_receipt_is_found_by_the_page_checksum(output: Path) -> None:
+    file = pq.ParquetFile(shard_path(output, 1)).metadata.row_group(0)
+    column = next(file.column(i) for i in range(file.num_columns) if file.column(i).path_in_schema == "topk_logprobs")
+    flip(shard_path(output, 1), column.data_page_offset + column.total_compressed_size - 8)
+    sign_again(output, 1)
+    assert "row group 0" in failed(verify(output, progress=False))["pages"]
+
+
+def test_a_shard_under_another_number_is_found(output: Path) -> None:
+    shutil.copy(shard_path(output, 0), shard_path(output, 1))
+    sign_again(output, 1)
+    assert "the file was renamed" in failed(verify(output, progress=False))["columns"]
+
+
+def test_a_shard_of_another_schema_is_found(output: Path) -> None:
+    table = pq.read_table(shard_path(output, 1))
+    pq.write_table(table.drop_columns(["rest_mass"]), shard_path(output, 1))
+    sign_again(output, 1)
+    assert "its columns are not those of a kd shard" in failed(verify(output, progress=False))["columns"]
+
+
+def test_a_wrong_logprob_sum_is_found(output: Path) -> None:
+    path = shard_path(output, 1)
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("logprob_sum")
+    values = [value.as_py() + 1e-3 for value in table.column(place)]
+    field = table.schema.field(place)
+    pq.write_table(table.set_column(place, field, [values]), path, write_page_checksum=True)
+    sign_again(output, 1)
+    assert "its tokens' log-probs sum to" in failed(verify(output, progress=False))["own"]
+
+
+def swap_first_entries(row: ShardRow) -> ShardRow:
+    ids, logprobs = scores_of(row).ids.copy(), scores_of(row).logprobs.copy()
+    ids[:2], logprobs[:2] = ids[1::-1], logprobs[1::-1]
+    return with_scores(row, ids=ids, logprobs=logprobs)
+
+
+def raise_first_entry(row: ShardRow) -> ShardRow:
+    """Kept mass beyond 1: the two best entries get a log-prob of -0.1 each."""
+    logprobs = put(put(scores_of(row).logprobs, 0, -0.1), 1, -0.1)
+    return with_scores(row, logprobs=logprobs)
+
+
+def disown(row: ShardRow) -> ShardRow:
+    """Changes the own log-prob of a token that is kept."""
+    scores = scores_of(row)
+    rows = np.repeat(np.arange(scores.num_rows), scores.counts)
+    kept = np.flatnonzero(scores.ids == row.conversations[0].encoded.response_ids[rows])
+    return with_scores(row, own_logprobs=put(scores.own_logprobs, rows[kept[0]], scores.logprobs[kept[0]] - 0.01))
+
+
+def keep_own(row: ShardRow) -> ShardRow:
+    """Puts the first response token at the head of its row's kept entries, with its own log-prob."""
+    scores = scores_of(row)
+    own = float(scores.logprobs[0])
+    ids = put(scores.ids, 0, float(row.conversations[0].encoded.response_ids[0]))
+    return with_scores(row, ids=ids, own_logprobs=put(scores.own_logprobs, 0, own))
+
+
+ROW_DAMAGE: dict[str, tuple[Callable[[ShardRow], ShardRow], str, str]] = {
+    "token id too large": (
+        lambda row: with_tokens(row, input_ids=put(row.conversations[0].encoded.input_ids, 0, 295)),
+        "tokens",
+        "the tokenizer has 293",
+    ),
+    "negative token id": (
+        lambda row: with_tokens(row, input_ids=put(row.conversations[0].encoded.input_ids, 0, -1)),
+        "tokens",
+        "token ids from -1",
+    ),
+    "placeholder lost": (
+        lambda row: dataclasses.replace(row, sample=dataclasses.replace(row.sample, images=())),
+        "tokens",
+        "1 image placeholders for 0 images",
+    ),
+    "span outside": (
+        lambda row: with_tokens(row, spans=row.conversations[0].encoded.spans + 1000),
+        "tokens",
+        "leave the sequence",
+    ),
+    "span at the first token": (
+        lambda row: with_tokens(row, spans=np.array([[0, scores_of(row).num_rows]], np.int32)),
+        "tokens",
+        "spans",
+    ),
+    "overlapping spans": (
+        lambda row: with_tokens(row, spans=np.array([[1, 3], [2, scores_of(row).num_rows]], np.int32)),
+        "tokens",
+        "overlap",
+    ),
+    "kept id of the padding": (
+        lambda row: with_scores(row, ids=put(scores_of(row).ids, 0, 300)),
+        "kept",
+        "kept ids from",
+    ),
+    "kept log-prob infinite": (
+        lambda row: with_scores(row, logprobs=put(scores_of(row).logprobs, 0, np.inf)),
+        "kept",
+        "1 kept log-probs are not finite",
+    ),
+    "kept log-prob nan": (
+        lambda row: with_scores(row, logprobs=put(scores_of(row).logprobs, 0, np.nan)),
+        "kept",
+        "not finite",
+    ),
+    "kept log-prob positive": (
+        lambda row: with_scores(row, logprobs=put(scores_of(row).logprobs, 0, 0.5)),
+        "kept",
+        "expected at most 0",
+    ),
+    "kept twice": (
+        lambda row: with_scores(row, ids=put(scores_of(row).ids, 1, scores_of(row).ids[0])),
+        "kept",
+        "same id twice",
+    ),
+    "not sorted": (swap_first_entries, "kept", "row 0 is not in descending order"),
+    "mass beyond one": (raise_first_entry, "mass", "expected at most 1"),
+    "rest mass off": (
+        lambda row: with_scores(row, rest_mass=put(scores_of(row).rest_mass, 2, 0.1)),
+        "mass",
+        "row 2 keeps",
+    ),
+    "rest mass nan": (
+        lambda row: with_scores(row, rest_mass=put(scores_of(row).rest_mass, 2, np.nan)),
+        "mass",
+        "not finite",
+    ),
+    "own log-prob nan": (
+        lambda row: with_scores(row, own_logprobs=put(scores_of(row).own_logprobs, 0, np.nan)),
+        "own",
+        "1 own log-probs are not finite",
+    ),
+    "own log-prob positive": (
+        lambda row: with_scores(row, own_logprobs=put(scores_of(row).own_logprobs, 0, 0.5)),
+        "own",
+        "expected at most 0",
+    ),
+    "own log-prob not the kept one": (lambda row: disown(keep_own(row)), "own", "not that of its kept entry"),
+    "own log-prob above the kept ones": (
+        lambda row: with_scores(row, own_logprobs=put(scores_of(row).own_logprobs, 0, -0.001)),
+        "own",
+        "higher log-prob than a kept one|not that of its kept entry",
+    ),
+    "index of another shard": (lambda row: dataclasses.replace(row, index=1), "order", "holds rows 4 to 7"),
+    "id of another row": (
+        lambda row: dataclasses.replace(row, sample=dataclasses.replace(row.sample, id="s2")),
+        "order",
+        "its id occurs twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ROW_DAMAGE)
+def test_damage_to_a_row_is_found(output: Path, what: str) -> None:
+    damage, check, message = ROW_DAMAGE[what]
+    rows = rows_of(output, 1)
+    write_shard(output, 1, read_manifest(output), [damage(rows[0]), *rows[1:]], [])
+    report = verify(output, progress=False)
+    assert re.search(message, failed(report)[check]), failed(report)
+    assert json.loads(report.to_json())["ok"] is False
+
+
+def test_more_kept_entries_than_asked_for_are_found(output: Path) -> None:
+    manifest = read_manifest(output)
+    lower = manifest.model_copy(update={"capture": manifest.capture.model_copy(update={"top_k": 3})})
+    write_sealed(output / "manifest.json", lower)
+    for number in range(3):
+        shard = ShardFile(shard_path(output, number), manifest, number)
+        write_shard(output, number, lower, list(shard), [])
+    assert "expected at most 3" in failed(verify(output, progress=False))["kept"]
+
+
+@pytest.mark.parametrize(
+    "rows", [lambda rows: rows[:-1], lambda rows: rows[::-1], lambda rows: [rows[0], rows[0], *rows[2:]]]
+)
+def test_lost_repeated_and_disordered_rows_are_found(
+    output: Path, rows: Callable[[list[ShardRow]], list[ShardRow]]
+) -> None:
+    write_shard(output, 1, read_manifest(output), rows(rows_of(output, 1)), [])
+    found = failed(verify(output, progress=False))
+    assert found.keys() & {"coverage", "order"}
+
+
+def test_rows_and_skipped_samples_together_cover_the_range(output: Path, whole: Path) -> None:
+    rows = rows_of(output, 1)
+    write_shard(output, 1, read_manifest(output), rows[1:], [Skipped(index=4, id="s4", reason="too long")])
+    report = verify(output, whole / "data.jsonl", progress=False)
+    assert report.ok
+    assert report.num_skipped == 1
+    write_shard(output, 1, read_manifest(output), rows, [Skipped(index=4, id="s4", reason="too long")])
+    assert "coverage" in failed(verify(output, progress=False))
+    write_shard(output, 1, read_manifest(output), rows[1:], [Skipped(index=4, id="s5", reason="too long")])
+    assert "another sample" in failed(verify(output, whole / "data.jsonl", progress=False))["dataset"]
+
+
+def test_a_receipt_with_other_counts_is_found(output: Path) -> None:
+    receipt: Receipt = read_receipt(output, 1, read_manifest(output))
+    write_sealed(receipt_path(output, 1), receipt.model_copy(update={"num_scored_tokens": 1}))
+    assert "its receipt says 4 with 1" in failed(verify(output, progress=False))["coverage"]
+
+
+def test_another_dataset_is_found(output: Path, whole: Path, tmp_path: Path) -> None:
+    records = conversation_records(whole, 10)
+    records[3]["conversations"][1]["value"] = "something else"
+    other = write_jsonl(tmp_path / "other.jsonl", records)
+    check = next(c for c in verify(output, other, progress=False).checks if c.name == "dataset")
+    assert "has SHA-256" in check.problems[0].what
+    assert [problem.what for problem in check.problems[1:]] == [
+        "row 3 ('s3'): its conversations differ from those of 's3' in the dataset"
+    ]
+
+
+def test_a_dataset_of_another_length_is_found(output: Path, whole: Path, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", conversation_records(whole, 5))
+    check = next(c for c in verify(output, other, progress=False).checks if c.name == "dataset")
+    assert check.num_problems == 2 + 5
+
+
+def test_a_dataset_that_is_not_there_is_a_problem(output: Path, tmp_path: Path) -> None:
+    assert "cannot be read" in failed(verify(output, tmp_path / "nowhere.jsonl", progress=False))["dataset"]
+
+
+def test_changed_messages_are_found(output: Path, whole: Path) -> None:
+    rows = rows_of(output, 1)
+    turns = ((*rows[0].sample.conversations[0][:-1], Turn("assistant", "forged")),)
+    forged = dataclasses.replace(rows[0], sample=Sample(rows[0].sample.id, "kd", rows[0].sample.images, turns))
+    write_shard(output, 1, read_manifest(output), [forged, *rows[1:]], [])
+    assert verify(output, progress=False).ok
+    assert "conversations differ" in failed(verify(output, whole / "data.jsonl", progress=False))["dataset"]
+
+
+def test_random_damage_never_crashes_and_never_passes(output: Path) -> None:
+    """Bits flipped and bytes cut anywhere, in every kind of file, receipts made to fit or not."""
+    choice = random.Random(0)
+    files = {path: path.read_bytes() for path in output.iterdir() if path.suffix in (".json", ".parquet")}
+    del files[output / "config.json"]
+    for _ in range(150):
+        path = choice.choice(sorted(files))
+        data = bytearray(files[path])
+        if choice.random() < 0.8:
+            data[choice.randrange(len(data))] ^= 1 << choice.randrange(8)
+        else:
+            del data[choice.randrange(len(data)) :]
+        path.write_bytes(data)
+        report = verify(output, progress=False)
+        Console(file=io.StringIO()).print(report.render())
+        same = path.suffix == ".json" and _same_json(bytes(data), files[path])
+        assert report.ok == same, f"{path.name}: {hashlib.sha256(data).hexdigest()}"
+        path.write_bytes(files[path])
+    assert verify(output, progress=False).ok
+
+
+def _same_json(damaged: bytes, original: bytes) -> bool:
+    """A bit may turn a space into another white space, which changes nothing."""
+    try:
+        return bool(json.loads(damaged) == json.loads(original))
+    except ValueError:
+        return False
+
+
+def test_a_report_names_the_first_problems_and_counts_all(output: Path) -> None:
+    report = verify(output, progress=False)
+    check = report.checks[0]
+    for number in range(MAX_LISTED + 5):
+        check.failed(output, f"problem {number}")
+    console = Console(width=200, file=io.StringIO())
+    console.print(report.render())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "problem 19" in text
+    assert "problem 20" not in text
+    assert "and 5 more" in text
+    assert "NOT verified" in text
+
+
+def test_verification_loads_no_engine(whole: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from precompute.verify import verify\n"
+        "assert verify(Path(sys.argv[1]), Path(sys.argv[2]), progress=False).ok\n"
+        "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    )
+    arguments = [sys.executable, "-c", code, str(whole / "out"), str(whole / "data.jsonl")]
+    subprocess.run(arguments, cwd=ROOT, check=True)

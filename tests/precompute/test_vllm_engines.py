@@ -1,0 +1,102 @@
+"""Engines of their own: a text model's whole vocabulary, generation, and an engine in another process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+from common.samples import Dataset
+from precompute.config import EngineConfig
+from precompute.generate import generate
+from precompute.run import run
+from precompute.verify import verify
+from tests.precompute.hf_reference import ENGINE, TOP_K, assert_agrees, greedy_answers, reference_rows, rows_of
+from tests.precompute.stand_in import conversation_records, make_config
+
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).parents[2]
+NUM_SAMPLES = 9
+
+
+def test_the_whole_vocabulary_of_a_text_model_sums_to_one(
+    text_dir: Path, tmp_path: Path, engine_in_this_process: None
+) -> None:
+    records = [record for record in conversation_records(tmp_path, 9) if "image" not in record]
+    config = make_config(tmp_path, text_dir, records, top_k="all", engine=ENGINE)
+    run(config, progress=False)
+    assert verify(config.output, config.dataset, progress=False).ok
+    model = AutoModelForCausalLM.from_pretrained(text_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(text_dir)
+    rows = rows_of(config.output)
+    assert len(rows) == 3
+    for row in rows:
+        tokens, logprobs_RV = reference_rows(model, tokenizer, row, 0, None)
+        scores = row.conversations[0].scores
+        assert row.conversations[0].encoded.response_ids.tolist() == tokens
+        ids_RK, stored_RK = scores.topk()
+        assert ids_RK.shape == (len(tokens), len(tokenizer))
+        np.testing.assert_allclose(stored_RK, np.take_along_axis(logprobs_RV, ids_RK, axis=1), atol=1e-4)
+        padding_R = np.exp(logprobs_RV[:, len(tokenizer) :]).sum(axis=1)
+        assert logprobs_RV.shape[1] == len(tokenizer) + 13
+        np.testing.assert_allclose(scores.rest_mass, padding_R, atol=1e-5)
+
+
+def test_generation_with_the_engine_in_this_process_is_transformers_greedy_text(
+    llava_dir: Path, tmp_path: Path, engine_in_this_process: None
+) -> None:
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 4))
+    dataset = Dataset.open(config.dataset, "kd")
+    samples = [dataset[index] for index in range(4)]
+    engine = EngineConfig.model_validate(ENGINE)
+    answers = generate(llava_dir, samples, max_new_tokens=6, image_root=tmp_path, engine=engine)
+    assert answers == greedy_answers(llava_dir, samples, tmp_path)
+
+
+SEPARATE = """
+import json, sys
+from pathlib import Path
+from common.samples import Dataset
+from precompute.config import PrecomputeConfig
+from precompute.generate import generate
+from precompute.run import run
+
+if __name__ == "__main__":
+    config = PrecomputeConfig.model_validate_json(sys.argv[1])
+    assert run(config, progress=False).complete
+    dataset = Dataset.open(config.dataset, "kd")
+    samples = [dataset[i] for i in range(len(dataset))]
+    answers = generate(
+        config.teacher, samples, max_new_tokens=6, image_root=config.image_root, engine=config.engine
+    )
+    Path(sys.argv[2]).write_text(json.dumps(answers))
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_in_a_process_of_its_own_gives_the_same_scores_and_answers(llava_dir: Path, tmp_path: Path) -> None:
+    records = conversation_records(tmp_path, NUM_SAMPLES)
+    config = make_config(tmp_path, llava_dir, records, top_k=TOP_K, engine=ENGINE)
+    script, answers = tmp_path / "separate.py", tmp_path / "answers.json"
+    script.write_text(SEPARATE)
+    subprocess.run(
+        [sys.executable, str(script), config.model_dump_json(), str(answers)],
+        check=True,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )
+    assert verify(config.output, config.dataset, progress=False).ok
+    model = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(llava_dir)
+    for row in rows_of(config.output):
+        tokens, logprobs_RV = reference_rows(model, processor, row, 0, tmp_path)
+        assert_agrees(row.conversations[0], tokens, logprobs_RV, len(processor.tokenizer), 1e-4)
+    dataset = Dataset.open(config.dataset, "kd")
+    samples = [dataset[index] for index in range(NUM_SAMPLES)]
+    assert json.loads(answers.read_text()) == greedy_answers(llava_dir, samples, tmp_path)

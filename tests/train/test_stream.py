@@ -1,0 +1,142 @@
+"""The order of training, and what the door refuses."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.encoding import Encoder
+from common.errors import ConfigError, DataError, ProvenanceError, ShardError
+from common.manifest import receipt_path, shard_path
+from tests.models import tiny_causal_lm, tiny_llava, tiny_tokenizer
+from tests.train.runs import LiveTeacher, write_mixed_dataset
+from train.stream import ShardSource, StepPlan, open_source, sample_order, split_validation
+
+
+@pytest.mark.parametrize(("num_samples", "window"), [(1, 8), (64, 1), (1000, 128), (1000, 10_000)])
+def test_an_epoch_is_a_permutation_that_seed_and_epoch_alone_decide(num_samples: int, window: int) -> None:
+    order = sample_order(num_samples, 3, 5, window)
+    assert sorted(order.tolist()) == list(range(num_samples))
+    assert np.array_equal(order, sample_order(num_samples, 3, 5, window))
+    if num_samples > 64:
+        assert not np.array_equal(order, sample_order(num_samples, 3, 6, window))
+        assert not np.array_equal(order, sample_order(num_samples, 4, 5, window))
+
+
+def test_a_window_touches_few_row_groups() -> None:
+    order = sample_order(64 * 100, 0, 0, 64 * 4)
+    for start in range(0, len(order), 64 * 4):
+        assert len({index // 64 for index in order[start : start + 64 * 4].tolist()}) <= 4
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_every_number_of_ranks_sees_each_sample_once_an_epoch_in_the_same_steps(num_ranks: int) -> None:
+    plan = StepPlan(range(100, 203), global_batch_size=16, micro_batch_size=2, seed=1, window=32)
+    assert plan.steps_per_epoch == 7
+    for epoch in range(2):
+        seen: list[int] = []
+        for step in range(epoch * 7, epoch * 7 + 7):
+            in_step = [
+                int(i)
+                for rank in range(num_ranks)
+                for position in range(8 // num_ranks)
+                for i in plan.micro_batch(step, position * num_ranks + rank)
+            ]
+            expected = [int(i) for number in range(8) for i in plan.micro_batch(step, number)]
+            assert sorted(in_step) == sorted(expected)
+            seen += in_step
+        assert sorted(seen) == list(range(100, 203))
+
+
+def test_held_out_samples_are_not_trained_on() -> None:
+    train, held_out = split_validation(103, 0.1)
+    assert len(held_out) == 10
+    assert sorted(train + held_out) == list(range(103))
+    assert split_validation(5, 0.0) == ([0, 1, 2, 3, 4], [])
+
+
+def test_nothing_left_to_train_on_and_uneven_batches_are_refused() -> None:
+    with pytest.raises(DataError, match="no sample is left"):
+        StepPlan([], 8, 2, 0, 8)
+    with pytest.raises(ConfigError, match="not a multiple of micro_batch_size 3"):
+        StepPlan([1], 8, 3, 0, 8)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stream")
+    dataset = write_mixed_dataset(root / "data", 40)
+    teacher = tiny_llava(root / "teacher", num_layers=1)
+    return LiveTeacher(teacher, dataset.parent).write_output(root / "scores", dataset, "kd", top_k=4, shard=16)
+
+
+def encoder(output: Path) -> Encoder:
+    return Encoder.load(output.parent / "teacher")
+
+
+def test_examples_come_back_in_dataset_order_with_their_scores(output: Path) -> None:
+    source = ShardSource(output, encoder(output), "pad", cached_groups=1)
+    assert [source[i].sample.id for i in range(len(source))] == [f"s{i}" for i in range(40)]
+    example = source[33]
+    assert example.scores is not None
+    assert example.scores[0].num_rows == len(example.conversations[0].response_ids)
+    assert set(example.scores[0].counts) == {4}
+
+
+def test_an_incomplete_output_is_refused_by_name(output: Path, tmp_path: Path) -> None:
+    copy = copy_output(output, tmp_path / "copy")
+    receipt_path(copy, 1).unlink()
+    with pytest.raises(ShardError, match="1 of 3 shards are missing, the first is 00001"):
+        ShardSource(copy, encoder(output), "pad", 1)
+
+
+def test_a_damaged_shard_stops_training_and_is_named(output: Path, tmp_path: Path) -> None:
+    copy = copy_output(output, tmp_path / "copy")
+    path = shard_path(copy, 2)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match="shard-00002"):
+        source = ShardSource(copy, encoder(output), "pad", 1)
+        [source[i] for i in range(len(source))]
+
+
+def test_another_tokenizer_and_another_image_treatment_are_refused_together(output: Path, tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path, image_token=False)
+    with pytest.raises(ProvenanceError) as caught:
+        ShardSource(output, Encoder.load(tmp_path), "keep", 1)
+    assert "tokenizer (SHA-256)" in str(caught.value)
+    assert "image_aspect_ratio: teacher 'pad', student 'keep'" in str(caught.value)
+
+
+def test_another_chat_template_is_refused_by_the_response_it_would_train(output: Path, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    own = encoder(output).tokenizer.chat_template
+    template.write_text(own.replace("message['content']", "message['content'] | upper"))
+    assert template.read_text() != own
+    source = ShardSource(output, Encoder.load(output.parent / "teacher", template), "pad", 1)
+    with pytest.raises(ProvenanceError, match="use the chat template"):
+        [source[i] for i in range(len(source))]
+
+
+def test_shards_of_the_other_kind_are_refused(output: Path) -> None:
+    with pytest.raises(ConfigError, match='holds shards of kind "kd", this objective needs "dpo"'):
+        open_source(output, None, "dpo", encoder(output), "pad", 64)
+
+
+def copy_output(output: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in output.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_a_text_student_reads_text_shards(tmp_path: Path) -> None:
+    lines = '{"id": "a", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y z"}]}\n'
+    dataset = tmp_path / "d.jsonl"
+    dataset.write_text(lines)
+    model = tiny_causal_lm(tmp_path / "m", num_layers=1)
+    scores = LiveTeacher(model, None).write_output(tmp_path / "s", dataset, "kd", top_k=3)
+    source = ShardSource(scores, Encoder.load(model), "pad", 1)
+    assert source[0].scores is not None
+    assert len(source) == 1
