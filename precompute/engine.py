@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,8 @@ from common.errors import ConfigError, DataError, ModelError
 from precompute.config import EngineConfig
 
 logger = logging.getLogger(__name__)
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 T = TypeVar("T")
 
@@ -59,8 +62,8 @@ class Engine:
             ModelError: vLLM cannot load the model, or the device has too little memory.
         """
         _keep_quiet_and_offline()
-        if settings.enforce_eager and current_platform.is_cpu():
-            _compile_nothing()
+        # In this process vLLM's CPU worker replaces the one, and we set the other; `close` puts both back.
+        self._before = (torch.set_num_threads, torch._dynamo.config.disable)
         arguments: dict[str, Any] = {
             **settings.options,
             "model": str(model_dir),
@@ -97,7 +100,8 @@ class Engine:
             self.max_in_flight,
         )
         # vLLM draws its random seeds from the global state, which belongs to the caller.
-        with torch.random.fork_rng(devices=[]):
+        compiled = not (settings.enforce_eager and current_platform.is_cpu())
+        with torch.random.fork_rng(devices=[]), nullcontext() if compiled else _nothing_compiled():
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except (RuntimeError, ValueError, OSError, TypeError) as error:
@@ -129,6 +133,7 @@ class Engine:
         self._engine.engine_core.shutdown()
         del self._engine
         cleanup_dist_env_and_memory()
+        torch.set_num_threads, torch._dynamo.config.disable = self._before
 
     def _add(self, name: str, prompt: Prompt, params: SamplingParams) -> None:
         inputs: dict[str, Any] = {"prompt_token_ids": prompt.input_ids.tolist()}
@@ -156,7 +161,18 @@ def _keep_quiet_and_offline() -> None:
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 
 
-def _compile_nothing() -> None:
-    """Eager means eager: vLLM would still compile the function that ranks prompt log-probs, for half a minute."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Eager means eager: vLLM would still compile the function that ranks prompt log-probs, for half a minute.
+
+    The variable is for processes that start in this context, the setting is for this one and stays.
+    """
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
     torch._dynamo.config.disable = True
+    try:
+        yield
+    finally:
+        del os.environ[_NO_COMPILER]
+        if before is not None:
+            os.environ[_NO_COMPILER] = before

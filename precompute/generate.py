@@ -56,10 +56,11 @@ def generate(
     )
     try:
         answers = [""] * len(samples)
-        params = SamplingParams(max_tokens=max_new_tokens, temperature=0.0, skip_special_tokens=True)
+        params = SamplingParams(max_tokens=max_new_tokens, temperature=0.0, detokenize=False)
         prompts = ((number, prompt(sample)) for number, sample in enumerate(samples))
         for number, output in running.run(prompts, params):
-            answers[number] = output.outputs[0].text
+            # vLLM's own text would lack an incomplete last character, which transformers' has.
+            answers[number] = encoder.tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
     finally:
         running.close()
     return answers

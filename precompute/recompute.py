@@ -112,7 +112,7 @@ def recompute(
             ids_R = stored.encoded.response_ids
             own.append(np.abs(stored.scores.own_logprobs - logprobs_RV[np.arange(len(ids_R)), ids_R]))
             if manifest.capture.top_k:
-                kl.append(_kl(stored.scores, logprobs_RV))
+                kl.append(bucketed_kl(stored.scores, logprobs_RV))
                 best_R = logprobs_RV[:, : manifest.tokenizer.vocab_size].argmax(axis=1)
                 agree.append(stored.scores.topk()[0][:, 0] == best_R)
     if not own:
@@ -175,7 +175,7 @@ class Reference:
             yield torch.log_softmax(logits[torch.from_numpy(rows_R).to(self._device)].float(), dim=-1).cpu().numpy()
 
 
-def _kl(scores: TeacherScores, logprobs_RV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def bucketed_kl(scores: TeacherScores, logprobs_RV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """KL(stored || recomputed) of each row over the kept entries and the rest, float64 [R], in nats."""
     ids_RK, kept_RK = scores.topk()
     p_RK = np.exp(kept_RK.astype(np.float64))

@@ -207,10 +207,10 @@ def _joined(parts: Sequence[Any]) -> Tensor:
 
 def _teacher_tensors(scores: Sequence[TeacherScores | None], num_sequences: int) -> dict[str, Tensor]:
     present = [s for s in scores if s is not None]
-    if not present:
+    if len(present) < len(scores):
         return {}
     topk = [s.topk() for s in present]
-    num_rows, width = sum(s.num_rows for s in present), max(ids.shape[1] for ids, _ in topk)
+    num_rows, width = sum(s.num_rows for s in present), max((ids.shape[1] for ids, _ in topk), default=0)
     ids_RK = np.zeros((num_rows, width), np.int64)
     logprobs_RK = np.full((num_rows, width), -np.inf, np.float32)
     row = 0
@@ -223,6 +223,6 @@ def _teacher_tensors(scores: Sequence[TeacherScores | None], num_sequences: int)
     return {
         "topk_ids": torch.from_numpy(ids_RK),
         "topk_logprobs": torch.from_numpy(logprobs_RK),
-        "rest_mass": torch.from_numpy(np.concatenate([s.rest_mass for s in present])),
+        "rest_mass": torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(s.rest_mass for s in present)])),
         "reference_logprobs": torch.from_numpy(reference),
     }

@@ -58,11 +58,12 @@ def compute_terms(
         vocab_size: the tokenizer's size; the student's ids from there on are padding.
 
     The balance loss is not a sum over tokens: a micro-batch's value is weighted with its number of tokens, so
-    that the step's value is the token-weighted mean of its micro-batches'.
+    that the step's value is the token-weighted mean of its micro-batches'. A micro-batch without samples gives the
+    same terms, all 0: every rank has to know the same names, and its graph has to reach every parameter.
     """
     terms: dict[str, Term] = {}
     own_R = own_logprobs(logits_RV, batch.targets, vocab_size=vocab_size)
-    if batch.num_pairs or config.preference:
+    if config.preference:
         terms |= _preference_terms(own_R, batch, config)
     else:
         terms["cross_entropy"] = Term(-own_R.sum(), "rows", config.cross_entropy)
@@ -88,9 +89,6 @@ def step_loss(terms: Mapping[str, Term], counts: Mapping[str, float]) -> Tensor:
 
 def _preference_terms(own_R: Tensor, batch: Batch, config: LossConfig) -> dict[str, Term]:
     """Loss of the pairs, and the metrics under TRL's names."""
-    if not batch.num_pairs:
-        # A stand-in: nothing to prefer, but the graph has to reach every parameter on every rank.
-        return {"preference": Term(own_R.sum() * 0.0, "pairs", config.preference)}
     assert batch.reference_logprobs is not None
     policy_S = sequence_logprobs(own_R, batch.row_sequence, batch.num_sequences)
     reference_S = batch.reference_logprobs.to(policy_S.dtype)

@@ -57,25 +57,35 @@ def reference_rows(
             model(**{k: v for k, v in inputs.items() if k != "token_type_ids"}).logits[0].double(), dim=-1
         )
     ids = inputs["input_ids"][0].tolist()
-    start, end, assistant = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", "assistant"))
-    answered, tokens, rows = False, [], []
-    first_of_turn = -1
-    turn_number = -1
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    # A template may begin with a system turn of its own.
+    num_left = ids.count(start)
+    tokens, rows = [], []
+    header: list[int] | None = None
+    answering = False
     for position, token in enumerate(ids):
-        if token == start:
-            turn_number += 1
-            answered = ids[position + 1] == assistant
-            answered &= row.sample.kind == "kd" or turn_number == len(turns) - 1
-            first_of_turn = position + 3  # after the start token, the role and the line break
-        elif answered and position >= first_of_turn:
+        if answering:
             tokens.append(token)
             rows.append(logprobs_TV[position - 1].numpy())
-            answered = token != end
+            answering = token != end
+        elif token == start:
+            header, num_left = [], num_left - 1
+        elif header is not None:
+            header.append(token)
+            if "\n" in tokenizer.decode([token]):
+                scored = row.sample.kind == "kd" or num_left == 0
+                answering = scored and tokenizer.decode(header) == "assistant\n"
+                header = None
     return tokens, np.stack(rows)
 
 
 def assert_agrees(
-    scored: ScoredConversation, tokens: list[int], logprobs_RV: np.ndarray, vocab_size: int, tolerance: float
+    scored: ScoredConversation,
+    tokens: list[int],
+    logprobs_RV: np.ndarray,
+    vocab_size: int,
+    tolerance: float,
+    top_k: int = TOP_K,
 ) -> None:
     scores = scored.scores
     assert scored.encoded.response_ids.tolist() == tokens
@@ -86,7 +96,7 @@ def assert_agrees(
         kept = ids_RK[row, :count]
         np.testing.assert_allclose(stored_RK[row, :count], reference_V[kept], atol=tolerance)
         # The K best of the whole output layer less its padding; entries within the tolerance of the K-th may swap.
-        threshold = np.sort(reference_V)[-TOP_K]
+        threshold = np.partition(reference_V, -top_k)[-top_k]
         surely = np.flatnonzero(reference_V[:vocab_size] > threshold + tolerance)
         assert set(surely) <= set(kept)
         assert (reference_V[kept] >= threshold - tolerance).all()

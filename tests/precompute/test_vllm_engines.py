@@ -1,6 +1,5 @@
 """Engines of their own: a text model's whole vocabulary, generation, and an engine in another process."""
 
-import json
 import os
 import subprocess
 import sys
@@ -60,33 +59,23 @@ def test_generation_with_the_engine_in_this_process_is_transformers_greedy_text(
 
 
 SEPARATE = """
-import json, sys
-from pathlib import Path
-from common.samples import Dataset
+import sys
 from precompute.config import PrecomputeConfig
-from precompute.generate import generate
 from precompute.run import run
 
 if __name__ == "__main__":
-    config = PrecomputeConfig.model_validate_json(sys.argv[1])
-    assert run(config, progress=False).complete
-    dataset = Dataset.open(config.dataset, "kd")
-    samples = [dataset[i] for i in range(len(dataset))]
-    answers = generate(
-        config.teacher, samples, max_new_tokens=6, image_root=config.image_root, engine=config.engine
-    )
-    Path(sys.argv[2]).write_text(json.dumps(answers))
+    assert run(PrecomputeConfig.model_validate_json(sys.argv[1]), progress=False).complete
 """
 
 
 @pytest.mark.slow
-def test_an_engine_in_a_process_of_its_own_gives_the_same_scores_and_answers(llava_dir: Path, tmp_path: Path) -> None:
+def test_an_engine_in_a_process_of_its_own_gives_the_scores_of_transformers(llava_dir: Path, tmp_path: Path) -> None:
     records = conversation_records(tmp_path, NUM_SAMPLES)
     config = make_config(tmp_path, llava_dir, records, top_k=TOP_K, engine=ENGINE)
-    script, answers = tmp_path / "separate.py", tmp_path / "answers.json"
+    script = tmp_path / "separate.py"
     script.write_text(SEPARATE)
     subprocess.run(
-        [sys.executable, str(script), config.model_dump_json(), str(answers)],
+        [sys.executable, str(script), config.model_dump_json()],
         check=True,
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
@@ -97,6 +86,3 @@ def test_an_engine_in_a_process_of_its_own_gives_the_same_scores_and_answers(lla
     for row in rows_of(config.output):
         tokens, logprobs_RV = reference_rows(model, processor, row, 0, tmp_path)
         assert_agrees(row.conversations[0], tokens, logprobs_RV, len(processor.tokenizer), 1e-4)
-    dataset = Dataset.open(config.dataset, "kd")
-    samples = [dataset[index] for index in range(NUM_SAMPLES)]
-    assert json.loads(answers.read_text()) == greedy_answers(llava_dir, samples, tmp_path)

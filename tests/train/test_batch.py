@@ -117,6 +117,20 @@ def test_stand_ins_count_nothing(root: Path) -> None:
     assert empty.num_sequences == 1
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "kto_pair"])
+def test_a_rank_without_a_pair_has_the_same_terms_and_a_graph(root: Path, loss_type: str) -> None:
+    make = collator(root, kind="dpo")
+    config = LossConfig(preference=1.0, preference_type=loss_type)  # type: ignore[arg-type]
+    full, empty = make([source(root, "dpo")[0]]), make([])
+    logits_RV = torch.randn(0, 306, requires_grad=True)
+    terms = compute_terms(logits_RV, empty, config, vocab_size=293)
+    assert terms.keys() == compute_terms(logits(root, full), full, config, vocab_size=293).keys()
+    loss = step_loss(terms, {"rows": 4, "pairs": 2, "tokens": 9})
+    assert float(loss) == 0.0
+    loss.backward()
+    assert logits_RV.grad is not None
+
+
 def test_preference_terms_are_those_of_the_summed_log_probs(root: Path) -> None:
     examples = [source(root, "dpo")[i] for i in range(8)]
     batch = collator(root, kind="dpo")(examples)

@@ -1,6 +1,7 @@
 """Ranks, accumulation and ZeRO stages change where numbers are computed, not which."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoImageProcessor
 from common.encoding import Encoder
 from common.images import ImageSpec
 from tests.models import tiny_llava
-from tests.train.runs import largest_difference, losses, run_stages, stage, weights, write_mixed_dataset
+from tests.train.runs import LiveTeacher, largest_difference, losses, run_stages, stage, weights, write_mixed_dataset
 from train.batch import Collator
 from train.config import MoEConfig
 from train.moe import router_logits_hook, upcycle
@@ -18,8 +19,15 @@ from train.student import load_student, save_student
 
 pytestmark = pytest.mark.slow
 
-ZERO_STAGES = (0, 1, 2, 3)
 NUM_STEPS = 3
+CASES = [
+    *(("dense", zero) for zero in (0, 1, 2, 3)),
+    *(("sparse", zero) for zero in (0, 1, 2, 3)),
+    ("distilled", 2),
+    ("distilled", 3),
+    ("preferred", 2),
+    ("preferred", 3),
+]
 
 
 def make_sparse(dense: Path, out: Path) -> Path:
@@ -39,34 +47,43 @@ def make_sparse(dense: Path, out: Path) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parallel")
-    dataset = write_mixed_dataset(root / "data", 22)
-    students = {"dense": tiny_llava(root / "dense"), "sparse": make_sparse(root / "dense", root / "sparse")}
+    dense = tiny_llava(root / "dense")
+    sparse = make_sparse(dense, root / "sparse")
+    settings: dict[str, dict[str, Any]] = {}
+    for kind in ("kd", "dpo"):
+        dataset = write_mixed_dataset(root / "data", 22, kind)
+        LiveTeacher(dense, root / "data").write_output(root / kind, dataset, kind, top_k=8)
+    from_file = {"dataset": str(root / "data" / "kd.json")}
+    settings["dense"] = {"model": dense, "data": from_file, "loss": {"cross_entropy": 1.0}}
+    settings["sparse"] = {"model": sparse, "data": from_file, "loss": {"cross_entropy": 1.0, "balance": 0.01}}
+    distilled = {"distillation": 1.0, "cross_entropy": 1.0, "balance": 0.01}
+    settings["distilled"] = {"model": sparse, "data": {"shards": str(root / "kd")}, "loss": distilled}
+    preferred = {"preference": 1.0, "balance": 0.01}
+    settings["preferred"] = {"model": sparse, "data": {"shards": str(root / "dpo")}, "loss": preferred}
     for num_ranks in (1, 2):
-        configs = []
-        for name, student in students.items():
-            for zero in ZERO_STAGES:
-                configs.append(
-                    stage(
-                        root / f"{name}-{num_ranks}-{zero}",
-                        student,
-                        trainable=["adapter", "language_model"],
-                        data={"dataset": str(dataset), "image_root": str(dataset.parent)},
-                        loss={"cross_entropy": 1.0, "balance": 0.01 if name == "sparse" else 0.0},
-                        optim={"max_steps": NUM_STEPS},
-                        run={"zero_stage": zero},
-                    )
-                )
+        configs = [
+            stage(
+                root / f"{name}-{num_ranks}-{zero}",
+                settings[name]["model"],
+                trainable=["adapter", "language_model"],
+                data={**settings[name]["data"], "image_root": str(root / "data")},
+                loss=settings[name]["loss"],
+                optim={"max_steps": NUM_STEPS},
+                run={"zero_stage": zero},
+            )
+            for name, zero in CASES
+        ]
         run_stages(configs, root / "scratch", num_ranks)
     return root
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse"])
-@pytest.mark.parametrize("zero", ZERO_STAGES)
+@pytest.mark.parametrize(("name", "zero"), CASES)
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_every_way_to_divide_the_work_gives_the_same_losses_and_weights(
     runs: Path, name: str, zero: int, num_ranks: int
 ) -> None:
-    reference, found = runs / f"{name}-1-0", runs / f"{name}-{num_ranks}-{zero}"
+    base = next(z for n, z in CASES if n == name)
+    reference, found = runs / f"{name}-1-{base}", runs / f"{name}-{num_ranks}-{zero}"
     assert losses(found) == pytest.approx(losses(reference), rel=2e-6)
     assert len(losses(found)) == NUM_STEPS
     # Adam turns the sign of a gradient of rounding size into a whole step of 1e-3; nothing may come near that.

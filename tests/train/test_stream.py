@@ -112,7 +112,7 @@ def test_another_tokenizer_and_another_image_treatment_are_refused_together(outp
 def test_another_chat_template_is_refused_by_the_response_it_would_train(output: Path, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     own = encoder(output).tokenizer.chat_template
-    template.write_text(own.replace("message['content']", "message['content'] | upper"))
+    template.write_text(own.replace("message['content']", "message['content'] | replace('then', 'now')"))
     assert template.read_text() != own
     source = ShardSource(output, Encoder.load(output.parent / "teacher", template), "pad", 1)
     with pytest.raises(ProvenanceError, match="use the chat template"):
