@@ -22,6 +22,7 @@ import vllm
 from PIL import Image
 from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.exceptions import VLLMError
 from vllm.platforms import current_platform
 
 from common.errors import ConfigError, DataError, ModelError
@@ -104,7 +105,7 @@ class Engine:
         with torch.random.fork_rng(devices=[]), nullcontext() if compiled else _nothing_compiled():
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-            except (RuntimeError, ValueError, OSError, TypeError) as error:
+            except (RuntimeError, ValueError, OSError, TypeError, VLLMError) as error:
                 raise ModelError(f"{model_dir}: vLLM cannot start with it: {error}") from error
 
     def run(self, prompts: Iterable[tuple[T, Prompt]], params: SamplingParams) -> Iterator[tuple[T, RequestOutput]]:
@@ -141,13 +142,13 @@ class Engine:
             inputs["multi_modal_data"] = {"image": list(prompt.images)}
         try:
             self._engine.add_request(name, inputs, params)
-        except ValueError as error:
+        except (ValueError, VLLMError) as error:
             raise DataError(f"{prompt.where}: vLLM refuses it ({error})") from error
 
     def _step(self) -> list[RequestOutput]:
         try:
             return self._engine.step()
-        except RuntimeError as error:
+        except (RuntimeError, VLLMError) as error:
             raise ModelError(
                 f"the vLLM engine stopped: {error}; if its memory ran out, lower engine.max_num_batched_tokens or "
                 "engine.gpu_memory_utilization, then run the same command again: it continues"

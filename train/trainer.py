@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from common.errors import ConfigError
+from common.errors import ConfigError, DecantError
 from train.batch import Batch, Collator
 from train.checkpoint import mark_complete
 from train.config import LossConfig, OptimConfig
@@ -33,8 +33,12 @@ from train.stream import Source, StepPlan
 from train.student import save_student, text_config
 
 
-class MicroBatches(TorchDataset[Batch]):
-    """The micro-batches of one rank, in the order of training: item step * accumulation + position."""
+class MicroBatches(TorchDataset[Batch | DecantError]):
+    """The micro-batches of one rank, in the order of training: item step * accumulation + position.
+
+    An error takes the place of its batch and is raised by who reads it: raised in a worker process, its message would
+    arrive inside a traceback.
+    """
 
     def __init__(
         self, source: Source, plan: StepPlan, collator: Collator, rank: int, num_ranks: int, accumulation: int
@@ -51,10 +55,13 @@ class MicroBatches(TorchDataset[Batch]):
         """Global steps of one epoch."""
         return self._plan.steps_per_epoch
 
-    def __getitem__(self, item: int) -> Batch:
+    def __getitem__(self, item: int) -> Batch | DecantError:
         step, position = divmod(item, self._accumulation)
         positions = self._plan.micro_batch(step, position * self._num_ranks + self._rank)
-        return self._collator([self._source[int(i)] for i in positions])
+        try:
+            return self._collator([self._source[int(i)] for i in positions])
+        except DecantError as error:
+            return error
 
 
 class RowSelector:
@@ -137,7 +144,7 @@ class StudentTrainer(Trainer):
             self._source, self._plan, self._collator, self.args.process_index, self.args.world_size, accumulation
         )
         items = range(self._start_step * accumulation, self.args.max_steps * accumulation)
-        return _Loader(dataset, items, self._num_workers, total=self.args.max_steps * accumulation)
+        return _Loader(dataset, items, self._num_workers)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -223,7 +230,7 @@ class StudentTrainer(Trainer):
         sums: defaultdict[str, Tensor | float] = defaultdict(float)
         units: dict[str, str] = {}
         with torch.no_grad():
-            for batch in DataLoader(self.eval_dataset, batch_size=None, sampler=range(self.eval_dataset.num_steps)):
+            for batch in _Loader(self.eval_dataset, range(self.eval_dataset.num_steps), num_workers=0):
                 for unit, count in unit_counts(batch).items():
                     sums[unit] += count
                 for name, term in self._terms(model, batch.to(self.args.device)).items():
@@ -279,9 +286,9 @@ class StudentTrainer(Trainer):
 
 
 class _Loader:
-    """The rank's micro-batches as the Trainer expects them: an iterable whose length is that of the whole run."""
+    """Micro-batches `items` as the Trainer expects them: an iterable whose length is that of the whole run."""
 
-    def __init__(self, dataset: MicroBatches, items: range, num_workers: int, total: int) -> None:
+    def __init__(self, dataset: MicroBatches, items: range, num_workers: int) -> None:
         self._loader = DataLoader(
             dataset,
             batch_size=None,
@@ -291,13 +298,16 @@ class _Loader:
             generator=torch.Generator().manual_seed(0),
         )
         self.dataset = dataset
-        self._total = total
+        self._total = items.stop
 
     def __len__(self) -> int:
         return self._total
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        for batch in self._loader:
+            if isinstance(batch, DecantError):
+                raise batch
+            yield batch
 
 
 def accumulation_steps(optim: OptimConfig, num_ranks: int) -> int:

@@ -96,9 +96,14 @@ def test_a_damaged_shard_stops_training_and_is_named(output: Path, tmp_path: Pat
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ShardError, match="shard-00002"):
+
+    def read_all() -> None:
         source = ShardSource(copy, encoder(output), "pad", 1)
-        [source[i] for i in range(len(source))]
+        for index in range(len(source)):
+            source[index]
+
+    with pytest.raises(ShardError, match="shard-00002"):
+        read_all()
 
 
 def test_another_tokenizer_and_another_image_treatment_are_refused_together(output: Path, tmp_path: Path) -> None:
