@@ -5,7 +5,9 @@ Every heavy import stands inside its command, so that `--help` answers at once.
 """
 
 import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +51,7 @@ def precompute_logits(config: ConfigOption, overrides: SetOption = None) -> None
     from precompute.run import run
 
     summary = run(load_config(PrecomputeConfig, config, overrides or ()))
-    _show(_summary_table(summary))
+    _show(summary.render())
     if summary.interrupted:
         raise typer.Exit(130)
 
@@ -83,6 +85,7 @@ def verify_shards(
     if recompute and report.ok:
         from precompute.recompute import recompute as score_again
 
+        _hide_loading_bars()
         assert teacher is not None
         results["recompute"] = score_again(
             path, teacher, num_rows=recompute, image_root=image_root, seed=seed, progress=not as_json
@@ -109,6 +112,7 @@ def train(config: ConfigOption, overrides: SetOption = None) -> None:
 
     from train.stage import train as train_stage
 
+    _hide_loading_bars()
     result = train_stage(settings)
     _log.info("%s: trained to step %d", result.final, result.steps)
 
@@ -144,6 +148,7 @@ def init_student(
     if dense is None:
         from train.student import compose_student
 
+        _hide_loading_bars()
         assert vision is not None
         assert language is not None
         made = compose_student(vision, language, out, seed=seed)
@@ -157,6 +162,7 @@ def init_student(
     from train.config import MoEConfig
     from train.moe import upcycle_directory
 
+    _hide_loading_bars()
     try:
         pattern = tuple(int(i) for i in layers.split(",")) if layers[:1].isdigit() else layers
         moe = MoEConfig.model_validate({"num_experts": experts, "top_k": top_k, "layers": pattern})
@@ -176,6 +182,7 @@ def export(
     """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed."""
     from train.export import export as export_student
 
+    _hide_loading_bars()
     export_student(source, out)
     typer.echo(f"{out}: exported")
 
@@ -191,24 +198,11 @@ def demo(
     run_demo(out, seed=seed)
 
 
-def _summary_table(summary: Any) -> Any:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+def _hide_loading_bars() -> None:
+    """Transformers' bars for reading and writing weights; ours tell how the work itself goes."""
+    from transformers.utils.logging import disable_progress_bar
 
-    table = Table(show_header=False, title=str(summary.output), title_justify="left")
-    scored = max(summary.num_scored_tokens, 1)
-    for name, value in {
-        "shards": f"{summary.num_complete_shards:,} of {summary.num_shards:,} complete, {summary.num_new_shards:,} new",
-        "samples": f"{summary.num_rows:,}, {summary.num_new_rows:,} new",
-        "scored tokens": f"{summary.num_scored_tokens:,}",
-        "size": f"{summary.num_bytes:,} bytes, {summary.num_bytes / scored:,.1f} a scored token",
-        "teacher's speed": f"{summary.new_tokens_per_s:,.0f} tokens/s over {summary.scoring_s:,.1f} s",
-        "skipped by choice": f"{len(summary.skipped):,}",
-    }.items():
-        table.add_row(name, value)
-    skipped = [Text(f"skipped: sample {skip.id!r} (number {skip.index}): {skip.reason}") for skip in summary.skipped]
-    return Group(table, *skipped, Text(summary.message))
+    disable_progress_bar()
 
 
 def _show(*renderables: Any) -> None:
@@ -225,6 +219,10 @@ _log = logging.getLogger("decant")
 def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    # The engines' own warnings are for their developers; ours are log lines. `python -W` shows them all.
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("decant", "precompute", "train", "demo", "common"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:

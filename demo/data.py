@@ -1,8 +1,8 @@
 """Questions, conversations and preference pairs about scikit-learn's handwritten digits.
 
-The images are the 1,797 real digits of `sklearn.datasets.load_digits` (8 x 8 pixels, 17 shades). A fifth of them,
-the same share of each digit, is held out: no held-out image occurs in a training file. Which image is held out,
-and which words speak of it, is a function of the seed alone, and so is every byte written.
+The images are the 1,797 real digits of `sklearn.datasets.load_digits` (8 x 8 pixels, 17 shades). A fifth of
+them, the same share of each digit, is held out: no held-out image occurs in a training file. Which image is
+held out, and which words speak of it, is a function of the seed alone, and so is every byte written.
 
 ```
 load_digits ── images/*.png
@@ -149,7 +149,7 @@ def write_dataset(out: Path, *, seed: int) -> DemoData:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of one of the files that `write_dataset` wrote (a JSON array, or one object a line)."""
+    """Return the lines of a file that `write_dataset` wrote (a JSON array, or one object a line)."""
     text = path.read_text(encoding="utf-8")
     lines = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
     return list(lines)
@@ -186,7 +186,7 @@ def _split(
 
 
 def _rivals(pixels_NF: NDArray[np.float64], digits_N: NDArray[np.int64], known: Sequence[int]) -> list[int]:
-    """Return for each image the wrong digit it looks most like: that of the nearest `known` image of another."""
+    """Return each image's likeliest mistake: the digit of the nearest `known` image of another digit."""
     known_KF, known_digits_K = pixels_NF[known], digits_N[known]
     distance_NK = (known_KF**2).sum(axis=1) - 2 * pixels_NF @ known_KF.T  # up to a constant of the row
     distance_NK[digits_N[:, None] == known_digits_K] = np.inf
@@ -194,9 +194,9 @@ def _rivals(pixels_NF: NDArray[np.float64], digits_N: NDArray[np.int64], known: 
 
 
 def _picture(pixels_F: NDArray[np.float64]) -> Image.Image:
-    """Return an RGB picture of 64 shades 0..16, each pixel a square of equal colour, so that nothing is lost."""
+    """Return an RGB picture of 64 shades 0..16, enlarged smoothly, as a scan would look."""
     shades = np.rint(pixels_F.reshape(8, 8) * (255 / 16)).astype(np.uint8)
-    return Image.fromarray(shades).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST).convert("RGB")
+    return Image.fromarray(shades).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB")
 
 
 def _image_name(index: int) -> str:
@@ -252,7 +252,8 @@ def _preference(index: int, digit: int, wrong_digit: int, seed: int) -> Line:
     """Pair a true answer with a twin that differs in the digit alone."""
     name = f"preference-{index:04d}"
     task = random.Random(f"{seed}/{name}/task").choice(("which", "which", "description"))
-    chosen, rejected = (_turns([task], named, random.Random(f"{seed}/{name}")) for named in (digit, wrong_digit))
+    chosen = _turns([task], digit, random.Random(f"{seed}/{name}"))
+    rejected = _turns([task], wrong_digit, random.Random(f"{seed}/{name}"))
     return {"id": name, "image": _image_name(index), "chosen": chosen, "rejected": rejected}
 
 

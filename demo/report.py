@@ -13,6 +13,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from common.errors import DecantError
 from demo.evaluate import Evaluation, evaluate
@@ -20,18 +21,18 @@ from demo.evaluate import Evaluation, evaluate
 # Row of the table, directory of the model.
 MODELS = {
     "teacher": "teacher",
-    "student, initialised": "runs/init/final",
-    "cross-entropy alone, dense": "runs/ce-dense/final",
-    "distilled, dense-to-dense": "runs/dense-to-dense/final",
-    "cross-entropy alone, sparse": "runs/ce-sparse/final",
-    "distilled, dense-to-sparse": "runs/dense-to-sparse/final",
-    "preference-tuned, exported": "student",
+    "student, init": "runs/init/final",
+    "CE alone, dense": "runs/ce-dense/final",
+    "distilled, dense": "runs/dense-to-dense/final",
+    "CE alone, sparse": "runs/ce-sparse/final",
+    "distilled, sparse": "runs/dense-to-sparse/final",
+    "preference, exported": "student",
 }
 
 # Distilled row against the row with the same steps, data, order and rate but no teacher.
 PAIRS = {
-    "distilled, dense-to-dense": "cross-entropy alone, dense",
-    "distilled, dense-to-sparse": "cross-entropy alone, sparse",
+    "distilled, dense": "CE alone, dense",
+    "distilled, sparse": "CE alone, sparse",
 }
 
 
@@ -50,7 +51,7 @@ def report(directory: Path) -> dict[str, Evaluation]:
     for distilled, alone in PAIRS.items():
         console.print(_comparison(distilled, rows[distilled], rows[alone]))
     under_vllm = json.loads((directory / "answers.json").read_text("utf-8"))
-    under_transformers = rows["preference-tuned, exported"].answers[: len(under_vllm)]
+    under_transformers = rows["preference, exported"].answers[: len(under_vllm)]
     same = sum(a == b for a, b in zip(under_vllm, under_transformers, strict=True))
     console.print(f"exported student: {same} of {len(under_vllm)} greedy answers are the same in vLLM and transformers")
     plot_losses(directory, directory / "losses.png")
@@ -98,9 +99,9 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 def _table(rows: dict[str, Evaluation]) -> Table:
     table = Table(title="Held-out images", title_justify="left")
-    table.add_column("model")
-    for column in ("answer accuracy", "wrong-digit rate", "response NLL", "KL to teacher"):
-        table.add_column(column, justify="right")
+    table.add_column("model", no_wrap=True)
+    for column in ("accuracy", "wrong digit", "NLL", "KL to teacher"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(
             name,
@@ -119,11 +120,12 @@ def _comparison(name: str, distilled: Evaluation, alone: Evaluation) -> str:
         f"NLL {distilled.nll - alone.nll:+.4f}",
         f"KL {distilled.kl_to_teacher - alone.kl_to_teacher:+.4f}",
     ]
-    return f"{name} against cross-entropy alone at equal steps and data: {', '.join(parts)}"
+    return f"{name} - CE alone, equal steps and data: {', '.join(parts)}"
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
+    disable_progress_bar()
     try:
         report(Path(sys.argv[1]))
     except DecantError as error:

@@ -160,6 +160,8 @@ def _keep_quiet_and_offline() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    # Says at every start that a machine without a GPU has no Triton.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -41,7 +41,8 @@ def distillation_loss(
         ignore:       sum_A p_T (log p_T - log p_S)
 
     "bucket" is the KL between two distributions over A and "any other id": never negative, zero with a zero
-    gradient where the student agrees, and the full KL when A is the whole vocabulary. "renormalise" says
+    gradient where the student agrees, and the full KL when A is the whole vocabulary (mass that the teacher gives to
+    padding ids is then divided out). "renormalise" says
     nothing of the mass outside A. "ignore" is no KL unless rest_T = 0: it can be negative, and its minimum
     puts all of the student's mass on A.
 
@@ -78,13 +79,15 @@ def distillation_loss(
     suppression_RK = kept_RK.to(dtype) * NEGLIGIBLE_LOGIT
     rest_lse_R = logits_RV.to(dtype).scatter_add(1, topk_ids_RK, suppression_RK).logsumexp(1)
     full_lse_R = torch.logaddexp(kept_lse_R, rest_lse_R)
-    kept_terms_R = _divergence(teacher_RK, student_RK, full_lse_R)
     if tail == "ignore":
-        return kept_terms_R
+        return _divergence(teacher_RK, student_RK, full_lse_R)
     if tail == "bucket":
-        # With every id kept there is no rest, and what rounding left of the teacher's would cost 1e30 nats.
+        # With every id kept the student has no rest, and what the teacher has left, by rounding or on padding ids
+        # that the student lacks, would cost 1e30 nats: such a row compares the teacher over the kept ids alone.
         has_rest_R = kept_RK.sum(1) < vocab_size
+        teacher_lse_R = teacher_RK.logsumexp(1).masked_fill(has_rest_R, 0.0)
         rest_R = rest_mass_R.to(dtype).clamp(min=0) * has_rest_R
+        kept_terms_R = _divergence(teacher_RK - teacher_lse_R[:, None], student_RK, full_lse_R)
         # log(1 - sum) would be -inf as soon as the kept ids hold all but 6e-8 of the student's mass.
         return kept_terms_R + torch.xlogy(rest_R, rest_R) - rest_R * (rest_lse_R - full_lse_R)
     assert_never(tail)

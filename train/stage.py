@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import is_flash_attn_2_available
-from transformers.utils.logging import disable_progress_bar
 
 from common.config import digest
 from common.encoding import Encoder
@@ -65,7 +64,6 @@ def train(config: TrainConfig) -> StageResult:
             far as it can be known then.
     """
     _join_launcher()
-    disable_progress_bar()
     main = os.environ["RANK"] == "0"
     num_ranks = int(os.environ["WORLD_SIZE"])
     accumulation = accumulation_steps(config.optim, num_ranks)

@@ -1,9 +1,11 @@
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
 
+from precompute.run import run
 from tests.models import tiny_causal_lm, tiny_llava
+from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config
 
 
 @pytest.fixture(scope="session")
@@ -18,9 +20,14 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_causal_lm(tmp_path_factory.mktemp("text"), "llama", image_token=False)
 
 
-@pytest.fixture(scope="module")
-def engine_in_this_process() -> Iterator[None]:
-    """vLLM starts three times faster without a process of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    config = make_config(root, llava_dir, conversation_records(root, 10))
+    run(config, progress=False, start_teacher=StandInTeacher)
+    return root
+
+
+@pytest.fixture
+def output(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole / "out", tmp_path / "out")

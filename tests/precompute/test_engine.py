@@ -27,7 +27,7 @@ class FakeEngine:
         self.failure: Exception | None = None
 
     def add_request(self, name: str, prompt: dict[str, Any], params: SamplingParams) -> None:
-        if prompt["prompt_token_ids"] == [13]:
+        if prompt["prompt_token_ids"] == [99]:
             raise VLLMValidationError("unlucky")
         self.added.append(prompt["prompt_token_ids"])
         self.running.append(name)
@@ -82,19 +82,19 @@ def test_without_prompts_nothing_runs(fake: FakeEngine) -> None:
 
 
 def test_a_refused_prompt_is_named(fake: FakeEngine) -> None:
-    with pytest.raises(DataError, match="sample 13: vLLM refuses it .unlucky"):
-        list(start().run(prompts(1, 13), PARAMS))
+    with pytest.raises(DataError, match=r"sample 99: vLLM refuses it .unlucky"):
+        list(start().run(prompts(1, 99), PARAMS))
 
 
 @pytest.mark.parametrize("failure", [EngineDeadError(), RuntimeError("out of memory")])
 def test_a_dead_engine_is_told_with_what_to_do(fake: FakeEngine, failure: Exception) -> None:
     fake.failure = failure
-    with pytest.raises(ModelError, match="engine stopped.*run the same command again: it continues"):
+    with pytest.raises(ModelError, match=r"engine stopped.*run the same command again: it continues"):
         list(start().run(prompts(1), PARAMS))
 
 
 def test_an_option_that_vllm_does_not_have_is_named() -> None:
-    with pytest.raises(ConfigError, match="vLLM .* has no max_num_sequences"):
+    with pytest.raises(ConfigError, match=r"vLLM .* has no max_num_sequences"):
         start(options={"max_num_sequences": 3})
 
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from common.manifest import published_shards, read_manifest, receipt_path, shard
 from common.samples import Dataset
 from common.shards import ShardFile, ShardRow
 from precompute.config import PrecomputeConfig
-from precompute.run import Summary, in_threads, run
+from precompute.run import Summary, run
 from precompute.scoring import Scorer, ScoreRequest, ScoringPlan
 from precompute.verify import verify
 from tests.models import tiny_llava
@@ -340,31 +339,6 @@ def test_two_runs_on_one_output_do_not_hurt_each_other(config: PrecomputeConfig)
     assert [result.complete for result in results] == [True, True]
     assert sum(result.num_new_shards for result in results) == 3
     assert verify(config.output, config.dataset, progress=False).ok
-
-
-def test_a_failure_while_loading_ahead_is_raised_at_its_turn() -> None:
-    def load(item: int) -> int:
-        if item == 5:
-            raise ValueError("number five")
-        return item
-
-    received: list[int] = []
-    with pytest.raises(ValueError, match="number five"):
-        received.extend(in_threads(load, range(100), num_threads=3, ahead=10))
-    assert received == [0, 1, 2, 3, 4]
-
-
-def test_loading_ahead_keeps_order_and_stays_bounded() -> None:
-    started: list[int] = []
-
-    def load(item: int) -> int:
-        started.append(item)
-        time.sleep(0.001 * (item % 3))
-        return item
-
-    for item in in_threads(load, range(50), num_threads=4, ahead=8):
-        assert max(started) <= item + 8
-    assert sorted(started) == list(range(50))
 
 
 def test_the_whole_vocabulary_is_kept_on_request(tmp_path: Path, llava_dir: Path) -> None:
