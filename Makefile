@@ -19,7 +19,7 @@ test: setup check
 
 # The tier for the loop of writing code: under a minute, starts no engine.
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not vllm" -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not vllm" -q -n 2
 
 lint: setup
 	$(BIN)/ruff check .

@@ -49,7 +49,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def start(**settings: Any) -> Engine:
     config = EngineConfig.model_validate({"max_num_seqs": 2, **settings})
-    return Engine(Path("somewhere"), config, max_model_len=8, max_images=1, max_logprobs=3)
+    # Any directory will do: offline, vLLM only looks whether it exists.
+    return Engine(Path(__file__).parent, config, max_model_len=8, max_images=1, max_logprobs=3)
 
 
 def prompts(*tokens: int) -> Iterator[tuple[int, Prompt]]:
