@@ -102,6 +102,7 @@ class OptimConfig(Strict):
 class RunConfig(Strict):
     """Precision, memory, checkpoints, logs.
 
+    `resume` "auto" continues from the output's newest whole checkpoint; "never" refuses an output that has one.
     `deepspeed` is a DeepSpeed JSON file whose settings are laid over the ones made from this configuration;
     `training_arguments` go to Hugging Face's `TrainingArguments` and may not name what this file sets.
     """

@@ -35,7 +35,7 @@ from train.callbacks import MetricsFile, Progress
 from train.checkpoint import newest_complete
 from train.config import TrainConfig
 from train.moe import is_sparse, router_logits_hook, upcycle
-from train.stream import ShardSource, Source, StepPlan, open_source, split_validation
+from train.stream import Source, StepPlan, open_source, split_validation
 from train.student import freeze, is_multimodal, load_student, text_config
 from train.trainer import StudentTrainer, accumulation_steps
 
@@ -70,8 +70,8 @@ def train(config: TrainConfig) -> StageResult:
 
     encoder = Encoder.load(config.model.path, config.model.chat_template, config.data.score)
     source, plan, validation = _data(config, encoder)
-    resume = newest_complete(config.output) if config.run.resume == "auto" else None
-    _begin(config, source, main)
+    resume = newest_complete(config.output)
+    _begin(config, source, resume is not None, main)
     max_steps = config.optim.max_steps or plan.steps_per_epoch * config.optim.epochs
     start_step = resume[1] if resume else 0
     final = config.output / "final"
@@ -210,17 +210,21 @@ def _collator(config: TrainConfig, model: PreTrainedModel, encoder: Encoder) -> 
     )
 
 
-def _begin(config: TrainConfig, source: Source, main: bool) -> None:
+def _begin(config: TrainConfig, source: Source, resuming: bool, main: bool) -> None:
     """Records what this run is, or refuses to continue another one's output."""
-    manifest = source.manifest.sha256 if isinstance(source, ShardSource) else None
     record: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "config_sha256": digest(config),
-        "manifest_sha256": manifest,
+        "data_sha256": source.sha256,
         "num_samples": len(source),
     }
     path = config.output / "config.json"
-    if path.exists() and newest_complete(config.output) and config.run.resume == "auto":
+    if resuming:
+        if config.run.resume == "never":
+            raise ConfigError(
+                f'{config.output}: holds checkpoints of an earlier run, and run.resume is "never"; choose another '
+                "output, or remove this one"
+            )
         before = json.loads(path.read_text("utf-8"))
         for side in (before, record):
             settings = side["config"]
@@ -233,7 +237,7 @@ def _begin(config: TrainConfig, source: Source, main: bool) -> None:
             raise ProvenanceError(
                 f"{config.output}: holds a run with other settings\n"
                 + "\n".join(f"  {line}" for line in differences)
-                + '\nchoose another output, or set run.resume = "never" to start over'
+                + "\nchoose another output, or remove this one"
             )
         return
     if main:

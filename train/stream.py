@@ -37,7 +37,9 @@ class Example:
 
 
 class Source(Protocol):
-    """Random access to examples."""
+    """Random access to examples; `sha256` stands for all of them and their order."""
+
+    sha256: str
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
@@ -48,6 +50,7 @@ class DatasetSource:
 
     def __init__(self, path: Path, kind: Kind, encoder: Encoder) -> None:
         self._dataset = Dataset.open(path, kind)
+        self.sha256 = self._dataset.sha256
         self._encoder = encoder
 
     def __len__(self) -> int:
@@ -71,6 +74,7 @@ class ShardSource:
     def __init__(self, output: Path, encoder: Encoder, aspect_ratio: AspectRatio, cached_groups: int) -> None:
         self.output = output
         self.manifest = read_manifest(output)
+        self.sha256 = self.manifest.sha256
         self._encoder = encoder
         _check_provenance(output, self.manifest, encoder, aspect_ratio)
         self._cache: OrderedDict[tuple[int, int], list[ShardRow]] = OrderedDict()
