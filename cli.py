@@ -224,7 +224,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("decant", "precompute", "train", "demo", "common"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        # Of several ranks one speaks.
+        logging.getLogger(name).setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         app()
     except DecantError as error:
