@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, messages, help."""
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import cli
 from common.manifest import shard_path
 from tests.models import tiny_llava, tiny_tokenizer
-from tests.train.runs import LiveTeacher, write_mixed_dataset
+from tests.train.runs import LiveTeacher, environment, write_mixed_dataset
 
 COMMANDS = ("precompute-logits", "verify-shards", "train", "init-student", "export", "demo")
 
@@ -187,3 +188,29 @@ def test_init_student_wants_one_way_or_the_other(decant: Run, root: Path, tmp_pa
     assert "not empty" in shown
     code, shown = decant("export", out, str(tmp_path / "exported"))
     assert code == 0, shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit_bytes", [20_000, 1_015_000], ids=["model", "state"])
+def test_a_disk_that_fills_during_a_checkpoint_is_told_and_a_rerun_continues(
+    root: Path, tmp_path: Path, limit_bytes: int
+) -> None:
+    optim = {"max_steps": 4, "global_batch_size": 2, "micro_batch_size": 2}
+    run = {"precision": "fp32", "save_steps": 2, "zero_stage": 1}
+    config = stage_file(root, tmp_path / "c.toml", optim=optim, run=run)
+    command = [sys.executable, "cli.py", "train", "--config", config]
+    here, environ = Path(cli.__file__).parent, environment()
+
+    def fill_up() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+
+    done = subprocess.run(
+        command, cwd=here, env=environ, capture_output=True, text=True, preexec_fn=fill_up, check=False
+    )
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "the checkpoint of step 2 could not be written" in done.stderr
+    assert "error:" in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    done = subprocess.run(command, cwd=here, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

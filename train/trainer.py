@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from common.errors import ConfigError, DecantError
+from common.errors import ConfigError, DecantError, StorageError
 from train.batch import Batch, Collator
 from train.checkpoint import mark_complete
 from train.config import LossConfig, OptimConfig
@@ -268,7 +268,14 @@ class StudentTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, StorageError) as error:
+            # torch reports a full disk as a RuntimeError.
+            raise StorageError(
+                f"{partial.parent}: the checkpoint of step {self.state.global_step} could not be written ({error}); "
+                "earlier ones are whole. Free space and run the same command again: it continues"
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             written = partial / f"checkpoint-{self.state.global_step}"
