@@ -4,7 +4,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,21 +59,15 @@ def toml(path: Path, **tables: Any) -> str:
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help_is_complete_and_fast(command: str | None) -> None:
+def test_help_is_complete(command: str | None) -> None:
     arguments = [sys.executable, "cli.py", *([command] if command else []), "--help"]
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(cli.__file__).parent, check=True)
-        times.append(time.perf_counter() - started)
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(cli.__file__).parent, check=True)
     for name in COMMANDS if command is None else ["--help"]:
         assert name in done.stdout
     assert done.stderr == ""
-    # A bound on what is imported rather than on the machine: torch alone takes several times as long.
-    assert min(times) < 1.0
 
 
-def test_help_imports_no_engine() -> None:
+def test_help_imports_nothing_that_is_slow_to_import() -> None:
     code = (
         "import sys, cli; print([m for m in ('torch', 'vllm', 'transformers', 'pyarrow', 'numpy') if m in sys.modules])"
     )
