@@ -201,11 +201,13 @@ class Encoder:
         return parts
 
     def _template_wants_parts(self) -> bool:
+        from jinja2 import TemplateError
+
         probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
         try:
             rendered = self.tokenizer.apply_chat_template(probe, tokenize=False)
-        except Exception:
-            # Concatenating text with a list: whatever Jinja or the template raises, strings are what it wants.
+        except (TypeError, AttributeError, ValueError, TemplateError):
+            # A list where the template concatenates or strips text: strings are what it wants.
             return False
         return "probe" in rendered and "'text'" not in rendered
 

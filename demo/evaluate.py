@@ -6,6 +6,7 @@ Legend: B sequences, T positions, R scored tokens, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def _answers(
     model: PreTrainedModel,
     encoder: Encoder,
     spec: ImageSpec,
-    processor: object,
+    processor: Any,
     image_root: Path,
     samples: Sequence[Sample],
 ) -> list[str]:
@@ -117,7 +118,7 @@ def _answers(
     generated = model.generate(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(mask),
-        pixel_values=processor(images=images, return_tensors="pt")["pixel_values"],  # type: ignore[operator]
+        pixel_values=processor(images=images, return_tensors="pt")["pixel_values"],
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
         pad_token_id=pad,
