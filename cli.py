@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +52,8 @@ def precompute_logits(config: ConfigOption, overrides: SetOption = None) -> None
     from precompute.config import PrecomputeConfig
     from precompute.run import run
 
-    summary = run(load_config(PrecomputeConfig, config, overrides or ()))
+    with _resumable():
+        summary = run(load_config(PrecomputeConfig, config, overrides or ()))
     _show(summary.render())
     if summary.interrupted:
         raise typer.Exit(130)
@@ -113,7 +116,8 @@ def train(config: ConfigOption, overrides: SetOption = None) -> None:
     from train.stage import train as train_stage
 
     _hide_loading_bars()
-    result = train_stage(settings)
+    with _resumable():
+        result = train_stage(settings)
     _log.info("%s: trained to step %d", result.final, result.steps)
 
 
@@ -195,7 +199,18 @@ def demo(
     """Run the whole chain on real handwritten digits: teacher, scores, verification, four stages, export, table."""
     from demo.run import run_demo
 
-    run_demo(out, seed=seed)
+    with _resumable():
+        run_demo(out, seed=seed)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Tells what an interrupt leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was published is whole, and the same command continues from there", err=True)
+        raise typer.Exit(130) from None
 
 
 def _hide_loading_bars() -> None:
@@ -231,9 +246,6 @@ def main() -> None:
     except DecantError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what was published is safe, and the same command continues", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -166,6 +166,18 @@ def test_a_stage_whose_settings_contradict_each_other_is_refused(decant: Run, ro
         assert message in shown, (override, shown)
 
 
+def test_an_interrupt_says_that_nothing_is_lost(
+    decant: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.stage.train", interrupted)
+    code, shown = decant("train", "--config", stage_file(root, tmp_path / "c.toml"))
+    assert code == 130
+    assert "the same command continues from there" in shown
+
+
 def test_init_student_wants_one_way_or_the_other(decant: Run, root: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert decant("init-student", out)[0] == 2
