@@ -120,6 +120,11 @@ def train(config: TrainConfig) -> StageResult:
             start_step,
             max_steps,
         )
+        if config.run.precision == "bf16" and config.run.zero_stage == 0:
+            _log.warning(
+                "bf16 with zero_stage 0: DeepSpeed's bf16 optimiser starts Adam at another step there, and losses "
+                "differ from those of stages 1 to 3; prefer zero_stage 1, which costs nothing on one rank"
+            )
     trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
     metrics = trainer.evaluate()
     partial = config.output / ".final.partial"
