@@ -8,6 +8,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from common.storage import publish
+
 
 class Progress(TrainerCallback):
     """One line: step, loss, tokens/s, time left."""
@@ -54,8 +56,7 @@ class MetricsFile(TrainerCallback):
             except (ValueError, KeyError):
                 # The line that a killed run was writing.
                 break
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        publish(self._path, "".join(f"{line}\n" for line in kept).encode())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
