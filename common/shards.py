@@ -158,17 +158,6 @@ class ShardFile:
         """Number of rows in a row group."""
         return int(self._file.metadata.row_group(group).num_rows)
 
-    def column_bytes(self) -> dict[str, int]:
-        """Compressed bytes of each column over all row groups."""
-        sizes: dict[str, int] = {}
-        for group in range(self.num_groups):
-            meta = self._file.metadata.row_group(group)
-            for column in range(meta.num_columns):
-                chunk = meta.column(column)
-                name = chunk.path_in_schema.split(".")[0]
-                sizes[name] = sizes.get(name, 0) + chunk.total_compressed_size
-        return sizes
-
     def read_column(self, name: str) -> list[Any]:
         """All values of one column."""
         with self._damage_is_named():

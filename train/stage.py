@@ -50,7 +50,6 @@ class StageResult:
 
     final: Path
     steps: int
-    resumed_from: int
     metrics: dict[str, float]
 
 
@@ -77,7 +76,7 @@ def train(config: TrainConfig) -> StageResult:
     final = config.output / "final"
     if start_step >= max_steps and (final / "config.json").is_file():
         _log.info("%s is complete at step %d; nothing to do", config.output, start_step)
-        return StageResult(final, start_step, start_step, {})
+        return StageResult(final, start_step, {})
 
     # Before the training arguments: from then on ZeRO-3 partitions what is loaded, and upcycling needs it whole.
     model = _student(config)
@@ -133,7 +132,7 @@ def train(config: TrainConfig) -> StageResult:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     trainer.accelerator.wait_for_everyone()
-    return StageResult(final, max_steps, start_step, metrics)
+    return StageResult(final, max_steps, metrics)
 
 
 def _join_launcher() -> None:

@@ -72,17 +72,13 @@ class RowSelector:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.rows: Tensor | None = None
-        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._select)
+        model.get_output_embeddings().register_forward_pre_hook(self._select)
 
     def _select(self, _module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self.rows is None:
             return None
         hidden = args[0]
         return (hidden.reshape(-1, hidden.shape[-1])[self.rows].unsqueeze(0),)
-
-    def remove(self) -> None:
-        """Takes the hook off again."""
-        self._handle.remove()
 
 
 class StudentTrainer(Trainer):
