@@ -23,7 +23,7 @@ from common.errors import ProvenanceError, ShardError
 from common.samples import Kind
 from common.storage import publish
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 _RECEIPT_NAME = re.compile(r"shard-(\d{5,})\.json")
@@ -62,13 +62,36 @@ class DatasetIdentity(Strict):
     num_samples: int
 
 
+class GenerateSettings(Strict):
+    """How the teacher wrote the responses."""
+
+    temperature: float
+    top_p: float
+    num_samples: int
+    max_new_tokens: int
+
+
 class CaptureSettings(Strict):
-    """What is kept of the distribution. `top_k` 0 keeps no entries; the vocabulary's size keeps all."""
+    """What is kept of the distribution. `top_k` 0 keeps no best entries; the vocabulary's size keeps all.
+
+    With `top_p` a row keeps from `min_k` to `top_k` of them; with `num_draws` the drawn ids and their counts. `seed` is
+    null unless something is drawn or generated.
+    """
 
     top_k: int
+    top_p: float | None
+    min_k: int
+    num_draws: int | None
+    seed: int | None
+    generate: GenerateSettings | None
     score: Literal["response", "all"]
     max_tokens: int
     on_bad_sample: Literal["stop", "skip"]
+
+    @property
+    def max_kept(self) -> int:
+        """Most entries that a row may keep."""
+        return self.top_k if self.num_draws is None else self.num_draws
 
 
 class EngineIdentity(Strict):

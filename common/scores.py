@@ -1,11 +1,12 @@
 """What the teacher says about a conversation, and its packed form.
 
-Legend: R scored tokens, N kept entries of all rows, K kept entries of one row.
+Legend: R scored tokens, N kept entries of all rows, K kept entries of one row, D draws of one row.
 
 Packed form, per conversation (all little-endian; docs/shard-format.md has the bits):
     topk_counts    int32 [R]   as a Parquet list column
     topk_ids       the N ids in row order as three planes of N bytes: bits 0-7, 8-15, 16-23
     topk_logprobs  the N float32 log-probs in row order as four planes of N bytes, lowest byte first
+    topk_draws     instead of log-probs where entries were drawn: how often, as two planes of N bytes
 Planes put bytes of one significance side by side, which is what makes zstd find their redundancy.
 """
 
@@ -17,15 +18,21 @@ import numpy.typing as npt
 from common.errors import ShardError
 
 MAX_VOCAB_SIZE = 1 << 24
+# Counts of draws are stored in two bytes.
+MAX_DRAWS = 1 << 16
 
 
 @dataclass(frozen=True)
 class TeacherScores:
     """The teacher's distribution at each scored token, at temperature 1 over its whole vocabulary.
 
-    `own_logprobs` float32 [R]: log-prob of the token that stands there. `rest_mass` float32 [R]: probability of
-    everything not kept. `counts` int32 [R]: kept entries a row. `ids` int32 [N] and `logprobs` float32 [N]: the
-    kept entries, rows one after the other, in a row by descending log-prob, ties by ascending id.
+    `own_logprobs` float32 [R]: log-prob of the token that stands there. `counts` int32 [R]: kept entries a row.
+    `ids` int32 [N] and `logprobs` float32 [N]: the kept entries, rows one after the other, in a row by descending
+    log-prob, ties by ascending id. `rest_mass` float32 [R]: probability of everything not kept.
+
+    `draws` int32 [N] is None where the best entries are kept. Where ids were drawn from the distribution with
+    replacement it says how often each was; then `logprobs` is ln(draws / number of draws), and `rest_mass` the share
+    of the draws that fell on ids past the tokenizer's vocabulary. Sparse Logit Sampling, arXiv 2503.16870.
     """
 
     own_logprobs: npt.NDArray[np.float32]
@@ -33,11 +40,13 @@ class TeacherScores:
     counts: npt.NDArray[np.int32]
     ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
+    draws: npt.NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         num_rows, num_entries = len(self.own_logprobs), int(self.counts.sum())
         assert len(self.rest_mass) == len(self.counts) == num_rows
         assert len(self.ids) == len(self.logprobs) == num_entries
+        assert self.draws is None or len(self.draws) == num_entries
 
     @property
     def num_rows(self) -> int:
@@ -60,33 +69,93 @@ class TeacherScores:
         return ids_RK, logprobs_RK
 
 
-def rest_mass(logprobs_RK: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    """1 - sum of the kept probabilities of each row, float32 [R]; entries of -inf count nothing.
+def from_rectangle(
+    own_logprobs: npt.NDArray[np.floating],
+    ids_RK: npt.NDArray[np.integer],
+    logprobs_RK: npt.NDArray[np.floating],
+    *,
+    top_p: float | None = None,
+    min_k: int = 1,
+) -> TeacherScores:
+    """Scores from the best entries as rectangles [R, K], in any order; unused slots have log-prob -inf.
+
+    With `top_p` a row keeps its entries in order until their mass, added in float64, reaches it: at least `min_k`,
+    if it has so many, and the entry that reaches it included.
+    """
+    ids_RK, logprobs_RK = _in_order(ids_RK, logprobs_RK)
+    kept_RK = np.isfinite(logprobs_RK)
+    probs_RK = np.exp(logprobs_RK, dtype=np.float64)
+    if top_p is not None:
+        reached_RK = np.cumsum(probs_RK, axis=1) >= top_p
+        kept_RK[:, min_k:] &= ~reached_RK[:, min_k - 1 : -1]
+        probs_RK *= kept_RK
+    return TeacherScores(
+        own_logprobs=own_logprobs.astype(np.float32),
+        rest_mass=rest_mass(probs_RK),
+        counts=kept_RK.sum(axis=1, dtype=np.int32),
+        ids=ids_RK[kept_RK],
+        logprobs=logprobs_RK[kept_RK],
+    )
+
+
+def from_draws(
+    own_logprobs: npt.NDArray[np.floating], drawn_RD: npt.NDArray[np.integer], *, vocab_size: int
+) -> TeacherScores:
+    """Scores from D ids a row, drawn with replacement; those at or past `vocab_size` only count in the rest."""
+    num_rows, num_draws = drawn_RD.shape
+    sorted_RD = np.sort(drawn_RD.astype(np.int32), axis=1)
+    is_first_RD = np.ones(sorted_RD.shape, bool)
+    is_first_RD[:, 1:] = sorted_RD[:, 1:] != sorted_RD[:, :-1]
+    starts = np.flatnonzero(is_first_RD)
+    draws = np.diff(starts, append=sorted_RD.size)
+    ids = sorted_RD.reshape(-1)[starts]
+    rows = starts // num_draws
+    # Ids ascend within a row already, so a stable sort leaves ties in that order.
+    order = np.argsort(rows * MAX_DRAWS - draws, kind="stable")
+    order = order[ids[order] < vocab_size]
+    rows, ids, draws = rows[order], ids[order], draws[order].astype(np.int32)
+    num_dropped_R = num_draws - np.bincount(rows, draws, minlength=num_rows)
+    return TeacherScores(
+        own_logprobs=own_logprobs.astype(np.float32),
+        rest_mass=(num_dropped_R / num_draws).astype(np.float32),
+        counts=np.bincount(rows, minlength=num_rows).astype(np.int32),
+        ids=ids,
+        logprobs=share_logprobs(draws, num_draws),
+        draws=draws,
+    )
+
+
+def rest_mass(probs_RK: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """1 - sum of the kept probabilities of each row, float32 [R].
 
     Below 2e-6 it is 0: float32 log-probs cannot tell such a rest from rounding, and a spurious one would ask the
     student for mass outside a set that may be the whole vocabulary.
     """
-    rest = 1.0 - np.exp(logprobs_RK.astype(np.float64)).sum(axis=1)
+    rest = 1.0 - probs_RK.sum(axis=1)
     return np.where(rest < 2e-6, 0.0, rest).astype(np.float32)
 
 
-def from_rectangle(
-    own_logprobs: npt.NDArray[np.float32],
-    ids_RK: npt.NDArray[np.integer],
-    logprobs_RK: npt.NDArray[np.float32],
-) -> TeacherScores:
-    """Scores from rectangles [R, K] whose unused slots have log-prob -inf; sorts each row."""
-    order = np.lexsort((ids_RK, -logprobs_RK), axis=1)
-    ids_RK = np.take_along_axis(ids_RK, order, axis=1)
-    logprobs_RK = np.take_along_axis(logprobs_RK, order, axis=1)
-    kept = np.isfinite(logprobs_RK)
-    return TeacherScores(
-        own_logprobs=own_logprobs.astype(np.float32),
-        rest_mass=rest_mass(logprobs_RK),
-        counts=kept.sum(axis=1).astype(np.int32),
-        ids=ids_RK[kept].astype(np.int32),
-        logprobs=logprobs_RK[kept].astype(np.float32),
-    )
+def share_logprobs(draws: npt.NDArray[np.integer], num_draws: int) -> npt.NDArray[np.float32]:
+    """ln(draws / num_draws), float32 of the float64 value; -inf for an entry that was never drawn."""
+    with np.errstate(divide="ignore"):
+        return np.log(draws / num_draws).astype(np.float32)
+
+
+def _in_order(
+    ids_RK: npt.NDArray[np.integer], logprobs_RK: npt.NDArray[np.floating]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Each row by descending log-prob, ties by ascending id.
+
+    One sort of 64-bit keys, the log-prob's bits above the id: ten times as fast as sorting by two keys. Half precision
+    logits tie in most rows, so leaving alone the rows that are in order already would spare little.
+    """
+    # Adding 0 turns -0.0 into 0.0, which has other bits. The bits of negative floats ascend as their values descend;
+    # those of the others do so once all but the sign are flipped.
+    bits = (logprobs_RK.astype(np.float32) + np.float32(0)).view(np.uint32)
+    keys = np.where(bits >> 31, bits, bits ^ 0x7FFF_FFFF).astype(np.uint64) << 32 | ids_RK.astype(np.uint32)
+    keys.sort(axis=1)
+    bits = (keys >> 32).astype(np.uint32)
+    return keys.astype(np.uint32).view(np.int32), np.where(bits >> 31, bits, bits ^ 0x7FFF_FFFF).view(np.float32)
 
 
 def pack_ids(ids: npt.NDArray[np.int32]) -> bytes:
@@ -112,6 +181,18 @@ def unpack_logprobs(data: bytes, num_entries: int, where: str) -> npt.NDArray[np
     """Inverse of `pack_logprobs`."""
     columns = np.ascontiguousarray(_columns(data, num_entries, 4, where))
     return columns.view("<f4").reshape(-1).astype(np.float32)
+
+
+def pack_draws(draws: npt.NDArray[np.int32]) -> bytes:
+    """Numbers of draws below 2^16 as two byte planes."""
+    assert not draws.size or (draws.min() >= 0 and draws.max() < MAX_DRAWS)
+    return _planes(draws.astype("<u2").view(np.uint8).reshape(-1, 2))
+
+
+def unpack_draws(data: bytes, num_entries: int, where: str) -> npt.NDArray[np.int32]:
+    """Inverse of `pack_draws`."""
+    columns = np.ascontiguousarray(_columns(data, num_entries, 2, where))
+    return columns.view("<u2").reshape(-1).astype(np.int32)
 
 
 def _planes(columns: npt.NDArray[np.uint8]) -> bytes:

@@ -1,8 +1,9 @@
 """Shards: ordinary Parquet files of scored samples.
 
 One row is one sample. Everything that people ask about is a native column; the kept entries are packed in binary
-planes (common/scores.py). A preference pair has each conversation's columns twice, with the prefixes `chosen_`
-and `rejected_`; a conversation to distil has them without a prefix.
+planes (common/scores.py): best entries with their log-probs, drawn ones with their numbers of draws. A preference
+pair has each conversation's columns twice, with the prefixes `chosen_` and `rejected_`; a conversation to distil has
+them without a prefix.
 """
 
 import hashlib
@@ -22,7 +23,16 @@ from common.encoding import Encoded
 from common.errors import ShardError
 from common.manifest import Manifest, Receipt, Skipped, receipt_path, shard_path, write_sealed
 from common.samples import ImageRef, Kind, Sample, Turn
-from common.scores import TeacherScores, pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
+from common.scores import (
+    TeacherScores,
+    pack_draws,
+    pack_ids,
+    pack_logprobs,
+    share_logprobs,
+    unpack_draws,
+    unpack_ids,
+    unpack_logprobs,
+)
 from common.storage import publish
 
 PREFIXES: dict[Kind, tuple[str, ...]] = {"kd": ("",), "dpo": ("chosen_", "rejected_")}
@@ -57,8 +67,8 @@ class ShardRow:
     conversations: tuple[ScoredConversation, ...]
 
 
-def schema(kind: Kind) -> pa.Schema:
-    """Arrow schema of a shard."""
+def schema(kind: Kind, sampled: bool) -> pa.Schema:
+    """Arrow schema of a shard; `sampled` for entries that were drawn."""
     fields = [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("index", pa.int64(), nullable=False),
@@ -73,7 +83,7 @@ def schema(kind: Kind) -> pa.Schema:
         "rest_mass": _FLOATS,
         "topk_counts": _INTS,
         "topk_ids": pa.binary(),
-        "topk_logprobs": pa.binary(),
+        "topk_draws" if sampled else "topk_logprobs": pa.binary(),
     }
     fields += [pa.field(p + name, kind_, nullable=False) for p in PREFIXES[kind] for name, kind_ in columns.items()]
     return pa.schema(fields)
@@ -90,7 +100,9 @@ def write_shard(
     image_token_ids = {c.encoded.image_token_id for row in rows for c in row.conversations}
     assert len(image_token_ids) <= 1
     image_token_id = next(iter(image_token_ids), None)
-    table_schema = schema(manifest.kind).with_metadata(
+    sampled = manifest.capture.num_draws is not None
+    assert all((c.scores.draws is not None) == sampled for row in rows for c in row.conversations)
+    table_schema = schema(manifest.kind, sampled).with_metadata(
         {
             _MANIFEST_KEY: manifest.sha256,
             _SHARD_KEY: str(number),
@@ -135,14 +147,18 @@ class ShardFile:
     def __init__(self, path: Path, manifest: Manifest, number: int) -> None:
         self.path = path
         self._kind = manifest.kind
+        self._num_draws = manifest.capture.num_draws
         with self._damage_is_named():
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             found = self._file.schema_arrow
             metadata = found.metadata or {}
             image_token = metadata.get(_IMAGE_TOKEN_KEY)
             self._image_token_id = int(image_token) if image_token else None
-        if not found.equals(schema(manifest.kind)):
-            raise ShardError(f"{path}: its columns are not those of a {manifest.kind} shard:\n{found.to_string()}")
+        if not found.equals(schema(manifest.kind, self._num_draws is not None)):
+            raise ShardError(
+                f"{path}: its columns are not those of a {manifest.kind} shard with "
+                f"{'best' if self._num_draws is None else 'drawn'} entries:\n{found.to_string()}"
+            )
         if metadata.get(_MANIFEST_KEY) != manifest.sha256.encode():
             raise ShardError(f"{path}: belongs to an output with another manifest")
         if metadata.get(_SHARD_KEY) != str(number).encode():
@@ -208,11 +224,11 @@ class ShardFile:
             _split(table.column(prefix + "rest_mass")),
             _split(table.column(prefix + "topk_counts")),
             table.column(prefix + "topk_ids"),
-            table.column(prefix + "topk_logprobs"),
+            table.column(prefix + ("topk_logprobs" if self._num_draws is None else "topk_draws")),
             strict=True,
         )
         conversations = []
-        for row, (input_ids, spans, own, rest, counts, packed_ids, packed_logprobs) in enumerate(columns, first_row):
+        for row, (input_ids, spans, own, rest, counts, packed_ids, packed) in enumerate(columns, first_row):
             where = f"{self.path}: row {row}"
             num_scored = int((spans[:, 1] - spans[:, 0]).sum())
             if not len(own) == len(rest) == len(counts) == num_scored:
@@ -222,8 +238,12 @@ class ShardFile:
                 )
             num_entries = int(counts.sum())
             ids = unpack_ids(packed_ids.as_buffer(), num_entries, where)
-            logprobs = unpack_logprobs(packed_logprobs.as_buffer(), num_entries, where)
-            scores = TeacherScores(own, rest, counts, ids, logprobs)
+            if self._num_draws is None:
+                draws, logprobs = None, unpack_logprobs(packed.as_buffer(), num_entries, where)
+            else:
+                draws = unpack_draws(packed.as_buffer(), num_entries, where)
+                logprobs = share_logprobs(draws, self._num_draws)
+            scores = TeacherScores(own, rest, counts, ids, logprobs, draws)
             conversations.append(ScoredConversation(Encoded(input_ids, spans, self._image_token_id), scores))
         return conversations
 
@@ -269,9 +289,13 @@ def _to_columns(rows: Sequence[ShardRow], kind: Kind) -> list[pa.Array]:
             _join([s.rest_mass for s in scores], _FLOATS),
             _join([s.counts for s in scores], _INTS),
             pa.array([pack_ids(s.ids) for s in scores], pa.binary()),
-            pa.array([pack_logprobs(s.logprobs) for s in scores], pa.binary()),
+            pa.array([_pack_values(s) for s in scores], pa.binary()),
         ]
     return columns
+
+
+def _pack_values(scores: TeacherScores) -> bytes:
+    return pack_logprobs(scores.logprobs) if scores.draws is None else pack_draws(scores.draws)
 
 
 def _join(arrays: list[npt.NDArray[Any]], list_type: pa.ListType) -> pa.ListArray:

@@ -37,7 +37,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.25}
 
 @dataclass(frozen=True)
 class RecomputeResult:
-    """Stored against recomputed scores. KL and top-1 agreement are None for an output that keeps no entries."""
+    """Stored against recomputed scores. KL and top-1 agreement are None for an output that keeps no best entries."""
 
     num_rows: int
     num_scored_tokens: int

@@ -6,6 +6,7 @@ Legend: R scored tokens, N kept entries of all rows, T tokens of the conversatio
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from common.encoding import Encoded
 from common.manifest import Manifest
@@ -16,6 +17,8 @@ _MASS_TOLERANCE = 1e-4
 _REST_TOLERANCE = 1e-5
 # A log-prob of a certain token may round to just above 0.
 _LOGPROB_TOLERANCE = 1e-5
+# Of a sum in float64, in any order and with another machine's exp.
+_SUM_TOLERANCE = 1e-9
 
 
 def token_problems(encoded: Encoded, num_images: int, manifest: Manifest) -> Iterator[str]:
@@ -37,14 +40,16 @@ def token_problems(encoded: Encoded, num_images: int, manifest: Manifest) -> Ite
 
 
 def kept_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
-    """At most K entries a row, each a different real token, finite, in descending order with ties by id."""
+    """At most as many entries a row as asked for, each a different real token, finite, descending with ties by id."""
     counts_R, ids_N, logprobs_N = scores.counts, scores.ids, scores.logprobs
-    vocab_size, top_k = manifest.tokenizer.vocab_size, manifest.capture.top_k
-    if counts_R.size and not 0 <= counts_R.min() <= counts_R.max() <= top_k:
-        yield f"rows of {counts_R.min()} to {counts_R.max()} kept entries, expected at most {top_k}"
+    vocab_size, max_kept = manifest.tokenizer.vocab_size, manifest.capture.max_kept
+    if counts_R.size and not 0 <= counts_R.min() <= counts_R.max() <= max_kept:
+        yield f"rows of {counts_R.min()} to {counts_R.max()} kept entries, expected at most {max_kept}"
     if ids_N.size and not 0 <= ids_N.min() <= ids_N.max() < vocab_size:
         yield f"kept ids from {ids_N.min()} to {ids_N.max()}, the tokenizer has {vocab_size}"
-    if not np.isfinite(logprobs_N).all():
+    if scores.draws is not None and (scores.draws < 1).any():
+        yield f"{int((scores.draws < 1).sum())} kept entries were never drawn"
+    elif not np.isfinite(logprobs_N).all():
         yield f"{int((~np.isfinite(logprobs_N)).sum())} kept log-probs are not finite"
     if (logprobs_N > _LOGPROB_TOLERANCE).any():
         yield f"a kept log-prob of {logprobs_N.max()}, expected at most 0"
@@ -57,22 +62,61 @@ def kept_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
         yield f"row {rows_N[1:][same_row & rises][0]} is not in descending order"
 
 
-def mass_problems(scores: TeacherScores) -> Iterator[str]:
-    """Kept mass at most 1, rest mass from 0 to 1, and both adding up to 1."""
+def mass_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
+    """Kept mass at most 1, rest mass from 0 to 1, both adding up to 1; no row ends before or after it should."""
     if not np.isfinite(scores.rest_mass).all():
         yield "a rest mass is not finite"
     with np.errstate(over="ignore", invalid="ignore"):
-        mass_R = np.bincount(_rows(scores), np.exp(scores.logprobs.astype(np.float64)), minlength=scores.num_rows)
+        if scores.draws is None:
+            weights_N, total, tolerance = np.exp(scores.logprobs, dtype=np.float64), 1, _MASS_TOLERANCE
+        else:
+            assert manifest.capture.num_draws is not None
+            # Added before the division, so that a row of all draws has a mass of exactly 1.
+            weights_N, total, tolerance = scores.draws.astype(np.float64), manifest.capture.num_draws, 0.0
+        mass_R = np.bincount(_rows(scores), weights_N, minlength=scores.num_rows).astype(np.float64) / total
         error_R = np.abs(np.clip(1.0 - mass_R, 0.0, 1.0) - scores.rest_mass)
-    if (mass_R > 1.0 + _MASS_TOLERANCE).any():
+        before_last_R = mass_R - _last(weights_N, scores.counts) / total
+    if (mass_R > 1.0 + tolerance).any():
         yield f"a row keeps a mass of {mass_R.max():.6f}, expected at most 1"
     if (error_R > _REST_TOLERANCE).any():
         row = int(error_R.argmax())
         yield f"row {row} keeps a mass of {mass_R[row]:.6f} and rests {scores.rest_mass[row]:.6f}, expected a sum of 1"
+    if scores.draws is None:
+        yield from _length_problems(scores.counts, mass_R, before_last_R, manifest)
+
+
+def _length_problems(
+    counts_R: npt.NDArray[np.int32],
+    mass_R: npt.NDArray[np.float64],
+    before_last_R: npt.NDArray[np.float64],
+    manifest: Manifest,
+) -> Iterator[str]:
+    """Best entries: a row holds all it can, or just enough for `top_p` and `min_k`. `before_last_R`: mass but the last.
+
+    It holds all it can with `top_k` entries, less those that were padding of the output layer (a shard does not say
+    how many they were, but there cannot be more than there are), or with no mass left.
+    """
+    capture = manifest.capture
+    num_padding = manifest.teacher.vocab_size - manifest.tokenizer.vocab_size
+    # Without top_p no mass is enough.
+    enough = np.inf if capture.top_p is None else capture.top_p
+    holds_all_R = (counts_R >= capture.top_k - num_padding) | (mass_R >= 1.0 - _REST_TOLERANCE)
+    short_R = ~holds_all_R & ((mass_R < enough - _SUM_TOLERANCE) | (counts_R < capture.min_k))
+    long_R = (before_last_R >= enough + _SUM_TOLERANCE) & (counts_R > capture.min_k)
+    for wrong_R, what in ((short_R, "few"), (long_R, "many")):
+        if wrong_R.any():
+            row = int(wrong_R.argmax())
+            wanted = f"{capture.top_k}" if capture.top_p is None else f"{capture.top_p} in as few as hold it"
+            yield (
+                f"row {row} keeps too {what} entries: {counts_R[row]} with a mass of {mass_R[row]:.6f}, "
+                f"expected {wanted}"
+            )
 
 
 def own_problems(encoded: Encoded, scores: TeacherScores, logprob_sum: float) -> Iterator[str]:
     """Own log-probs finite, at most 0, equal to the kept entry of the same id or below all kept; and their sum.
+
+    What was drawn says nothing of the own token's log-prob.
 
     `encoded` must have passed `token_problems`, and `scores` must have a row for each of its scored tokens.
     """
@@ -83,6 +127,8 @@ def own_problems(encoded: Encoded, scores: TeacherScores, logprob_sum: float) ->
         yield f"an own log-prob of {own_R.max()}, expected at most 0"
     if not abs(scores.total_logprob - logprob_sum) <= 1e-6 * max(1.0, abs(logprob_sum)):
         yield f"logprob_sum is {logprob_sum}, its tokens' log-probs sum to {scores.total_logprob}"
+    if scores.draws is not None:
+        return
     own_N = own_R[rows_N]
     same_N = scores.ids == ids_R[rows_N]
     if (np.abs(own_N - scores.logprobs) > _LOGPROB_TOLERANCE)[same_N].any():
@@ -93,6 +139,13 @@ def own_problems(encoded: Encoded, scores: TeacherScores, logprob_sum: float) ->
         yield "a token that is not kept has a higher log-prob than a kept one"
 
 
-def _rows(scores: TeacherScores) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def _rows(scores: TeacherScores) -> npt.NDArray[np.int64]:
     """Row of each kept entry, int64 [N]."""
     return np.repeat(np.arange(scores.num_rows, dtype=np.int64), np.maximum(scores.counts, 0))
+
+
+def _last(values_N: npt.NDArray[np.float64], counts_R: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Value of each row's last entry, 0 where it has none, float64 [R]."""
+    last_R = np.zeros(len(counts_R))
+    last_R[counts_R > 0] = values_N[np.cumsum(np.maximum(counts_R, 0))[counts_R > 0] - 1]
+    return last_R

@@ -8,6 +8,7 @@ what can still be read. A file whose bytes changed is not parsed.
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from common.manifest import (
     receipt_path,
     shard_path,
 )
-from common.samples import Dataset
+from common.samples import Dataset, Sample, prompt_turns
 from common.shards import PREFIXES, ShardFile, ShardRow
 from precompute.report import Check, Report
 from precompute.row_checks import kept_problems, mass_problems, own_problems, token_problems
@@ -37,12 +38,12 @@ _MEANINGS = {
     "checksums": "the bytes of each shard are those that were written",
     "columns": "each shard has the columns of the format",
     "pages": "each page of each shard can be read and matches its checksum",
-    "order": "rows are in dataset order, ids are unique",
+    "order": "rows are in dataset order, ids are unique, generated responses are numbered",
     "tokens": "token ids are in the vocabulary, spans inside the sequence",
     "kept": "kept entries are real tokens, finite, distinct, in descending order",
-    "mass": "kept mass is at most 1 and adds up to 1 with the rest",
+    "mass": "kept mass is at most 1, adds up to 1 with the rest, and is what was asked for",
     "own": "own log-probs are finite, at most 0, and agree with kept entries and sums",
-    "dataset": "every sample is the dataset's, in its order, with the same messages",
+    "dataset": "every sample is the dataset's, in its order, with the same messages (but generated responses)",
 }
 
 
@@ -60,6 +61,8 @@ class _Verification:
         self._dataset: Dataset | None = None
         self._seen_ids: set[str] = set()
         self._last_index = -1
+        # Of the rows of one sample, where the teacher wrote several responses to it.
+        self._number = 0
         self._receipts: list[Receipt] = []
 
     def report(self, dataset: Path | None, progress: bool) -> Report:
@@ -190,19 +193,19 @@ class _Verification:
         for row in self._rows(shard):
             indices.append(row.index)
             where = f"row {row.index} ({row.sample.id!r})"
-            self._check_order(row, where, shard.path, manifest.shard_range(number))
-            self._check_against_dataset(row, where, shard.path)
+            self._check_order(row, where, shard.path, manifest, manifest.shard_range(number))
+            self._check_against_dataset(row, where, shard.path, manifest)
             for scored, column in zip(row.conversations, sums, strict=True):
                 total = next(column)
                 num_tokens += scored.scores.num_rows
                 wrong = list(token_problems(scored.encoded, len(row.sample.images), manifest))
                 self._note("tokens", shard.path, where, wrong)
                 self._note("kept", shard.path, where, kept_problems(scored.scores, manifest), scored.scores.ids.size)
-                self._note("mass", shard.path, where, mass_problems(scored.scores), scored.scores.num_rows)
+                self._note("mass", shard.path, where, mass_problems(scored.scores, manifest), scored.scores.num_rows)
                 if not wrong:
                     problems = own_problems(scored.encoded, scored.scores, total)
                     self._note("own", shard.path, where, problems, scored.scores.num_rows)
-        self._check_coverage(shard, receipt, indices, num_tokens, manifest.shard_range(number))
+        self._check_coverage(shard, receipt, indices, num_tokens, manifest)
 
     def _rows(self, shard: ShardFile) -> Iterator[ShardRow]:
         check = self._checks["pages"]
@@ -222,19 +225,23 @@ class _Verification:
         for problem in problems:
             check.failed(path, f"{where}: {problem}")
 
-    def _check_order(self, row: ShardRow, where: str, path: Path, expected: range) -> None:
+    def _check_order(self, row: ShardRow, where: str, path: Path, manifest: Manifest, expected: range) -> None:
         check = self._checks["order"]
         check.passed()
         if row.index not in expected:
             check.failed(path, f"{where}: this shard holds rows {expected.start} to {expected.stop - 1}")
-        if row.index <= self._last_index:
+        generated = manifest.capture.generate is not None
+        self._number = self._number + 1 if row.index == self._last_index else 0
+        if row.index < self._last_index or (row.index == self._last_index and not generated):
             check.failed(path, f"{where}: comes after row {self._last_index}")
+        if generated and not row.sample.id.endswith(f"#{self._number}"):
+            check.failed(path, f"{where}: is response {self._number} to its sample, so its id should end so")
         if row.sample.id in self._seen_ids:
             check.failed(path, f"{where}: its id occurs twice")
         self._last_index = row.index
         self._seen_ids.add(row.sample.id)
 
-    def _check_against_dataset(self, row: ShardRow, where: str, path: Path) -> None:
+    def _check_against_dataset(self, row: ShardRow, where: str, path: Path, manifest: Manifest) -> None:
         if self._dataset is None:
             return
         check = self._checks["dataset"]
@@ -247,19 +254,26 @@ class _Verification:
         except DataError as error:
             check.failed(path, f"{where}: {error}")
             return
+        found = row.sample
+        if manifest.capture.generate is not None:
+            sample = _without_response(replace(sample, id=f"{sample.id}#{self._number}"))
+            found = _without_response(found)
         for name in ("id", "conversations", "images"):
-            if getattr(sample, name) != getattr(row.sample, name):
+            if getattr(sample, name) != getattr(found, name):
                 check.failed(path, f"{where}: its {name} differ from those of {sample.id!r} in the dataset")
 
     def _check_coverage(
-        self, shard: ShardFile, receipt: Receipt, indices: list[int], num_tokens: int, expected: range
+        self, shard: ShardFile, receipt: Receipt, indices: list[int], num_tokens: int, manifest: Manifest
     ) -> None:
-        coverage = self._checks["coverage"]
-        if sorted([*indices, *(skipped.index for skipped in receipt.skipped)]) != list(expected):
+        coverage, expected = self._checks["coverage"], manifest.shard_range(receipt.shard)
+        generate = manifest.capture.generate
+        rows_each = 1 if generate is None else generate.num_samples
+        left_out = [skipped.index for skipped in receipt.skipped]
+        if sorted([*indices, *left_out * rows_each]) != sorted([*expected] * rows_each):
             coverage.failed(
                 shard.path,
-                f"{len(indices)} rows and {len(receipt.skipped)} skipped samples do not make up the samples "
-                f"{expected.start} to {expected.stop - 1}",
+                f"{len(indices)} rows and {len(left_out)} skipped samples do not make up the samples "
+                f"{expected.start} to {expected.stop - 1}" + f", {rows_each} rows each" * (rows_each > 1),
             )
         if (len(indices), num_tokens) != (receipt.num_rows, receipt.num_scored_tokens):
             coverage.failed(
@@ -274,6 +288,11 @@ class _Verification:
                         receipt_path(self._output, receipt.shard),
                         f"lists {skipped.id!r} as skipped at {skipped.index}, where the dataset has another sample",
                     )
+
+
+def _without_response(sample: Sample) -> Sample:
+    """The sample with its prompts alone."""
+    return replace(sample, conversations=tuple(map(prompt_turns, sample.conversations)))
 
 
 def _numbered(path: Path) -> bool:

@@ -64,13 +64,17 @@ class DataConfig(Strict):
 
 
 class LossConfig(Strict):
-    """Weights of the terms of the objective, and the form of each."""
+    """Weights of the terms of the objective, and the form of each.
+
+    `tail` absent is "bucket" for best entries of the teacher, and "ignore" for entries drawn from its distribution,
+    which take no other.
+    """
 
     distillation: float = Field(0.0, ge=0.0)
     cross_entropy: float = Field(0.0, ge=0.0)
     balance: float = Field(0.0, ge=0.0)
     preference: float = Field(0.0, ge=0.0)
-    tail: Literal["bucket", "renormalise", "ignore"] = "bucket"
+    tail: Literal["bucket", "renormalise", "ignore"] | None = None
     preference_type: Literal["sigmoid", "ipo", "hinge", "kto_pair"] = "sigmoid"
     beta: float = Field(0.1, gt=0.0)
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)

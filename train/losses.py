@@ -46,14 +46,19 @@ def distillation_loss(
     nothing of the mass outside A. "ignore" is no KL unless rest_T = 0: it can be negative, and its minimum
     puts all of the student's mass on A.
 
+    Entries drawn from the teacher's distribution with replacement, id i in draws_i of n draws, want "ignore" with
+    log p_T(i) = log(draws_i / n): -sum_A draws_i / n log p_S is then an unbiased estimate of the cross-entropy of
+    p_S under p_T, and its gradient one of the KL's (Sparse Logit Sampling, arXiv 2503.16870). The constant beside it
+    makes the value the KL of the observed frequencies, on average larger than that of p_T.
+
     The word-level distillation of Hinton et al. (arXiv 1503.02531) and Kim & Rush (arXiv 1606.07947) at
     temperature 1, as the forward KL over response tokens of LLaVA-MoD (arXiv 2408.15881).
 
     Args:
         logits_RV: [R, V] float, the student's; columns from `vocab_size` on are padding and take no part.
         topk_ids_RK: [R, K] int64, below `vocab_size` and distinct within a row; 0 in an empty slot.
-        topk_logprobs_RK: [R, K] float, at temperature 1 over the teacher's whole vocabulary; -inf in an empty
-            slot.
+        topk_logprobs_RK: [R, K] float, at temperature 1 over the teacher's whole vocabulary, or the logarithm of
+            an id's share of the draws; -inf in an empty slot.
         rest_mass_R: [R] float, the teacher's mass outside the kept ids; below 0, by rounding, counts as 0.
         vocab_size: the number of ids that the tokenizer knows, at most V.
         tail: what becomes of the rest mass, see above.

@@ -72,7 +72,12 @@ def compute_terms(
         assert batch.topk_logprobs is not None
         assert batch.rest_mass is not None
         loss_R = distillation_loss(
-            logits_RV, batch.topk_ids, batch.topk_logprobs, batch.rest_mass, vocab_size=vocab_size, tail=config.tail
+            logits_RV,
+            batch.topk_ids,
+            batch.topk_logprobs,
+            batch.rest_mass,
+            vocab_size=vocab_size,
+            tail=config.tail or "bucket",
         )
         terms["distillation"] = Term(loss_R.sum(), "rows", config.distillation)
     if router_logits:

@@ -33,7 +33,7 @@ from common.storage import publish
 from train.batch import Collator
 from train.callbacks import MetricsFile, Progress
 from train.checkpoint import newest_complete
-from train.config import TrainConfig
+from train.config import LossConfig, TrainConfig
 from train.moe import is_sparse, router_logits_hook, upcycle
 from train.stream import Source, StepPlan, open_source, split_validation
 from train.student import freeze, is_multimodal, load_student, text_config
@@ -69,6 +69,7 @@ def train(config: TrainConfig) -> StageResult:
 
     encoder = Encoder.load(config.model.path, config.model.chat_template, config.data.score)
     source, plan, validation = _data(config, encoder)
+    loss = _with_tail(config, source, validation[0] if validation else source)
     resume = newest_complete(config.output)
     _begin(config, source, resume is not None, main)
     max_steps = config.optim.max_steps or plan.steps_per_epoch * config.optim.epochs
@@ -86,7 +87,7 @@ def train(config: TrainConfig) -> StageResult:
     trainer = StudentTrainer(
         model,
         args,
-        loss=config.loss,
+        loss=loss,
         optim=config.optim,
         source=source,
         plan=plan,
@@ -178,6 +179,29 @@ def _data(config: TrainConfig, encoder: Encoder) -> tuple[Source, StepPlan, tupl
     elif held_out:
         validation = source, _validation_plan(held_out, config)
     return source, plan, validation
+
+
+def _with_tail(config: TrainConfig, source: Source, validation: Source) -> LossConfig:
+    """The loss with the tail that fits the source's entries.
+
+    Raises:
+        ConfigError: a tail that would bias it.
+    """
+    loss, data = config.loss, config.data
+    if not loss.distillation:
+        return loss
+    tail = loss.tail or ("ignore" if source.sampled else "bucket")
+    for sampled, name, path in (
+        (source.sampled, "data.shards", data.shards),
+        (validation.sampled, "data.validation", data.validation),
+    ):
+        if sampled and tail != "ignore":
+            raise ConfigError(
+                f'{path}: {name} holds ids drawn from the teacher\'s distribution, which loss.tail "{tail}" does not '
+                "fit: they are not its best ones, so a bucket for the rest, or dividing by their mass, would bias "
+                'the loss; use tail = "ignore", whose gradient is right on average, or leave the key out'
+            )
+    return loss.model_copy(update={"tail": tail})
 
 
 def _validation_plan(selected: range | list[int], config: TrainConfig) -> StepPlan:

@@ -37,9 +37,13 @@ class Example:
 
 
 class Source(Protocol):
-    """Random access to examples; `sha256` stands for all of them and their order."""
+    """Random access to examples; `sha256` stands for all of them and their order.
+
+    `sampled`: the teacher's kept entries were drawn from its distribution, they are not its best ones.
+    """
 
     sha256: str
+    sampled: bool
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
@@ -47,6 +51,8 @@ class Source(Protocol):
 
 class DatasetSource:
     """Examples of a dataset file, without teacher scores."""
+
+    sampled = False
 
     def __init__(self, path: Path, kind: Kind, encoder: Encoder) -> None:
         self._dataset = Dataset.open(path, kind)
@@ -64,6 +70,9 @@ class DatasetSource:
 class ShardSource:
     """Examples of a complete output of `precompute-logits`.
 
+    Where the teacher wrote the responses itself, an example holds its tokens as they are stored: their text may give
+    other tokens when it is encoded again.
+
     Row groups are decoded when first asked for; the `cached_groups` most recent ones stay.
 
     Raises:
@@ -75,6 +84,7 @@ class ShardSource:
         self.output = output
         self.manifest = read_manifest(output)
         self.sha256 = self.manifest.sha256
+        self.sampled = self.manifest.capture.num_draws is not None
         self._encoder = encoder
         _check_provenance(output, self.manifest, encoder, aspect_ratio)
         self._cache: OrderedDict[tuple[int, int], list[ShardRow]] = OrderedDict()
@@ -96,15 +106,35 @@ class ShardSource:
         shard = int(np.searchsorted(self._first_row, index, side="right")) - 1
         group, position = divmod(index - int(self._first_row[shard]), ROWS_PER_GROUP)
         row = self._group(shard, group)[position]
+        generated = self.manifest.capture.generate is not None
+        encoded = self._stored(row) if generated else self._encoded_again(row)
+        return Example(row.sample, encoded, tuple(scored.scores for scored in row.conversations))
+
+    def _encoded_again(self, row: ShardRow) -> tuple[Encoded, ...]:
         encoded = self._encoder.encode_sample(row.sample)
         for own, scored in zip(encoded, row.conversations, strict=True):
             if not np.array_equal(own.response_ids, scored.encoded.response_ids):
-                raise ProvenanceError(
-                    f"{self.output}: sample {row.sample.id!r}: the student's encoding has {len(own.response_ids)} "
-                    f"scored tokens, the teacher scored {len(scored.encoded.response_ids)} others; use the chat "
-                    "template that the teacher used (model.chat_template = FILE)"
+                raise self._mismatch(
+                    row,
+                    f"the student's encoding has {len(own.response_ids)} scored tokens, the teacher scored "
+                    f"{len(scored.encoded.response_ids)} others",
                 )
-        return Example(row.sample, encoded, tuple(scored.scores for scored in row.conversations))
+        return encoded
+
+    def _stored(self, row: ShardRow) -> tuple[Encoded, ...]:
+        for turns, scored in zip(row.sample.conversations, row.conversations, strict=True):
+            prompt_T = self._encoder.encode_prompt(turns[:-1])
+            if not np.array_equal(prompt_T, scored.encoded.input_ids[: len(prompt_T)]):
+                raise self._mismatch(
+                    row, f"the student's prompt of {len(prompt_T)} tokens is not the one that the teacher answered"
+                )
+        return tuple(scored.encoded for scored in row.conversations)
+
+    def _mismatch(self, row: ShardRow, what: str) -> ProvenanceError:
+        return ProvenanceError(
+            f"{self.output}: sample {row.sample.id!r}: {what}; use the chat template that the teacher used "
+            "(model.chat_template = FILE)"
+        )
 
     def _group(self, shard: int, group: int) -> list[ShardRow]:
         key = (shard, group)

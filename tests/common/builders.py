@@ -1,5 +1,7 @@
 """Manifests and scored rows for the tests of common/, drawn from a seed."""
 
+from typing import Any
+
 import numpy as np
 
 from common.encoding import Encoded
@@ -13,14 +15,26 @@ from common.manifest import (
     TokenizerIdentity,
 )
 from common.samples import ImageRef, Kind, Sample, Turn
-from common.scores import TeacherScores, from_rectangle
+from common.scores import TeacherScores, from_draws, from_rectangle
 from common.shards import ScoredConversation, ShardRow
 
 VOCAB_SIZE = 151_936
 IMAGE_TOKEN_ID = 151_646
 
 
-def make_manifest(kind: Kind = "kd", num_samples: int = 200, samples_per_shard: int = 200) -> Manifest:
+def make_manifest(kind: Kind = "kd", num_samples: int = 200, samples_per_shard: int = 200, **capture: Any) -> Manifest:
+    """`capture` replaces settings of the capture."""
+    settings: dict[str, Any] = {
+        "top_k": 64,
+        "top_p": None,
+        "min_k": 1,
+        "num_draws": None,
+        "seed": None,
+        "generate": None,
+        "score": "response",
+        "max_tokens": 2048,
+        "on_bad_sample": "skip",
+    }
     return Manifest(
         kind=kind,
         teacher=TeacherIdentity(
@@ -32,7 +46,7 @@ def make_manifest(kind: Kind = "kd", num_samples: int = 200, samples_per_shard: 
         tokenizer=TokenizerIdentity(sha256="3" * 64, vocab_size=VOCAB_SIZE, template_sha256="4" * 64),
         image=ImageIdentity(processor_sha256="5" * 64, aspect_ratio="pad", tokens_per_image=576),
         dataset=DatasetIdentity(name="mélange.jsonl", sha256="6" * 64, num_samples=num_samples),
-        capture=CaptureSettings(top_k=64, score="response", max_tokens=2048, on_bad_sample="skip"),
+        capture=CaptureSettings.model_validate(settings | capture),
         engine=EngineIdentity(name="vllm", version="0.32.0", dtype="bfloat16"),
         samples_per_shard=samples_per_shard,
     )
@@ -46,7 +60,16 @@ def make_scores(rng: np.random.Generator, num_rows: int, top_k: int) -> TeacherS
     return from_rectangle(-rng.exponential(1, num_rows).astype(np.float32), ids_RK, logprobs_RK)
 
 
-def make_rows(kind: Kind, num_rows: int, seed: int = 0, top_k: int = 5, num_tokens: int = 12) -> list[ShardRow]:
+def make_draws(rng: np.random.Generator, num_rows: int, num_draws: int) -> TeacherScores:
+    """Random draws of few ids, so that some are drawn often; a few are padding."""
+    own = -rng.exponential(1, num_rows).astype(np.float32)
+    drawn_RD = VOCAB_SIZE // 20 * rng.zipf(2, (num_rows, num_draws)).clip(max=21)
+    return from_draws(own, drawn_RD, vocab_size=VOCAB_SIZE)
+
+
+def make_rows(
+    kind: Kind, num_rows: int, seed: int = 0, top_k: int = 5, num_tokens: int = 12, num_draws: int | None = None
+) -> list[ShardRow]:
     """Rows of one or two conversations with two spans each, images by path, by bytes and none."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -57,7 +80,8 @@ def make_rows(kind: Kind, num_rows: int, seed: int = 0, top_k: int = 5, num_toke
         for _ in range(1 if kind == "kd" else 2):
             input_ids = rng.integers(0, VOCAB_SIZE, num_tokens).astype(np.int32)
             spans = np.array([[2, 5], [7, num_tokens]], np.int32)
-            scores = make_scores(rng, 3 + num_tokens - 7, top_k)
+            num_scored = 3 + num_tokens - 7
+            scores = make_draws(rng, num_scored, num_draws) if num_draws else make_scores(rng, num_scored, top_k)
             conversations.append(ScoredConversation(Encoded(input_ids, spans, IMAGE_TOKEN_ID), scores))
         sample = Sample(f"s{index}", kind, images, tuple(turns[: len(conversations)]))
         rows.append(ShardRow(index, sample, tuple(conversations)))

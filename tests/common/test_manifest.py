@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from common.errors import ProvenanceError, ShardError
 from common.manifest import (
     MANIFEST_NAME,
+    GenerateSettings,
     Receipt,
     Skipped,
     file_sha256,
@@ -23,7 +24,12 @@ from common.manifest import (
 )
 from tests.common.builders import make_manifest
 
-MANIFEST = make_manifest()
+MANIFEST = make_manifest(
+    top_p=0.95,
+    min_k=4,
+    seed=7,
+    generate=GenerateSettings(temperature=1.0, top_p=0.9, num_samples=2, max_new_tokens=64),
+)
 
 
 def make_receipt(number: int = 42, skipped: tuple[Skipped, ...] = ()) -> Receipt:
@@ -105,8 +111,8 @@ def test_a_missing_output_says_what_was_expected(tmp_path: Path) -> None:
 
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
-    write_sealed(tmp_path / MANIFEST_NAME, MANIFEST.model_copy(update={"schema_version": 2}))
-    with pytest.raises(ShardError, match="schema version 2"):
+    write_sealed(tmp_path / MANIFEST_NAME, MANIFEST.model_copy(update={"schema_version": 3}))
+    with pytest.raises(ShardError, match="schema version 3"):
         read_manifest(tmp_path)
 
 

@@ -124,7 +124,6 @@ def test_text_alone_needs_no_image_key(tmp_path: Path) -> None:
     [
         ({"image": ["1", "2"], "conversations": [{"from": "human", "value": "<image>"}, ANSWER]}, "1 <image> marker"),
         ({"conversations": [{"from": "human", "value": "<image>"}, ANSWER]}, "but 0 image"),
-        ({"conversations": [QUESTION]}, "no assistant turn"),
         ({"conversations": []}, "non-empty list"),
         ({"conversations": "hello"}, "found str"),
         ({"conversations": ["hello"]}, "turn 0: found str"),
@@ -150,7 +149,7 @@ def test_a_bad_sample_is_refused_by_id_line_and_finding(tmp_path: Path, change: 
     ("change", "found"),
     [
         ({"chosen": "x"}, "question"),
-        ({"rejected": [QUESTION]}, "rejected: no assistant turn"),
+        ({"rejected": [QUESTION]}, "rejected: the last turn is user's"),
         ({"chosen": [QUESTION, ANSWER, QUESTION]}, "the last turn is user's"),
         ({"chosen": [{"from": "human", "value": "Other?"}, ANSWER]}, "share every turn but the last"),
     ],

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common.manifest import CaptureSettings, Manifest, Receipt, Skipped, open_output
+from common.manifest import CaptureSettings, GenerateSettings, Manifest, Receipt, Skipped, open_output
 from common.samples import Kind
-from common.scores import pack_ids, pack_logprobs
+from common.scores import pack_draws, pack_ids, pack_logprobs
 from common.shards import schema, write_shard
 from tests.common.builders import make_manifest, make_rows
 
@@ -47,6 +47,9 @@ def test_the_worked_example_is_right() -> None:
     ids, logprobs = bytes.fromhex(lines["topk_ids"]), bytes.fromhex(lines["topk_logprobs"])
     assert decode_rows(counts, ids, logprobs) == stated
     assert [len(row) for row in stated] == [2, 1]
+    draws = bytes.fromhex(lines["topk_draws"])
+    assert [struct.unpack("<H", entry)[0] for entry in decode(draws, 3, 2)] == [300, 2, 302]
+    assert pack_draws(np.array([300, 2, 302], np.int32)) == draws
     flat = [entry for row in stated for entry in row]
     assert pack_ids(np.array([i for i, _ in flat], np.int32)) == ids
     assert pack_logprobs(np.array([p for _, p in flat], np.float32)) == logprobs
@@ -104,6 +107,8 @@ def canonical(value: object) -> str:
         return "null"
     if isinstance(value, int):
         return str(value)
+    if isinstance(value, float):
+        return shortest(value)
     assert isinstance(value, str)
     units = struct.unpack(f"<{len(value.encode('utf-16-le')) // 2}H", value.encode("utf-16-le"))
     short = {ord('"'): '\\"', ord("\\"): "\\\\", 10: "\\n", 13: "\\r", 9: "\\t", 8: "\\b", 12: "\\f"}
@@ -111,16 +116,60 @@ def canonical(value: object) -> str:
     return '"' + "".join(escapes.get(unit, chr(unit)) for unit in units) + '"'
 
 
+def shortest(value: float) -> str:
+    """The page's spelling of a number from 1e-99 to 1e15, by trying one digit more until it reads back."""
+    digits, exponent = next(
+        (text.split("e")[0].replace(".", ""), int(text.split("e")[1]))
+        for text in (f"{value:.{places}e}" for places in range(17))
+        if float(text) == value
+    )
+    if exponent < -4:
+        return f"{digits[0]}{'.' * (len(digits) > 1)}{digits[1:]}e-{-exponent:02d}"
+    if exponent < 0:
+        return f"0.{'0' * (-exponent - 1)}{digits}"
+    return f"{digits[: exponent + 1]:0<{exponent + 1}}.{digits[exponent + 1 :] or 0}"
+
+
+def test_drawn_entries_are_found_by_the_page_too(tmp_path: Path) -> None:
+    generate = GenerateSettings(temperature=0.1 + 0.2, top_p=5e-05, num_samples=1, max_new_tokens=9)
+    manifest = make_manifest(top_k=0, num_draws=1000, seed=7, generate=generate)
+    rows = make_rows("kd", 5, num_draws=1000)
+    open_output(tmp_path, manifest)
+    write_shard(tmp_path, 0, manifest, rows, [])
+    content = json.loads((tmp_path / "manifest.json").read_text("utf-8"))
+    claimed = content.pop("content_sha256")
+    assert hashlib.sha256(canonical(content).encode("ascii")).hexdigest() == claimed
+    most = 0
+    for record, row in zip(pq.read_table(tmp_path / "shard-00000.parquet").to_pylist(), rows, strict=True):
+        scores = row.conversations[0].scores
+        num_entries = sum(record["topk_counts"])
+        assert len(record["topk_draws"]) == 2 * num_entries
+        assert scores.draws is not None
+        draws = [struct.unpack("<H", entry)[0] for entry in decode(record["topk_draws"], num_entries, 2)]
+        assert draws == scores.draws.tolist()
+        most = max(most, *draws)
+        ids = [struct.unpack("<I", entry + b"\0")[0] for entry in decode(record["topk_ids"], num_entries, 3)]
+        entries = iter(zip(ids, draws, strict=True))
+        for count, rest in zip(record["topk_counts"], record["rest_mass"], strict=True):
+            found = [next(entries) for _ in range(count)]
+            assert found == sorted(found, key=lambda entry: (-entry[1], entry[0]))
+            assert 1000 * (1 - rest) == pytest.approx(sum(draw for _, draw in found), abs=1e-4)
+    assert most > 255, "the high plane must matter"
+
+
 def test_the_page_names_every_column_type_and_key() -> None:
     table = dict(re.findall(r"^\| `(\w+)` \| ([^|]*?)(?:, (?:[TR]|\d·N bytes))? \|", PAGE, re.MULTILINE))
-    for field in schema("kd"):
-        assert table[field.name] == arrow_type(field.type), field.name
-    columns = [field.name for field in schema("kd")]
-    assert [field.name for field in schema("dpo")] == columns[:3] + [
-        prefix + name for prefix in ("chosen_", "rejected_") for name in columns[3:]
-    ]
+    for sampled in (False, True):
+        columns = [field.name for field in schema("kd", sampled)]
+        assert columns[-1] == ("topk_draws" if sampled else "topk_logprobs")
+        for field in schema("kd", sampled):
+            assert table[field.name] == arrow_type(field.type), field.name
+        assert [field.name for field in schema("dpo", sampled)] == columns[:3] + [
+            prefix + name for prefix in ("chosen_", "rejected_") for name in columns[3:]
+        ]
     keys = [name for model in (Manifest, Receipt, CaptureSettings, Skipped) for name in model.model_fields]
     assert [key for key in keys if not re.search(rf"`(capture\.)?{key}[`.]", PAGE)] == []
+    assert [key for key in GenerateSettings.model_fields if f"`capture.generate.{key}`" not in PAGE] == []
     for name in ("teacher", "tokenizer", "image", "dataset", "engine"):
         for key in make_manifest().model_dump()[name]:
             assert f"`{name}.{key}`" in PAGE

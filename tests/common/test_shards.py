@@ -1,6 +1,7 @@
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -17,6 +18,12 @@ from common.scores import TeacherScores, from_rectangle
 from common.shards import ROWS_PER_GROUP, ScoredConversation, ShardFile, ShardRow, num_scored_tokens, write_shard
 from tests.common.builders import IMAGE_TOKEN_ID, make_manifest, make_rows
 
+# Of each kind of entries: the settings of the capture, and those of `make_rows`.
+CAPTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "best": ({}, {}),
+    "drawn": ({"top_k": 0, "num_draws": 40, "seed": 0}, {"num_draws": 40}),
+}
+
 NATIVE = {
     "messages": 'STRUCT("role" VARCHAR, "content" VARCHAR)[]',
     "input_ids": "INTEGER[]",
@@ -26,7 +33,6 @@ NATIVE = {
     "rest_mass": "FLOAT[]",
     "topk_counts": "INTEGER[]",
     "topk_ids": "BLOB",
-    "topk_logprobs": "BLOB",
 }
 
 
@@ -36,16 +42,21 @@ def assert_same_rows(found: list[ShardRow], expected: list[ShardRow]) -> None:
         for a, b in zip(one.conversations, two.conversations, strict=True):
             assert a.encoded.image_token_id == b.encoded.image_token_id
             pairs = [(a.encoded.input_ids, b.encoded.input_ids), (a.encoded.spans, b.encoded.spans)]
-            names = ("own_logprobs", "rest_mass", "counts", "ids", "logprobs")
+            assert (a.scores.draws is None) == (b.scores.draws is None)
+            names = ["own_logprobs", "rest_mass", "counts", "ids", "logprobs", "draws"][
+                : 5 + (a.scores.draws is not None)
+            ]
             for x, y in pairs + [(getattr(a.scores, name), getattr(b.scores, name)) for name in names]:
                 assert x.dtype == y.dtype
                 np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
 @pytest.mark.parametrize("num_rows", [0, 1, ROWS_PER_GROUP, 2 * ROWS_PER_GROUP + 3])
-def test_what_is_written_is_read(tmp_path: Path, kind: Kind, num_rows: int) -> None:
-    manifest, rows = make_manifest(kind), make_rows(kind, num_rows)
+def test_what_is_written_is_read(tmp_path: Path, kind: Kind, num_rows: int, capture: str) -> None:
+    settings, entries = CAPTURES[capture]
+    manifest, rows = make_manifest(kind, **settings), make_rows(kind, num_rows, **entries)
     skipped = [Skipped(index=199, id="s199", reason="no assistant turn")]
     receipt = write_shard(tmp_path, 3, manifest, rows, skipped)
     assert read_receipt(tmp_path, 3, manifest) == receipt
@@ -85,6 +96,17 @@ def test_rows_without_entries_and_rows_with_the_whole_vocabulary_are_kept(tmp_pa
     assert [row.conversations[0].scores.rest_mass[0] for row in found] == [1.0, 0.0]
 
 
+def test_rows_that_keep_different_numbers_are_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    logprobs = np.log(rng.dirichlet(np.full(20, 0.3), 50)).astype(np.float32)
+    own, ids = logprobs[:, 0].copy(), np.tile(np.arange(20), (50, 1))
+    scores = from_rectangle(own, ids, logprobs, top_p=0.9, min_k=2)
+    assert len(set(scores.counts.tolist())) > 3
+    manifest = make_manifest(top_k=20, top_p=0.9, min_k=2)
+    write_shard(tmp_path, 0, manifest, [scored_row(0, scores, None)], ())
+    assert_same_rows(list(ShardFile(shard_path(tmp_path, 0), manifest, 0)), [scored_row(0, scores, None)])
+
+
 def test_rows_that_were_read_own_their_memory(tmp_path: Path) -> None:
     manifest = make_manifest()
     write_shard(tmp_path, 0, manifest, make_rows("kd", 3), ())
@@ -122,10 +144,13 @@ def test_a_shard_whose_write_failed_does_not_exist(
     assert published_shards(tmp_path) == (0,)
 
 
+@pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
-def test_duckdb_sees_native_columns(tmp_path: Path, kind: Kind) -> None:
-    rows = make_rows(kind, 70)
-    write_shard(tmp_path, 0, make_manifest(kind), rows, ())
+def test_duckdb_sees_native_columns(tmp_path: Path, kind: Kind, capture: str) -> None:
+    settings, entries = CAPTURES[capture]
+    rows = make_rows(kind, 70, **entries)
+    write_shard(tmp_path, 0, make_manifest(kind, **settings), rows, ())
+    packed = {"topk_draws" if capture == "drawn" else "topk_logprobs": "BLOB"}
     prefixes = ("",) if kind == "kd" else ("chosen_", "rejected_")
     files = f"read_parquet('{tmp_path}/shard-*.parquet')"
     found = {name: column for name, column, *_ in duckdb.sql(f"describe select * from {files}").fetchall()}
@@ -133,7 +158,7 @@ def test_duckdb_sees_native_columns(tmp_path: Path, kind: Kind) -> None:
         "sample_id": "VARCHAR",
         "index": "BIGINT",
         "images": "STRUCT(bytes BLOB, path VARCHAR)[]",
-    } | {prefix + name: column for prefix in prefixes for name, column in NATIVE.items()}
+    } | {prefix + name: column for prefix in prefixes for name, column in (NATIVE | packed).items()}
     for which, prefix in enumerate(prefixes):
         counts, total, low = duckdb.sql(
             f"select sum(list_sum({prefix}topk_counts)), sum({prefix}logprob_sum), "
@@ -212,6 +237,7 @@ def test_a_renamed_shard_or_one_of_another_output_or_kind_is_refused(tmp_path: P
         (manifest, 1, "renamed"),
         (make_manifest(num_samples=201), 0, "another manifest"),
         (make_manifest("dpo"), 0, "columns"),
+        (make_manifest(top_k=0, num_draws=3), 0, "kd shard with drawn entries"),
     ):
         with pytest.raises((ShardError, ProvenanceError), match=f"{path}.*{found}"):
             ShardFile(path, expected, number)

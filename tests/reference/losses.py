@@ -40,6 +40,23 @@ def distillation(
     return np.array(losses)
 
 
+def sampled(logits: ArrayLike, draws: list[dict[int, int]], num_draws: int, vocab_size: int) -> Array:
+    """Each row's cross-entropy under the shares of its draws, less the entropy of the shares."""
+    losses = []
+    for row_logits, counts in zip(np.asarray(logits), draws, strict=True):
+        student = softmax(row_logits[:vocab_size])
+        shares = {i: count / num_draws for i, count in counts.items()}
+        losses.append(math.fsum(p * math.log(p) for p in shares.values()))
+        losses[-1] -= math.fsum(p * math.log(student[i]) for i, p in shares.items())
+    return np.array(losses)
+
+
+def kl_gradient(teacher_probs: ArrayLike, logits: ArrayLike) -> Array:
+    """Gradient of sum p_T (log p_T - log p_S) in the student's logits; `teacher_probs` may add up to less than 1."""
+    probs = np.asarray(teacher_probs, np.float64)
+    return probs.sum() * softmax(logits) - probs
+
+
 def own_logprobs(logits: ArrayLike, ids: ArrayLike, vocab_size: int) -> Array:
     rows = zip(np.asarray(logits), np.asarray(ids), strict=True)
     return np.array([math.log(softmax(row[:vocab_size])[i]) for row, i in rows])

@@ -27,7 +27,7 @@ from common.manifest import (
     open_output,
 )
 from common.samples import Dataset, Kind, Sample
-from common.scores import from_rectangle
+from common.scores import from_draws, from_rectangle
 from common.shards import ScoredConversation, ShardRow, write_shard
 from train.student import is_multimodal, load_student
 
@@ -91,15 +91,26 @@ class LiveTeacher:
         rows = positions[predicting_positions(encoded.response_positions)]
         return encoded, logits.log_softmax(-1)[torch.from_numpy(rows)]
 
-    def write_output(self, output: Path, dataset_path: Path, kind: Kind, top_k: int, shard: int = 16) -> Path:
-        """An output as precompute-logits would leave it."""
+    def write_output(
+        self,
+        output: Path,
+        dataset_path: Path,
+        kind: Kind,
+        top_k: int = 0,
+        shard: int = 16,
+        *,
+        num_draws: int | None = None,
+    ) -> Path:
+        """An output as precompute-logits would leave it: the `top_k` best entries, or `num_draws` draws."""
         dataset = Dataset.open(dataset_path, kind)
         image = self._spec and ImageIdentity(
             processor_sha256=self._spec.sha256, aspect_ratio="pad", tokens_per_image=self._spec.tokens_per_image
         )
         manifest = Manifest(
             kind=kind,
-            teacher=TeacherIdentity(architecture="x", weights_sha256="x", config_sha256="x", vocab_size=1),
+            teacher=TeacherIdentity(
+                architecture="x", weights_sha256="x", config_sha256="x", vocab_size=self.encoder.vocab_size
+            ),
             tokenizer=TokenizerIdentity(
                 sha256=self.encoder.tokenizer_sha256,
                 vocab_size=self.encoder.vocab_size,
@@ -107,24 +118,39 @@ class LiveTeacher:
             ),
             image=image,
             dataset=DatasetIdentity(name="x", sha256=dataset.sha256, num_samples=len(dataset)),
-            capture=CaptureSettings(top_k=top_k, score="response", max_tokens=2048, on_bad_sample="stop"),
+            capture=CaptureSettings(
+                top_k=top_k,
+                top_p=None,
+                min_k=1,
+                num_draws=num_draws,
+                seed=None if num_draws is None else 0,
+                generate=None,
+                score="response",
+                max_tokens=2048,
+                on_bad_sample="stop",
+            ),
             engine=EngineIdentity(name="transformers", version="5", dtype="float32"),
             samples_per_shard=shard,
         )
         open_output(output, manifest)
         for number in range(manifest.num_shards):
-            rows = [self._row(dataset, i, kind, top_k) for i in manifest.shard_range(number)]
+            rows = [self._row(dataset, i, kind, top_k, num_draws) for i in manifest.shard_range(number)]
             write_shard(output, number, manifest, rows, [])
         return output
 
-    def _row(self, dataset: Dataset, index: int, kind: Kind, top_k: int) -> ShardRow:
+    def _row(self, dataset: Dataset, index: int, kind: Kind, top_k: int, num_draws: int | None) -> ShardRow:
         sample = dataset[index]
         scored = []
         for which in range(2 if kind == "dpo" else 1):
             encoded, logprobs = self.logprobs(sample, which)
             own = logprobs.gather(1, torch.from_numpy(encoded.response_ids.astype(np.int64))[:, None])[:, 0]
-            top = logprobs[:, : self.encoder.vocab_size].topk(top_k)
-            scores = from_rectangle(own.numpy(), top.indices.numpy(), top.values.numpy())
+            if num_draws is None:
+                top = logprobs[:, : self.encoder.vocab_size].topk(top_k)
+                scores = from_rectangle(own.numpy(), top.indices.numpy(), top.values.numpy())
+            else:
+                generator = torch.Generator().manual_seed(index)
+                drawn = logprobs.exp().multinomial(num_draws, replacement=True, generator=generator)
+                scores = from_draws(own.numpy(), drawn.numpy(), vocab_size=self.encoder.vocab_size)
             scored.append(ScoredConversation(encoded, scores))
         return ShardRow(index, sample, tuple(scored))
 

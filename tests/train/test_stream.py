@@ -1,16 +1,20 @@
 """The order of training, and what the door refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.encoding import Encoder
+from common.encoding import Encoded, Encoder
 from common.errors import ConfigError, DataError, ProvenanceError, ShardError
-from common.manifest import receipt_path, shard_path
+from common.manifest import GenerateSettings, open_output, read_manifest, receipt_path, shard_path
+from common.samples import Turn
+from common.scores import from_rectangle
+from common.shards import ScoredConversation, ShardFile, ShardRow, write_shard
 from tests.models import tiny_causal_lm, tiny_llava, tiny_tokenizer
 from tests.train.runs import LiveTeacher, write_mixed_dataset
-from train.stream import ShardSource, StepPlan, open_source, sample_order, split_validation
+from train.stream import DatasetSource, ShardSource, StepPlan, open_source, sample_order, split_validation
 
 
 @pytest.mark.parametrize(("num_samples", "window"), [(1, 8), (64, 1), (1000, 128), (1000, 10_000)])
@@ -145,3 +149,62 @@ def test_a_text_student_reads_text_shards(tmp_path: Path) -> None:
     source = ShardSource(scores, Encoder.load(model), "pad", 1)
     assert source[0].scores is not None
     assert len(source) == 1
+
+
+def generated(output: Path, to: Path, prefix: list[int] | None = None) -> Path:
+    """The output with two responses to each sample, whose tokens are not those of their text encoded again.
+
+    `prefix` replaces the first tokens of the prompt.
+    """
+    before, own = read_manifest(output), encoder(output)
+    generate = GenerateSettings(temperature=1.0, top_p=1.0, num_samples=2, max_new_tokens=8)
+    manifest = before.model_copy(update={"capture": before.capture.model_copy(update={"generate": generate})})
+    open_output(to, manifest)
+    for shard in range(manifest.num_shards):
+        rows = []
+        for row in ShardFile(shard_path(output, shard), before, shard):
+            for number, text in enumerate(("the digit", "a the")):
+                turns = (*row.sample.conversations[0][:-1], Turn("assistant", text))
+                sample = replace(row.sample, id=f"{row.sample.id}#{number}", conversations=(turns,))
+                prompt = own.encode_prompt(turns[:-1])
+                prompt[: len(prefix or [])] = prefix or []
+                letters = own.tokenizer.convert_tokens_to_ids([*text.replace(" ", "\u0120"), "<|im_end|>"])
+                ids = np.concatenate([prompt, letters]).astype(np.int32)
+                encoded = Encoded(ids, np.array([[len(prompt), len(ids)]], np.int32), own.image_token_id)
+                scores = from_rectangle(
+                    np.zeros(len(letters)), np.zeros((len(letters), 1), int), np.zeros((len(letters), 1))
+                )
+                rows.append(ShardRow(row.index, sample, (ScoredConversation(encoded, scores),)))
+        write_shard(to, shard, manifest, rows, [])
+    return to
+
+
+def test_generated_responses_come_in_the_tokens_that_the_teacher_wrote(output: Path, tmp_path: Path) -> None:
+    source = ShardSource(generated(output, tmp_path / "generated"), encoder(output), "pad", 4)
+    assert [source[i].sample.id for i in range(len(source))] == [f"s{i // 2}#{i % 2}" for i in range(80)]
+    for index, text in ((0, "the digit"), (79, "a the")):
+        example = source[index]
+        response = example.conversations[0].response_ids
+        assert encoder(output).tokenizer.decode(response) == text + "<|im_end|>"
+        again = encoder(output).encode_sample(example.sample)[0]
+        assert len(response) == len(text) + 1
+        assert len(example.conversations[0].input_ids) > len(again.input_ids)
+
+
+def test_a_generated_response_to_another_prompt_is_refused(output: Path, tmp_path: Path) -> None:
+    source = ShardSource(generated(output, tmp_path / "generated", prefix=[1, 2]), encoder(output), "pad", 4)
+    with pytest.raises(ProvenanceError, match=r"'s0#0'.* is not the one that the teacher answered; use the chat templ"):
+        source[0]
+
+
+def test_a_source_says_whether_its_entries_were_drawn(output: Path, tmp_path: Path) -> None:
+    assert not ShardSource(output, encoder(output), "pad", 1).sampled
+    dataset = output.parent / "data" / "kd.json"
+    assert not DatasetSource(dataset, "kd", encoder(output)).sampled
+    teacher = LiveTeacher(output.parent / "teacher", output.parent / "data")
+    drawn = ShardSource(teacher.write_output(tmp_path / "drawn", dataset, "kd", num_draws=9), encoder(output), "pad", 1)
+    assert drawn.sampled
+    scores = drawn[3].scores
+    assert scores is not None
+    assert scores[0].draws is not None
+    assert set(np.add.reduceat(scores[0].draws, np.cumsum(scores[0].counts) - scores[0].counts)) <= {7, 8, 9}
