@@ -2,16 +2,16 @@
 
 The engine runs in a process of its own, or in this one with VLLM_ENABLE_V1_MULTIPROCESSING=0, which starts
 faster. Prompts are added while earlier ones run, at most `max_in_flight` at a time, so that memory stays bounded
-whatever the length of the input.
+whatever the length of the input. A thread draws them and lets vLLM process their images, which takes as long as the
+engine's step.
 """
 
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +25,10 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMError
 from vllm.platforms import current_platform
 
-from common.errors import ConfigError, DataError, ModelError
+from common.errors import ConfigError, ModelError
 from precompute.config import EngineConfig
+from precompute.feed import Feed
+from precompute.scoring import Refused
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +57,11 @@ class Engine:
         max_model_len: int,
         max_images: int,
         max_logprobs: int,
+        prefix_caching: bool = False,
     ) -> None:
         """Starts the engine for sequences of up to `max_model_len` tokens, the generated ones included.
+
+        With `prefix_caching` a prompt that begins like another is not read again from its start.
 
         Raises:
             ConfigError: an unknown key in `settings.options`.
@@ -73,8 +78,9 @@ class Engine:
             "seed": 0,
             "max_model_len": max_model_len,
             "max_logprobs": max_logprobs,
-            # Positions served from a cache have no scores.
-            "enable_prefix_caching": False,
+            "enable_prefix_caching": prefix_caching,
+            # Its cache is not made for a thread that renders prompts beside the engine's steps.
+            "mm_processor_cache_gb": 0,
             "tensor_parallel_size": settings.tensor_parallel_size,
             "pipeline_parallel_size": settings.pipeline_parallel_size,
             "gpu_memory_utilization": settings.gpu_memory_utilization,
@@ -108,26 +114,57 @@ class Engine:
             except (RuntimeError, ValueError, OSError, TypeError, VLLMError) as error:
                 raise ModelError(f"{model_dir}: vLLM cannot start with it: {error}") from error
 
-    def run(self, prompts: Iterable[tuple[T, Prompt]], params: SamplingParams) -> Iterator[tuple[T, RequestOutput]]:
+    def run(
+        self, prompts: Iterable[tuple[T, Prompt]], params: Callable[[T, list[int]], SamplingParams]
+    ) -> Iterator[tuple[T, RequestOutput | Refused]]:
         """Each prompt's companion with its finished output, in the order in which they finish.
 
-        Prompts enter in their own order, and a new one is drawn only when there is room for it.
+        Prompts are drawn in a thread and enter in their own order; `params` is called there with the companion and
+        the ids of the prompt as the engine reads it, images expanded. A prompt that vLLM refuses comes back so.
 
         Raises:
-            DataError: vLLM refuses a prompt.
-            ModelError: the engine died.
+            ModelError: the engine died. Whatever drawing a prompt or `params` raises.
         """
+
+        def rendered() -> Iterator[tuple[T, Any, SamplingParams | Refused]]:
+            for companion, prompt in prompts:
+                try:
+                    inputs = self._render(prompt)
+                except (ValueError, VLLMError) as error:
+                    yield companion, None, Refused(f"{prompt.where}: vLLM refuses it ({error})")
+                else:
+                    yield companion, inputs, params(companion, inputs["prompt_token_ids"])
+
         running: dict[str, T] = {}
-        numbered = enumerate(prompts)
-        while True:
-            for number, (companion, prompt) in islice(numbered, self.max_in_flight - len(running)):
-                self._add(str(number), prompt, params)
-                running[str(number)] = companion
-            if not running:
-                return
-            for output in self._step():
-                if output.finished:
-                    yield running.pop(output.request_id), output
+        count = 0
+        feed = Feed(rendered(), self.max_in_flight)
+        try:
+            while True:
+                for companion, inputs, choice in feed.ready(self.max_in_flight - len(running), wait=not running):
+                    if isinstance(choice, Refused):
+                        yield companion, choice
+                        continue
+                    name, count = str(count), count + 1
+                    try:
+                        self._engine.add_request(name, inputs, choice)
+                    except (ValueError, VLLMError) as error:
+                        yield companion, Refused(f"vLLM refuses it ({error})")
+                    else:
+                        running[name] = companion
+                # Under vLLM's data parallelism an engine has to step as long as any of them has work.
+                if not running and feed.ended and not self._engine.has_unfinished_requests():
+                    return
+                for output in self._step() if running or feed.ended else ():
+                    if output.finished:
+                        yield running.pop(output.request_id), output
+        finally:
+            feed.close()
+            self._engine.abort_request(list(running))
+
+    def collective_rpc(self, method: str) -> list[Any]:
+        """Calls a method of each of the engine's workers."""
+        answers: list[Any] = self._engine.collective_rpc(method)
+        return answers
 
     def close(self) -> None:
         """Stops the engine and its processes and frees its memory."""
@@ -136,14 +173,11 @@ class Engine:
         cleanup_dist_env_and_memory()
         torch.set_num_threads, torch._dynamo.config.disable = self._before
 
-    def _add(self, name: str, prompt: Prompt, params: SamplingParams) -> None:
+    def _render(self, prompt: Prompt) -> Any:
         inputs: dict[str, Any] = {"prompt_token_ids": prompt.input_ids.tolist()}
         if prompt.images:
             inputs["multi_modal_data"] = {"image": list(prompt.images)}
-        try:
-            self._engine.add_request(name, inputs, params)
-        except (ValueError, VLLMError) as error:
-            raise DataError(f"{prompt.where}: vLLM refuses it ({error})") from error
+        return self._engine.renderer.render_cmpl([inputs])[0]
 
     def _step(self) -> list[RequestOutput]:
         try:

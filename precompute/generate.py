@@ -6,12 +6,13 @@ from pathlib import Path
 from vllm import SamplingParams
 
 from common.encoding import Encoder
-from common.errors import ModelError
+from common.errors import DataError, ModelError
 from common.images import AspectRatio, ImageSpec, load_image
-from common.samples import Sample
+from common.samples import Sample, prompt_turns
 from precompute.config import EngineConfig
 from precompute.engine import Engine, Prompt
 from precompute.identity import ModelFacts
+from precompute.scoring import Refused
 
 
 def generate(
@@ -45,7 +46,7 @@ def generate(
     def prompt(sample: Sample) -> Prompt:
         where = f"sample {sample.id!r}"
         images = tuple(load_image(ref, image_root, image_aspect_ratio, mean_rgb, where) for ref in sample.images)
-        return Prompt(encoder.encode_prompt(sample.conversations[0][:-1]), images, where)
+        return Prompt(encoder.encode_prompt(prompt_turns(sample.conversations[0])), images, where)
 
     running = Engine(
         model_dir,
@@ -58,7 +59,9 @@ def generate(
         answers = [""] * len(samples)
         params = SamplingParams(max_tokens=max_new_tokens, temperature=0.0, detokenize=False)
         prompts = ((number, prompt(sample)) for number, sample in enumerate(samples))
-        for number, output in running.run(prompts, params):
+        for number, output in running.run(prompts, lambda *_: params):
+            if isinstance(output, Refused):
+                raise DataError(output.reason)
             # vLLM's own text would lack an incomplete last character, which transformers' has.
             answers[number] = encoder.tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
     finally:

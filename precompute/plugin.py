@@ -6,6 +6,14 @@ import sys
 
 
 def register() -> None:
+    """Installs the capture, and lets vLLM import its LLaVA model without torchvision."""
+    from precompute.capture import install
+
+    _stand_in_for_torchvision()
+    install()
+
+
+def _stand_in_for_torchvision() -> None:
     """Lets vLLM import its LLaVA model where torchvision is absent, as in the CPU environment.
 
     vLLM takes one helper from a module of transformers that needs torchvision; the module's PIL twin has the

@@ -1,5 +1,6 @@
 """Feeding vLLM, with its engine object replaced: what enters when, and how failures are told."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,24 @@ from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from common.errors import ConfigError, DataError, ModelError
+from common.errors import ConfigError, ModelError
 from precompute.config import EngineConfig
 from precompute.engine import Engine, Prompt
+from precompute.scoring import Refused
 
-PARAMS = SamplingParams(max_tokens=1)
+
+def params(companion: int, expanded_ids: list[int]) -> SamplingParams:
+    return SamplingParams(max_tokens=1, extra_args={"companion": companion, "ids": expanded_ids})
+
+
+class FakeRenderer:
+    """An image's placeholder, 7, becomes three."""
+
+    def render_cmpl(self, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        ids = [i for token in prompts[0]["prompt_token_ids"] for i in ([token] * (3 if token == 7 else 1))]
+        if ids == [98]:
+            raise ValueError("no such image")
+        return [{"prompt_token_ids": ids}]
 
 
 class FakeEngine:
@@ -24,18 +38,32 @@ class FakeEngine:
         self.running: list[str] = []
         self.most = 0
         self.added: list[list[int]] = []
+        self.params: list[SamplingParams] = []
+        self.aborted: list[str] = []
+        self.others_running = 0
         self.failure: Exception | None = None
+        self.renderer = FakeRenderer()
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.running) or self.others_running > 0
+
+    def abort_request(self, names: list[str]) -> None:
+        self.aborted += names
 
     def add_request(self, name: str, prompt: dict[str, Any], params: SamplingParams) -> None:
         if prompt["prompt_token_ids"] == [99]:
             raise VLLMValidationError("unlucky")
         self.added.append(prompt["prompt_token_ids"])
+        self.params.append(params)
         self.running.append(name)
         self.most = max(self.most, len(self.running))
 
     def step(self) -> list[RequestOutput]:
         if self.failure:
             raise self.failure
+        if not self.running:
+            self.others_running -= 1
+            return []
         name = self.running.pop()
         return [RequestOutput(name, None, [], None, [], finished=True)]
 
@@ -59,8 +87,8 @@ def prompts(*tokens: int) -> Iterator[tuple[int, Prompt]]:
 
 
 def test_each_prompt_comes_back_once_with_its_companion(fake: FakeEngine) -> None:
-    assert sorted(token for token, _ in start().run(prompts(*range(10)), PARAMS)) == list(range(10))
-    assert fake.added == [[token] for token in range(10)]
+    assert sorted(token for token, _ in start().run(prompts(*range(10, 20)), params)) == list(range(10, 20))
+    assert fake.added == [[token] for token in range(10, 20)]
 
 
 def test_prompts_are_drawn_only_when_there_is_room(fake: FakeEngine) -> None:
@@ -72,26 +100,53 @@ def test_prompts_are_drawn_only_when_there_is_room(fake: FakeEngine) -> None:
             num_drawn += 1
             yield pair
 
-    for num_finished, _ in enumerate(start().run(counted(), PARAMS)):
-        assert num_drawn <= num_finished + 4
+    for num_finished, _ in enumerate(start().run(counted(), params)):
+        # Four run, four more are ready for them, and one is in the thread's hand.
+        assert num_drawn <= num_finished + 9
     assert (num_drawn, fake.most) == (50, 4)
+
+
+def test_an_engine_steps_on_while_others_that_depend_on_it_have_work(fake: FakeEngine) -> None:
+    fake.others_running = 3
+    assert len(list(start().run(prompts(1, 2), params))) == 2
+    assert fake.others_running == 0
 
 
 def test_without_prompts_nothing_runs(fake: FakeEngine) -> None:
     fake.failure = AssertionError("the engine was stepped")
-    assert list(start().run(prompts(), PARAMS)) == []
+    assert list(start().run(prompts(), params)) == []
 
 
-def test_a_refused_prompt_is_named(fake: FakeEngine) -> None:
-    with pytest.raises(DataError, match=r"sample 99: vLLM refuses it .unlucky"):
-        list(start().run(prompts(1, 99), PARAMS))
+@pytest.mark.parametrize(("token", "why"), [(98, "sample 98: vLLM refuses it .no such image"), (99, "unlucky")])
+def test_a_refused_prompt_comes_back_as_such_and_the_others_go_on(fake: FakeEngine, token: int, why: str) -> None:
+    found = dict(start().run(prompts(1, token, 2), params))
+    refused = found.pop(token)
+    assert isinstance(refused, Refused)
+    assert re.search(why, refused.reason)
+    assert set(found) == {1, 2}
+    assert not any(isinstance(output, Refused) for output in found.values())
+
+
+def test_parameters_are_made_for_the_prompt_as_the_engine_reads_it(fake: FakeEngine) -> None:
+    list(start().run(prompts(7), params))
+    assert fake.params[0].extra_args == {"companion": 7, "ids": [7, 7, 7]}
+
+
+def test_what_drawing_a_prompt_raises_ends_the_run_and_stops_what_runs(fake: FakeEngine) -> None:
+    def broken() -> Iterator[tuple[int, Prompt]]:
+        yield from prompts(1, 2)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(start().run(broken(), params))
+    assert fake.aborted == fake.running
 
 
 @pytest.mark.parametrize("failure", [EngineDeadError(), RuntimeError("out of memory")])
 def test_a_dead_engine_is_told_with_what_to_do(fake: FakeEngine, failure: Exception) -> None:
     fake.failure = failure
     with pytest.raises(ModelError, match=r"engine stopped.*run the same command again: it continues"):
-        list(start().run(prompts(1), PARAMS))
+        list(start().run(prompts(1), params))
 
 
 def test_an_option_that_vllm_does_not_have_is_named() -> None:

@@ -69,16 +69,23 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_an_engine_in_a_process_of_its_own_gives_the_scores_of_transformers(llava_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_engines_in_processes_of_their_own_give_the_scores_of_transformers(
+    num_ranks: int, llava_dir: Path, tmp_path: Path
+) -> None:
+    """One, and two that share the model by tensor parallelism and gather the logits."""
     records = conversation_records(tmp_path, NUM_SAMPLES)
-    config = make_config(tmp_path, llava_dir, records, top_k=TOP_K, engine=ENGINE)
+    engine = {**ENGINE, "tensor_parallel_size": num_ranks, "capture": "in-engine"}
+    config = make_config(tmp_path, llava_dir, records, top_k=TOP_K, engine=engine)
     script = tmp_path / "separate.py"
     script.write_text(SEPARATE)
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
+    if num_ranks > 1:
+        # Without it vLLM would want a NUMA node for each rank.
+        cores = sorted(os.sched_getaffinity(0))
+        settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))
     subprocess.run(
-        [sys.executable, str(script), config.model_dump_json()],
-        check=True,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
+        [sys.executable, str(script), config.model_dump_json()], check=True, env={**os.environ, **settings}, cwd=ROOT
     )
     assert verify(config.output, config.dataset, progress=False).ok
     model = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32)
