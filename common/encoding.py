@@ -147,7 +147,9 @@ class Encoder:
         # Nothing predicts the first token of a sequence.
         spans = [(max(start, 1), stop) for start, stop in spans if stop > max(start, 1)]
         if not spans:
-            raise DataError(f"{where}: its assistant turns are empty, so there is nothing to score; remove the sample")
+            raise DataError(
+                f"{where}: no assistant turn, or only empty ones, so that there is nothing to score; remove the sample"
+            )
         if self.image_token_id is not None and any((ids[a:b] == self.image_token_id).any() for a, b in spans):
             raise DataError(f"{where}: an assistant turn holds an {IMAGE_MARKER}; images belong to user turns")
         return Encoded(ids, np.asarray(spans, np.int32).reshape(-1, 2), self.image_token_id)

@@ -225,9 +225,12 @@ def _turns(messages: Any, where: str) -> tuple[Turn, ...]:
         if not isinstance(speaker, str) or speaker not in _ROLES:
             raise DataError(f"{where}: turn {position}: role {speaker!r}; expected one of {', '.join(_ROLES)}")
         turns.append(Turn(_ROLES[speaker], _text(content, f"{where}: turn {position}")))
-    if not any(turn.role == "assistant" for turn in turns):
-        raise DataError(f"{where}: no assistant turn, so there is nothing to score; remove the sample")
     return tuple(turns)
+
+
+def prompt_turns(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """What a model answers: the conversation without its last response, or all of it if it ends with a question."""
+    return turns[:-1] if turns[-1].role == "assistant" else turns
 
 
 def _text(content: Any, where: str) -> str:

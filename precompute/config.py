@@ -9,9 +9,11 @@ from common.config import Strict
 from common.encoding import Score
 from common.images import AspectRatio
 from common.samples import Kind
-from common.scores import MAX_VOCAB_SIZE
+from common.scores import MAX_DRAWS, MAX_VOCAB_SIZE
 
 EngineDtype = Literal["bfloat16", "float16", "float32"]
+
+CaptureWay = Literal["auto", "in-engine", "stock"]
 
 DEFAULT_TOP_K: dict[str, int] = {"kd": 64, "dpo": 0}
 
@@ -29,6 +31,7 @@ _OWN_OPTIONS = frozenset(
         "logprobs_mode",
         "enable_prefix_caching",
         "limit_mm_per_prompt",
+        "mm_processor_cache_gb",
         "tensor_parallel_size",
         "pipeline_parallel_size",
         "gpu_memory_utilization",
@@ -41,7 +44,11 @@ _OWN_OPTIONS = frozenset(
 
 
 class EngineConfig(Strict):
-    """How vLLM runs a model. `kv_cache_gib` replaces the share of the device's memory that vLLM would take."""
+    """How vLLM runs a model. `kv_cache_gib` replaces the share of the device's memory that vLLM would take.
+
+    `capture` "in-engine" scores the wanted rows inside the engine and refuses a vLLM that it does not know; "stock"
+    uses vLLM's own prompt log-probs, which score every row; "auto" takes the first that works.
+    """
 
     dtype: EngineDtype = "bfloat16"
     tensor_parallel_size: PositiveInt = 1
@@ -51,6 +58,7 @@ class EngineConfig(Strict):
     max_num_seqs: PositiveInt = 64
     max_num_batched_tokens: PositiveInt = 8192
     enforce_eager: bool = False
+    capture: CaptureWay = "auto"
     options: dict[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("options")
@@ -59,16 +67,55 @@ class EngineConfig(Strict):
         if taken := sorted(_OWN_OPTIONS & set(options)):
             raise ValueError(f"{', '.join(taken)}: set by this program or by a key of [engine], not through options")
         if "data_parallel_size" in options:
-            raise ValueError("data_parallel_size: run one process a replica, with num_nodes and node, instead")
+            raise ValueError(
+                "data_parallel_size: run one process a replica, with num_nodes and node_rank; replicas of a "
+                "mixture-of-experts teacher that are to share its experts need vLLM's VLLM_DP_* variables besides"
+            )
         return options
+
+
+class GenerateConfig(Strict):
+    """The teacher writes the last response itself, `num_samples` times a prompt, up to `max_new_tokens` each.
+
+    `temperature` 0 is greedy; `top_p` cuts what it draws from. Both shape the text, not the stored distribution.
+    """
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    num_samples: PositiveInt = 1
+    max_new_tokens: PositiveInt = 512
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> Self:
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError(
+                f"num_samples = {self.num_samples} at temperature 0 would write the same response each time"
+            )
+        return self
+
+
+class RayConfig(Strict):
+    """Where `--engine ray` runs and what each of its actors, which hold a teacher each, asks of the cluster.
+
+    `address` absent: the cluster of RAY_ADDRESS or of this machine, else one that is started for the run. `max_actors`
+    absent: as many as the cluster has room for. `num_gpus` absent: the GPUs that the engine's parallel sizes add up
+    to, none in a cluster without GPUs.
+    """
+
+    address: str | None = None
+    max_actors: PositiveInt | None = None
+    num_gpus: Annotated[float, Field(ge=0)] | None = None
+    num_cpus: Annotated[float, Field(gt=0)] = 1.0
 
 
 class PrecomputeConfig(Strict):
     """A run of the teacher over a dataset.
 
-    `top_k` "all" keeps the whole vocabulary; absent, it is 64 for "kd" and 0 for "dpo". `max_tokens` counts an
-    image by the tokens it expands to. Of `num_nodes` processes that share an output, the one with number `node`
-    takes every num_nodes-th shard.
+    What is kept of each distribution: the `top_k` best entries ("all": the whole vocabulary; absent, 64 for "kd" and
+    0 for "dpo"); with `top_p`, only as many of them as hold that mass, but at least `min_k`; with `num_draws`
+    instead, the ids of so many draws from the distribution itself, with replacement. `seed` is for draws and
+    `generate`. `max_tokens` counts an image by the tokens it expands to. Of `num_nodes` processes that share an
+    output, the one with number `node_rank` takes every num_nodes-th shard.
     """
 
     kind: Kind = "kd"
@@ -80,24 +127,49 @@ class PrecomputeConfig(Strict):
     score: Score = "response"
     image_aspect_ratio: AspectRatio = "pad"
     top_k: Annotated[int, Field(ge=0, lt=MAX_VOCAB_SIZE)] | Literal["all"]
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_k: PositiveInt = 1
+    num_draws: Annotated[int, Field(gt=0, lt=MAX_DRAWS)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    generate: GenerateConfig | None = None
     samples_per_shard: PositiveInt = 1024
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     on_bad_sample: Literal["stop", "skip"] = "stop"
     preflight: bool = True
     num_loader_threads: PositiveInt = 4
     num_nodes: PositiveInt = 1
-    node: Annotated[int, Field(ge=0)] = 0
+    node_rank: Annotated[int, Field(ge=0)] = 0
     engine: EngineConfig = EngineConfig()
+    ray: RayConfig = RayConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _default_top_k(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and "top_k" not in raw:
-            return {**raw, "top_k": DEFAULT_TOP_K.get(str(raw.get("kind", "kd")), 0)}
+            drawn = raw.get("num_draws") is not None
+            return {**raw, "top_k": 0 if drawn else DEFAULT_TOP_K.get(str(raw.get("kind", "kd")), 0)}
         return raw
 
     @model_validator(mode="after")
+    def _one_way_to_keep(self) -> Self:
+        if self.num_draws is not None and (self.top_k != 0 or self.top_p is not None):
+            raise ValueError("num_draws keeps drawn entries, top_k and top_p the best ones; give one of the two")
+        if self.top_p is not None and self.top_k == 0:
+            raise ValueError("top_p needs top_k, the most entries that a row may keep")
+        if self.top_p is None and self.min_k != 1:
+            raise ValueError("min_k is the least that top_p keeps; give top_p as well")
+        if self.top_k != "all" and self.top_p is not None and self.min_k > self.top_k:
+            raise ValueError(f"min_k = {self.min_k} exceeds top_k = {self.top_k}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_response_to_generate(self) -> Self:
+        if self.generate is not None and (self.kind != "kd" or self.score != "response"):
+            raise ValueError('generate writes one response a prompt: it needs kind = "kd" and score = "response"')
+        return self
+
+    @model_validator(mode="after")
     def _node_exists(self) -> Self:
-        if self.node >= self.num_nodes:
-            raise ValueError(f"node = {self.node}, but num_nodes = {self.num_nodes}; nodes are numbered from 0")
+        if self.node_rank >= self.num_nodes:
+            raise ValueError(f"node_rank = {self.node_rank}, but num_nodes = {self.num_nodes}; nodes count from 0")
         return self

@@ -1,8 +1,9 @@
 """Before the engine starts: what is to be scored, whether it can be, and what is already there.
 
-prepare ──> Job    dataset, encoder, image settings and the manifest that they and the teacher add up to
-Job.check(i)       one sample encoded, everything about it checked that costs no decoding
-Job.load(i)        the same with its images decoded
+open_inputs ──> Inputs   dataset, encoder, image settings; weight files need not be there
+Inputs.check(i)          one sample encoded, everything about it checked that costs no decoding
+prepare ──> Job          the inputs, and the manifest that they and the teacher's weights add up to
+Job.decode(i, s)         a sample's images, as the teacher is to see them
 """
 
 import logging
@@ -11,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from common.encoding import Encoded, Encoder
@@ -19,6 +22,7 @@ from common.images import ImageSpec, load_image, require_image
 from common.manifest import (
     CaptureSettings,
     DatasetIdentity,
+    GenerateSettings,
     ImageIdentity,
     Manifest,
     Skipped,
@@ -27,7 +31,7 @@ from common.manifest import (
     receipt_path,
     shard_path,
 )
-from common.samples import Dataset, Sample
+from common.samples import Dataset, Sample, prompt_turns
 from precompute.config import PrecomputeConfig
 from precompute.identity import ModelFacts, engine_identity, teacher_identity
 from precompute.scoring import ScoringPlan
@@ -38,42 +42,17 @@ _LISTED_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
-class PreparedSample:
-    """A sample whose images are decoded. `encoded` has an entry a conversation; all share `images`."""
-
-    index: int
-    sample: Sample
-    encoded: tuple[Encoded, ...]
-    images: tuple[Image.Image, ...]
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that is known before the teacher starts. `max_tokens` is the configured limit or the teacher's, if less."""
+class Inputs:
+    """What is to be scored. `max_tokens` is the configured limit or the teacher's, if less."""
 
     config: PrecomputeConfig
     dataset: Dataset
     encoder: Encoder
     image_spec: ImageSpec | None
-    manifest: Manifest
+    facts: ModelFacts
     max_tokens: int
     # Fast tokenizers may not be called from two threads at once.
-    _encoding: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def scoring_plan(self) -> ScoringPlan:
-        """What the teacher must know."""
-        spec = self.image_spec
-        return ScoringPlan(
-            model_dir=self.config.teacher,
-            engine=self.config.engine,
-            max_tokens=self.max_tokens,
-            max_images=0 if spec is None else max(1, self.max_tokens // spec.tokens_per_image),
-            top_k=self.manifest.capture.top_k,
-            vocab_size=self.manifest.tokenizer.vocab_size,
-            output_vocab_size=self.manifest.teacher.vocab_size,
-        )
+    _encoding: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def where(self, index: int) -> str:
         """How messages name a sample."""
@@ -92,42 +71,80 @@ class Job:
         for image in sample.images:
             require_image(image, self.config.image_root, where)
         with self._encoding:
-            encoded = self.encoder.encode_sample(sample)
+            encoded = self._prompt(sample) if self.config.generate else self.encoder.encode_sample(sample)
         added = 0 if self.image_spec is None else len(sample.images) * (self.image_spec.tokens_per_image - 1)
         lengths = [len(conversation.input_ids) + added for conversation in encoded]
-        if max(lengths) > self.max_tokens:
+        # A response that is still to be written needs room for a token at least.
+        needed = max(lengths) + (self.config.generate is not None)
+        if needed > self.max_tokens:
             raise DataError(
-                f"{where}: is {max(lengths):,} tokens long, images expanded; the limit is {self.max_tokens:,}; "
+                f"{where}: needs {needed:,} tokens, images expanded; the limit is {self.max_tokens:,}; "
                 'shorten it, raise max_tokens as far as the teacher allows, or set on_bad_sample = "skip"'
             )
         return sample, encoded, sum(lengths)
 
-    def load(self, index: int) -> PreparedSample | Skipped:
-        """A sample with its images decoded, or why it is left out, if the configuration allows that.
+    def _prompt(self, sample: Sample) -> tuple[Encoded, ...]:
+        """What the teacher is to answer; nothing of it is scored."""
+        ids = self.encoder.encode_prompt(prompt_turns(sample.conversations[0]))
+        return (Encoded(ids, np.zeros((0, 2), np.int32), self.encoder.image_token_id),)
+
+    def text(self, ids: npt.NDArray[np.int32]) -> str:
+        """What ids say, without special tokens."""
+        with self._encoding:
+            return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class Job(Inputs):
+    """All that is known before the teacher starts."""
+
+    manifest: Manifest
+
+    @property
+    def scoring_plan(self) -> ScoringPlan:
+        """What the teacher must know."""
+        spec = self.image_spec
+        capture = self.manifest.capture
+        return ScoringPlan(
+            model_dir=self.config.teacher,
+            engine=self.config.engine,
+            max_tokens=self.max_tokens,
+            max_images=0 if spec is None else max(1, self.max_tokens // spec.tokens_per_image),
+            top_k=capture.top_k,
+            top_p=capture.top_p,
+            min_k=capture.min_k,
+            num_draws=capture.num_draws,
+            seed=capture.seed or 0,
+            generate=self.config.generate,
+            vocab_size=self.manifest.tokenizer.vocab_size,
+            output_vocab_size=self.manifest.teacher.vocab_size,
+        )
+
+    def decode(self, index: int, sample: Sample) -> tuple[Image.Image, ...]:
+        """The images of a sample as the teacher is to see them.
 
         Raises:
-            DataError: the sample cannot be used and on_bad_sample is "stop".
+            DataError: one is unreadable or too large.
         """
-        try:
-            sample, encoded, num_tokens = self.check(index)
-            mean_rgb = (0, 0, 0) if self.image_spec is None else self.image_spec.mean_rgb
-            images = tuple(
-                load_image(image, self.config.image_root, self.config.image_aspect_ratio, mean_rgb, self.where(index))
-                for image in sample.images
-            )
-        except DataError as error:
-            if self.config.on_bad_sample == "stop":
-                raise
-            return Skipped(index=index, id=self.dataset.ids[index], reason=str(error))
-        return PreparedSample(index, sample, encoded, images, num_tokens)
+        mean_rgb = (0, 0, 0) if self.image_spec is None else self.image_spec.mean_rgb
+        return tuple(
+            load_image(image, self.config.image_root, self.config.image_aspect_ratio, mean_rgb, self.where(index))
+            for image in sample.images
+        )
+
+    def leave_out(self, index: int, error: DataError) -> Skipped:
+        """The entry of a sample that cannot be used, if the configuration allows that; else raises `error`."""
+        if self.config.on_bad_sample == "stop":
+            raise error
+        return Skipped(index=index, id=self.dataset.ids[index], reason=str(error))
 
 
-def prepare(config: PrecomputeConfig) -> Job:
-    """Opens everything that a run needs but the engine, and takes the fingerprints.
+def open_inputs(config: PrecomputeConfig) -> Inputs:
+    """Opens the dataset, and of the teacher its configuration, tokenizer and image processor.
 
     Raises:
         DataError: the dataset is unreadable, broken, empty or has duplicate ids.
-        ModelError: the teacher's directory is not complete.
+        ModelError: one of the teacher's files is missing, or they contradict each other.
     """
     dataset = Dataset.open(config.dataset, config.kind)
     encoder = Encoder.load(config.teacher, config.chat_template, config.score)
@@ -142,6 +159,20 @@ def prepare(config: PrecomputeConfig) -> Job:
         raise ModelError(
             f"{config.teacher}: the tokenizer has {encoder.vocab_size} tokens, the output layer {facts.vocab_size} rows"
         )
+    # One token of the teacher's context goes to the one that the engine generates.
+    limit = config.max_tokens if facts.context_tokens is None else min(config.max_tokens, facts.context_tokens - 1)
+    return Inputs(config, dataset, encoder, image_spec, facts, limit)
+
+
+def prepare(config: PrecomputeConfig) -> Job:
+    """Opens everything that a run needs but the engine, and takes the fingerprints.
+
+    Raises:
+        DataError: the dataset is unreadable, broken, empty or has duplicate ids.
+        ModelError: the teacher's directory is not complete.
+    """
+    inputs = open_inputs(config)
+    dataset, encoder, image_spec, facts = inputs.dataset, inputs.encoder, inputs.image_spec, inputs.facts
     logger.info("taking the fingerprint of %s", config.teacher)
     manifest = Manifest(
         kind=config.kind,
@@ -159,6 +190,11 @@ def prepare(config: PrecomputeConfig) -> Job:
         dataset=DatasetIdentity(name=config.dataset.name, sha256=dataset.sha256, num_samples=len(dataset)),
         capture=CaptureSettings(
             top_k=facts.vocab_size if config.top_k == "all" else config.top_k,
+            top_p=config.top_p,
+            min_k=config.min_k,
+            num_draws=config.num_draws,
+            seed=config.seed if config.num_draws or config.generate else None,
+            generate=None if config.generate is None else GenerateSettings(**config.generate.model_dump()),
             score=config.score,
             max_tokens=config.max_tokens,
             on_bad_sample=config.on_bad_sample,
@@ -166,9 +202,7 @@ def prepare(config: PrecomputeConfig) -> Job:
         engine=engine_identity(config.engine.dtype),
         samples_per_shard=config.samples_per_shard,
     )
-    # One token of the teacher's context goes to the one that the engine generates.
-    limit = config.max_tokens if facts.context_tokens is None else min(config.max_tokens, facts.context_tokens - 1)
-    return Job(config, dataset, encoder, image_spec, manifest, limit)
+    return Job(config, dataset, encoder, image_spec, facts, inputs.max_tokens, manifest)
 
 
 def is_complete(output: Path, number: int, manifest: Manifest) -> bool:
@@ -187,7 +221,7 @@ def is_complete(output: Path, number: int, manifest: Manifest) -> bool:
 def missing_shards(job: Job) -> list[int]:
     """Numbers of the shards that this process is to write, ascending."""
     config = job.config
-    mine = range(config.node, job.manifest.num_shards, config.num_nodes)
+    mine = range(config.node_rank, job.manifest.num_shards, config.num_nodes)
     return [number for number in mine if not is_complete(config.output, number, job.manifest)]
 
 

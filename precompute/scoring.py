@@ -5,23 +5,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from common.encoding import Encoded
 from common.scores import TeacherScores
-from precompute.config import EngineConfig
+from precompute.config import EngineConfig, GenerateConfig
 
 Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A conversation to score. `key` is (position in the dataset, number of the conversation in its sample)."""
+    """A conversation to score, or a prompt to answer. `key` is (position in the dataset, number of the conversation).
+
+    `sample_id` and the key's second part seed what is drawn for it.
+    """
 
     key: Key
+    sample_id: str
     encoded: Encoded
     images: tuple[Image.Image, ...]
     where: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request that the teacher will not score, such as one whose images it cannot process; `reason` names it."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Response `number` that the teacher wrote to a prompt: its ids, int32 [R], and their scores."""
+
+    number: int
+    response_ids: npt.NDArray[np.int32]
+    scores: TeacherScores
+
+
+Answer = TeacherScores | Generated | Refused
 
 
 @dataclass(frozen=True)
@@ -30,6 +55,8 @@ class ScoringPlan:
 
     `max_tokens` bounds the expanded sequence, `max_images` a sequence's images (0: no vision tower);
     `output_vocab_size` is the size of the output layer, `vocab_size` the tokenizer's, `top_k` at most the former.
+    With `top_p`, a row keeps the least number of its best entries that hold this mass, from `min_k` to `top_k`;
+    with `num_draws`, so many draws instead, which `seed` and the request decide. With `generate` requests are prompts.
     """
 
     model_dir: Path
@@ -37,6 +64,11 @@ class ScoringPlan:
     max_tokens: int
     max_images: int
     top_k: int
+    top_p: float | None
+    min_k: int
+    num_draws: int | None
+    seed: int
+    generate: GenerateConfig | None
     vocab_size: int
     output_vocab_size: int
 
@@ -44,8 +76,12 @@ class ScoringPlan:
 class Scorer(Protocol):
     """A started teacher."""
 
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[tuple[Key, TeacherScores]]:
-        """Draws requests as there is room and yields each one's scores, in any order."""
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[tuple[Key, Answer]]:
+        """Draws requests as there is room, in a thread of its own if it likes, and yields answers in any order.
+
+        A conversation has one answer, a prompt as many as responses are to be written; either may be refused instead,
+        once.
+        """
         ...
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from common.encoding import Encoded
-from common.scores import TeacherScores, from_rectangle
+from common.scores import TeacherScores, from_draws, from_rectangle
 from precompute.config import PrecomputeConfig
 from precompute.scoring import Key, ScoreRequest, ScoringPlan
 from tests.real_weights import write_jsonl
@@ -56,15 +56,19 @@ class StandInTeacher:
 
     def _scores(self, encoded: Encoded, images: tuple[Image.Image, ...]) -> TeacherScores:
         seed = hashlib.sha256(encoded.input_ids.tobytes() + b"".join(image.tobytes() for image in images)).digest()
-        rng = np.random.default_rng(np.frombuffer(seed, np.uint32))
-        num_rows = len(encoded.response_ids)
-        logits_RV = rng.normal(0, 2, (num_rows, self._plan.output_vocab_size))
+        content = np.frombuffer(seed, np.uint32)
+        plan, num_rows = self._plan, len(encoded.response_ids)
+        logits_RV = np.random.default_rng(content).normal(0, 2, (num_rows, plan.output_vocab_size))
         logprobs_RV = logits_RV - np.log(np.exp(logits_RV).sum(axis=1, keepdims=True))
-        ids_RK = np.argsort(-logprobs_RV, axis=1)[:, : self._plan.top_k]
-        kept_RK = np.take_along_axis(logprobs_RV, ids_RK, axis=1)
-        kept_RK[ids_RK >= self._plan.vocab_size] = -np.inf
         own_R = logprobs_RV[np.arange(num_rows), encoded.response_ids]
-        return from_rectangle(own_R.astype(np.float32), ids_RK, kept_RK.astype(np.float32))
+        if plan.num_draws is not None:
+            rng = np.random.default_rng([plan.seed, *content])
+            drawn_RD = [rng.choice(len(row), plan.num_draws, p=np.exp(row)) for row in logprobs_RV]
+            return from_draws(own_R, np.stack(drawn_RD), vocab_size=plan.vocab_size)
+        ids_RK = np.argsort(-logprobs_RV, axis=1)[:, : plan.top_k]
+        kept_RK = np.take_along_axis(logprobs_RV, ids_RK, axis=1)
+        kept_RK[ids_RK >= plan.vocab_size] = -np.inf
+        return from_rectangle(own_R, ids_RK, kept_RK, top_p=plan.top_p, min_k=plan.min_k)
 
 
 def random_pixels(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.uint8]:

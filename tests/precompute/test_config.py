@@ -23,6 +23,11 @@ def test_the_kind_decides_how_many_entries_are_kept_by_default(tmp_path: Path, k
     assert config_of(tmp_path, f'kind = "{kind}"', "top_k=all").top_k == "all"
 
 
+def test_draws_replace_the_best_entries(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "num_draws = 50")
+    assert (config.top_k, config.num_draws) == (0, 50)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -32,7 +37,18 @@ def test_the_kind_decides_how_many_entries_are_kept_by_default(tmp_path: Path, k
         ('top_k = "most"', "top_k"),
         ("samples_per_shard = 0", "samples_per_shard"),
         ('kind = "sft"', "kind: Input should be 'kd' or 'dpo' .found 'sft'"),
-        ("node = 2\nnum_nodes = 2", "nodes are numbered from 0"),
+        ("node_rank = 2\nnum_nodes = 2", "nodes count from 0"),
+        ("node = 0", "node: unknown key"),
+        ("num_draws = 50\ntop_k = 5", "give one of the two"),
+        ("num_draws = 50\ntop_p = 0.9", "give one of the two"),
+        ("num_draws = 65536", "num_draws"),
+        ("top_k = 0\ntop_p = 0.9", "top_p needs top_k"),
+        ("min_k = 2", "give top_p as well"),
+        ("top_k = 3\ntop_p = 0.9\nmin_k = 4", "min_k = 4 exceeds top_k = 3"),
+        ("top_p = 1.5", "top_p"),
+        ('kind = "dpo"\n[generate]', 'needs kind = "kd"'),
+        ('score = "all"\n[generate]', 'score = "response"'),
+        ("[generate]\ntemperature = 0\nnum_samples = 2", "the same response each time"),
         ("[engine.options]\nmax_model_len = 5", "max_model_len: set by this program"),
         ("[engine.options]\ndata_parallel_size = 2", "num_nodes and node"),
     ],

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from precompute.run import in_threads
+from precompute.threads import in_threads
 
 
 def test_a_failure_while_loading_ahead_is_raised_at_its_turn() -> None:

@@ -29,6 +29,23 @@ def test_scores_that_the_teacher_never_gave_are_noticed(invented: PrecomputeConf
     assert json.loads(result.to_json())["ok"] is False
 
 
+def test_of_drawn_entries_the_own_log_probs_alone_are_compared(tmp_path: Path, llava_dir: Path) -> None:
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 4), top_k=0, num_draws=20)
+    run(config, progress=False, start_teacher=StandInTeacher)
+    result = recompute(config.output, llava_dir, 2, progress=False)
+    assert (result.mean_kl, result.max_kl, result.top1_agreement) == (None, None, None)
+    assert not result.ok
+    assert result.num_scored_tokens > 2
+
+
+def test_rows_that_end_by_mass_are_compared_like_others(tmp_path: Path, llava_dir: Path) -> None:
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 4), top_k=50, top_p=0.5)
+    run(config, progress=False, start_teacher=StandInTeacher)
+    result = recompute(config.output, llava_dir, 2, progress=False)
+    assert result.max_kl is not None
+    assert result.max_kl > result.tolerance
+
+
 def test_the_seed_chooses_the_rows(invented: PrecomputeConfig, llava_dir: Path) -> None:
     first, again, other = (recompute(invented.output, llava_dir, 4, seed=s, progress=False) for s in (0, 0, 1))
     assert first == again

@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,13 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError, ModelError, ProvenanceError, StorageError
-from common.manifest import published_shards, read_manifest, receipt_path, shard_path
-from common.samples import Dataset
-from common.shards import ShardFile, ShardRow
+from common.manifest import Receipt, published_shards, read_manifest, receipt_path, shard_path
+from common.samples import Dataset, Sample
+from common.shards import ShardFile, ShardRow, write_shard
 from precompute.config import PrecomputeConfig
+from precompute.plan import Job
 from precompute.run import Summary, run
-from precompute.scoring import Scorer, ScoreRequest, ScoringPlan
+from precompute.scoring import Refused, Scorer, ScoreRequest, ScoringPlan
 from precompute.verify import verify
 from tests.models import tiny_llava
 from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config, preference_records
@@ -104,7 +108,7 @@ def test_only_missing_shards_are_written(config: PrecomputeConfig) -> None:
 
 
 def test_nodes_share_the_shards(config: PrecomputeConfig) -> None:
-    parts = [config.model_copy(update={"num_nodes": 2, "node": node}) for node in range(2)]
+    parts = [config.model_copy(update={"num_nodes": 2, "node_rank": node}) for node in range(2)]
     assert [score(part).num_new_shards for part in parts] == [2, 1]
     assert verify(config.output, config.dataset, progress=False).ok
 
@@ -115,7 +119,11 @@ def test_the_resolved_configuration_lies_beside_the_shards(config: PrecomputeCon
     assert PrecomputeConfig.model_validate(written["config"]) == config
 
 
-def test_an_interrupt_keeps_complete_shards_and_drops_the_one_under_way(config: PrecomputeConfig) -> None:
+def test_an_interrupt_keeps_complete_shards_and_drops_those_under_way(
+    config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("precompute.pipeline._WINDOW", 4)
+
     def interrupt(request: ScoreRequest) -> None:
         if request.key[0] == 6:
             raise KeyboardInterrupt
@@ -162,17 +170,20 @@ BAD_SAMPLES = {
     "image outside": r"'s7'.*lies outside image_root",
     "unreadable image": r"'s7'.*7-0\.png cannot be decoded",
     "no assistant turn": r"'s7'.*no assistant turn",
-    "too long": r"'s7': is \d+ tokens long, images expanded; the limit is 512",
+    "too long": r"'s7': needs \d+ tokens, images expanded; the limit is 512",
 }
 
 
 @pytest.mark.parametrize("how", BAD_SAMPLES)
-def test_a_bad_sample_stops_the_run_and_is_named(tmp_path: Path, llava_dir: Path, how: str) -> None:
+def test_a_bad_sample_stops_the_run_and_is_named(
+    tmp_path: Path, llava_dir: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records = conversation_records(tmp_path, NUM_SAMPLES)
     spoil(records, how, tmp_path)
     config = make_config(tmp_path, llava_dir, records)
+    monkeypatch.setattr("precompute.pipeline._WINDOW", 4)
     with pytest.raises(DataError, match=BAD_SAMPLES[how]):
-        score(config)
+        score(config, batch_size=1)
     # Bytes of images are read as they are needed; everything else is found before anything is scored.
     assert published_shards(config.output) == ((0,) if how == "unreadable image" else ())
 
@@ -199,7 +210,11 @@ def test_all_bad_samples_are_found_at_once(tmp_path: Path, llava_dir: Path) -> N
     assert "gone.png" in str(caught.value)
 
 
-def test_without_preflight_complete_shards_survive_a_bad_sample(tmp_path: Path, llava_dir: Path) -> None:
+def test_without_preflight_complete_shards_survive_a_bad_sample(
+    tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("precompute.pipeline._WINDOW", 1)
+    monkeypatch.setattr("precompute.pipeline._DECODED_AHEAD", 1)
     records = conversation_records(tmp_path, NUM_SAMPLES)
     spoil(records, "missing image", tmp_path)
     config = make_config(tmp_path, llava_dir, records, preflight=False)
@@ -263,7 +278,7 @@ def test_a_teacher_that_is_not_there_is_named(config: PrecomputeConfig, tmp_path
 def test_a_full_disk_stops_the_run_and_a_rerun_completes_it(
     config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch, failing_file: int
 ) -> None:
-    """At the rows of the first shard, at its receipt, and the same of the second."""
+    """At the rows of the first shard that is written, at its receipt, and the same of the second."""
     count = 0
 
     def full(_: int) -> None:
@@ -276,7 +291,7 @@ def test_a_full_disk_stops_the_run_and_a_rerun_completes_it(
         patch.setattr("common.storage.os.fsync", full)
         with pytest.raises(StorageError, match=r"No space left on device.*run the same command again"):
             score(config)
-    assert published_shards(config.output) == tuple(range(failing_file // 2))
+    assert len(published_shards(config.output)) == failing_file // 2
     assert not list(config.output.glob(".*.partial"))
     score(config)
     assert verify(config.output, config.dataset, progress=False).ok
@@ -382,3 +397,244 @@ def test_images_are_given_to_the_teacher_as_they_are(tmp_path: Path, llava_dir: 
     score(config, before=lambda request: seen.extend(image.tobytes() for image in request.images))
     assert seen == [Image.open(tmp_path / "1-0.png").tobytes()]
     assert Dataset.open(config.dataset, "kd")[1].images[0].path == "1-0.png"
+
+
+class Recorder(StandInTeacher):
+    """Notes the order of its requests and how often it was asked to score; refuses the samples in `refused`."""
+
+    def __init__(self, plan: ScoringPlan, refused: frozenset[tuple[str, int]] = frozenset(), **teacher: Any) -> None:
+        self.seen: list[ScoreRequest] = []
+        self.num_calls = 0
+        self._refused = refused
+        self._keys: dict[tuple[int, int], str] = {}
+        super().__init__(plan, before=self.seen.append, **teacher)
+
+    def score(self, requests: Any) -> Any:
+        self.num_calls += 1
+        for key, scores in super().score(requests):
+            name = next(request.sample_id for request in self.seen if request.key == key)
+            refused = (name, key[1]) in self._refused
+            yield key, (Refused(f"sample {name!r}: too strange") if refused else scores)
+
+
+def record(config: PrecomputeConfig, **teacher: Any) -> tuple[Recorder, Summary]:
+    teachers: list[Recorder] = []
+
+    def start(plan: ScoringPlan) -> Scorer:
+        teachers.append(Recorder(plan, **teacher))
+        return teachers[-1]
+
+    summary = run(config, progress=False, start_teacher=start)
+    return teachers[0], summary
+
+
+def test_all_shards_are_one_stream_and_the_longest_of_a_window_comes_first(
+    config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("precompute.pipeline._WINDOW", 5)
+    teacher, _ = record(config)
+    assert teacher.num_calls == 1
+    lengths = [len(request.encoded.input_ids) + 15 * len(request.images) for request in teacher.seen]
+    assert [sorted(request.key[0] for request in teacher.seen[i : i + 5]) for i in (0, 5)] == [
+        [0, 1, 2, 3, 4],
+        [5, 6, 7, 8, 9],
+    ]
+    assert lengths[:5] == sorted(lengths[:5], reverse=True)
+    assert lengths[5:] == sorted(lengths[5:], reverse=True)
+
+
+def test_the_order_is_the_same_in_every_run(config: PrecomputeConfig) -> None:
+    orders = []
+    for number in range(3):
+        teacher, _ = record(config.model_copy(update={"output": config.output / str(number)}))
+        orders.append([request.key for request in teacher.seen])
+    assert orders[0] == orders[1] == orders[2]
+
+
+@pytest.mark.parametrize("window", [1, 3, 256])
+def test_the_order_of_scoring_does_not_show_in_the_shards(
+    config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    score(config)
+    monkeypatch.setattr("precompute.pipeline._WINDOW", window)
+    other = config.model_copy(update={"output": config.output / "other"})
+    score(other, batch_size=7)
+    assert shard_bytes(other.output) == shard_bytes(config.output)
+
+
+def test_what_the_teacher_refuses_stops_the_run(config: PrecomputeConfig) -> None:
+    with pytest.raises(DataError, match=r"^sample 's4': too strange\n\d shard\(s\) were written"):
+        record(config, refused=frozenset({("s4", 0)}))
+
+
+def test_a_pair_of_which_the_teacher_refuses_one_is_skipped_whole(tmp_path: Path, llava_dir: Path) -> None:
+    records = preference_records(tmp_path, NUM_SAMPLES)
+    config = make_config(tmp_path, llava_dir, records, kind="dpo", on_bad_sample="skip")
+    _, summary = record(config, refused=frozenset({("s4", 0), ("s6", 1)}))
+    assert [(entry.id, entry.reason) for entry in summary.skipped] == [
+        ("s4", "sample 's4': too strange"),
+        ("s6", "sample 's6': too strange"),
+    ]
+    assert [row.index for row in rows_of(config.output)] == [i for i in range(NUM_SAMPLES) if i not in (4, 6)]
+    assert verify(config.output, config.dataset, progress=False).ok
+
+
+def test_images_and_finished_shards_are_not_kept(
+    tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 60 samples only so many may be in memory as a small window and few decoded ones allow."""
+    monkeypatch.setattr("precompute.pipeline._WINDOW", 8)
+    monkeypatch.setattr("precompute.pipeline._DECODED_AHEAD", 2)
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 60))
+    images: list[weakref.ref[Image.Image]] = []
+    rows: list[weakref.ref[ShardRow]] = []
+    most = {"images": 0, "rows": 0}
+
+    def decode(job: Job, index: int, sample: Sample, real: Any = Job.decode) -> Any:
+        found = real(job, index, sample)
+        images.extend(map(weakref.ref, found))
+        return found
+
+    class Noted(ShardRow):
+        def __init__(self, *values: Any) -> None:
+            super().__init__(*values)
+            rows.append(weakref.ref(self))
+
+    def measure(_: ScoreRequest) -> None:
+        most["images"] = max(most["images"], sum(ref() is not None for ref in images))
+        most["rows"] = max(most["rows"], sum(ref() is not None for ref in rows))
+
+    monkeypatch.setattr(Job, "decode", decode)
+    monkeypatch.setattr("precompute.pipeline.ShardRow", Noted)
+    score(config, before=measure, delay_s=0.005)
+    assert len(images) == 60
+    assert len(rows) == 60
+    # Samples of two images each: three at the teacher, one drawn, two decoded ahead.
+    assert 0 < most["images"] <= 2 * 6
+    # The shards that a window touches, one that is written, two that wait.
+    assert 0 < most["rows"] <= 4 * 6
+    assert not any(ref() for ref in images)
+
+
+class StopError(Exception):
+    pass
+
+
+def test_the_loop_waits_for_a_writer_that_falls_behind(
+    tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While no shard can be written, two wait, one is under way, and the loop stands with the fourth."""
+    monkeypatch.setattr("precompute.pipeline._WINDOW", 4)
+    go_on = threading.Event()
+    num_scored = 0
+
+    def write(*arguments: Any) -> Receipt:
+        assert go_on.wait(30)
+        return write_shard(*arguments)
+
+    def count(_: ScoreRequest) -> None:
+        nonlocal num_scored
+        num_scored += 1
+
+    monkeypatch.setattr("precompute.pipeline.write_shard", write)
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 60))
+    runner = threading.Thread(target=lambda: score(config, before=count))
+    runner.start()
+    time.sleep(1)
+    assert 16 <= num_scored <= 16 + 3
+    assert published_shards(config.output) == ()
+    go_on.set()
+    runner.join()
+    assert len(published_shards(config.output)) == 15
+
+
+def test_a_writer_that_fails_stops_the_run_at_the_next_result(
+    tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("precompute.pipeline._WINDOW", 4)
+    num_scored = 0
+
+    def write(*_: Any) -> Receipt:
+        raise StorageError("the disk is gone")
+
+    def count(_: ScoreRequest) -> None:
+        nonlocal num_scored
+        num_scored += 1
+
+    monkeypatch.setattr("precompute.pipeline.write_shard", write)
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 60))
+    with pytest.raises(StorageError, match=r"^the disk is gone$"):
+        score(config, before=count, delay_s=0.01)
+    assert num_scored < 12
+
+
+@pytest.mark.parametrize("failure", [ModelError("the engine died"), KeyboardInterrupt(), StopError("a defect")])
+def test_shards_that_were_handed_to_the_writer_are_published_whatever_ends_the_run(
+    tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    monkeypatch.setattr("precompute.pipeline._WINDOW", 4)
+
+    def write(*arguments: Any) -> Receipt:
+        time.sleep(0.2)
+        return write_shard(*arguments)
+
+    def fail(request: ScoreRequest) -> None:
+        if request.key[0] >= 12:
+            raise failure
+
+    monkeypatch.setattr("precompute.pipeline.write_shard", write)
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 20))
+    if isinstance(failure, KeyboardInterrupt):
+        assert score(config, before=fail, batch_size=1).interrupted
+    else:
+        with pytest.raises(type(failure), match=str(failure)):
+            score(config, before=fail, batch_size=1)
+    assert published_shards(config.output) == (0, 1, 2)
+    assert not list(config.output.glob(".*.partial"))
+
+
+def test_a_second_failure_while_finishing_does_not_hide_the_first(
+    tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("precompute.pipeline._WINDOW", 4)
+
+    def write(*_: Any) -> Receipt:
+        time.sleep(0.3)
+        raise StorageError("the disk is gone")
+
+    def fail(request: ScoreRequest) -> None:
+        if request.key[0] >= 4:
+            raise ModelError("the engine died")
+
+    monkeypatch.setattr("precompute.pipeline.write_shard", write)
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 8))
+    with pytest.raises(ModelError, match="the engine died"):
+        score(config, before=fail, batch_size=1)
+    assert "and while finishing: the disk is gone" in caplog.text
+
+
+class DrawingAside(StandInTeacher):
+    """Draws its requests in a thread of its own, a few ahead of its answers."""
+
+    def score(self, requests: Any) -> Any:
+        ahead: queue.Queue[ScoreRequest | None] = queue.Queue(3)
+
+        def draw() -> None:
+            for request in requests:
+                ahead.put(request)
+            ahead.put(None)
+
+        drawing = threading.Thread(target=draw)
+        drawing.start()
+        yield from super().score(iter(ahead.get, None))
+        drawing.join()
+
+
+def test_a_teacher_may_draw_its_requests_in_another_thread(tmp_path: Path, llava_dir: Path) -> None:
+    records = conversation_records(tmp_path, 40)
+    for record in records[4:12] + records[13:40:2]:
+        record["image"] = "nowhere.png"
+    config = make_config(tmp_path, llava_dir, records, on_bad_sample="skip")
+    summary = run(config, progress=False, start_teacher=DrawingAside)
+    assert (summary.complete, summary.num_new_shards, len(summary.skipped)) == (True, 10, 8 + 14)
+    assert verify(config.output, config.dataset, progress=False).ok

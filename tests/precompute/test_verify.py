@@ -11,12 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from common.manifest import (
+    GenerateSettings,
     Receipt,
     Skipped,
     file_sha256,
@@ -216,6 +218,92 @@ def test_changed_messages_are_found(output: Path, whole: Path) -> None:
     write_shard(output, 1, read_manifest(output), [forged, *rows[1:]], [])
     assert verify(output, progress=False).ok
     assert "conversations differ" in failed(verify(output, whole / "data.jsonl", progress=False))["dataset"]
+
+
+def generated_output(output: Path, num_samples: int) -> Callable[[int, list[ShardRow]], None]:
+    """Makes the output one of responses that the teacher wrote; returns what writes a shard's rows anew."""
+    before = read_manifest(output)
+    generate = GenerateSettings(temperature=1.0, top_p=1.0, num_samples=num_samples, max_new_tokens=64)
+    manifest = before.model_copy(update={"capture": before.capture.model_copy(update={"generate": generate})})
+    original = {number: rows_of(output, number) for number in range(before.num_shards)}
+    write_sealed(output / "manifest.json", manifest)
+
+    def write(number: int, rows: list[ShardRow]) -> None:
+        write_shard(output, number, manifest, rows, [])
+
+    for number, rows in original.items():
+        write(number, [response(row, n) for row in rows for n in range(num_samples)])
+    return write
+
+
+def response(row: ShardRow, number: int) -> ShardRow:
+    """The row with another text of the last turn, as response `number` to its sample."""
+    turns = (*row.sample.conversations[0][:-1], Turn("assistant", f"written by the teacher {number}"))
+    return with_sample(row, id=f"{row.sample.id}#{number}", conversations=(turns,))
+
+
+def with_sample(row: ShardRow, **changes: Any) -> ShardRow:
+    return dataclasses.replace(row, sample=dataclasses.replace(row.sample, **changes))
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_generated_responses_pass_every_check(output: Path, whole: Path, num_samples: int) -> None:
+    write = generated_output(output, num_samples)
+    report = verify(output, whole / "data.jsonl", progress=False)
+    assert report.ok
+    assert report.num_rows == 10 * num_samples
+    rows = rows_of(output, 1)
+    write_shard(
+        output, 1, read_manifest(output), rows[num_samples:], [Skipped(index=4, id="s4", reason="cannot be answered")]
+    )
+    assert verify(output, whole / "data.jsonl", progress=False).ok
+    write(1, rows)
+    assert verify(output, whole / "data.jsonl", progress=False).ok
+
+
+def turns_of(row: ShardRow, *, first: Turn | None = None, last: Turn | None = None) -> ShardRow:
+    turns = list(row.sample.conversations[0])
+    turns[0], turns[-1] = first or turns[0], last or turns[-1]
+    return with_sample(row, conversations=(tuple(turns),))
+
+
+# What happens to the rows of shard 1, which are three responses each to the samples 4 to 7.
+GENERATED_DAMAGE: dict[str, tuple[Callable[[list[ShardRow]], list[ShardRow]], str, str]] = {
+    "a response is missing": (lambda rows: [*rows[:2], *rows[3:]], "coverage", "4 to 7, 3 rows each"),
+    "a response too many": (
+        lambda rows: [*rows[:3], with_sample(rows[2], id="s4#3"), *rows[3:]],
+        "coverage",
+        "13 rows and 0 skipped samples",
+    ),
+    "responses in another order": (lambda rows: [rows[1], rows[0], *rows[2:]], "order", "is response 0 to its sample"),
+    "a response numbered twice": (
+        lambda rows: [*rows[:2], with_sample(rows[2], id="s4#1"), *rows[3:]],
+        "order",
+        "is response 2 to its sample|its id occurs twice",
+    ),
+    "an id without a number": (lambda rows: [with_sample(rows[0], id="s4"), *rows[1:]], "order", "should end so"),
+    "samples in another order": (lambda rows: [*rows[3:6], *rows[:3], *rows[6:]], "order", "comes after row 5"),
+    "the id of another sample": (lambda rows: [with_sample(rows[0], id="t4#0"), *rows[1:]], "dataset", "its id differ"),
+    "another prompt": (
+        lambda rows: [turns_of(rows[0], first=Turn("user", "<image>\nforged")), *rows[1:]],
+        "dataset",
+        "its conversations differ",
+    ),
+    "a last turn of the user's": (
+        lambda rows: [turns_of(rows[0], last=Turn("user", "mine")), *rows[1:]],
+        "dataset",
+        "its conversations differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", GENERATED_DAMAGE)
+def test_damage_to_generated_rows_is_found(output: Path, whole: Path, what: str) -> None:
+    write = generated_output(output, 3)
+    damage, check, message = GENERATED_DAMAGE[what]
+    write(1, damage(rows_of(output, 1)))
+    found = failed(verify(output, whole / "data.jsonl", progress=False))
+    assert re.search(message, found[check]), found
 
 
 def test_random_damage_never_crashes_and_never_passes(output: Path) -> None:

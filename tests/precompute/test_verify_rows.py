@@ -3,17 +3,23 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from common.manifest import read_manifest
-from common.scores import TeacherScores
+from common.manifest import read_manifest, shard_path
+from common.scores import TeacherScores, from_draws
 from common.shards import ShardRow, write_shard
+from precompute.row_checks import mass_problems
+from precompute.run import run
 from precompute.verify import verify
+from tests.models import tiny_llava
 from tests.precompute.outputs import failed, rows_of
+from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config
 
 
 def with_scores(row: ShardRow, **changes: object) -> ShardRow:
@@ -151,12 +157,43 @@ ROW_DAMAGE: dict[str, tuple[Callable[[ShardRow], ShardRow], str, str]] = {
         "higher log-prob than a kept one|not that of its kept entry",
     ),
     "index of another shard": (lambda row: dataclasses.replace(row, index=1), "order", "holds rows 4 to 7"),
+    "index of the next row": (lambda row: dataclasses.replace(row, index=5), "order", "comes after row 5"),
     "id of another row": (
         lambda row: dataclasses.replace(row, sample=dataclasses.replace(row.sample, id="s2")),
         "order",
         "its id occurs twice",
     ),
 }
+
+
+def lose_last_entry(row: ShardRow) -> ShardRow:
+    """Row 0 loses its last entry and says so."""
+    scores = scores_of(row)
+    last = int(scores.counts[0]) - 1
+    lost = float(np.exp(scores.logprobs[last], dtype=np.float64))
+    return with_scores(
+        row,
+        ids=np.delete(scores.ids, last),
+        logprobs=np.delete(scores.logprobs, last),
+        counts=put(scores.counts, 0, last),
+        rest_mass=put(scores.rest_mass, 0, float(scores.rest_mass[0]) + lost),
+    )
+
+
+def gain_entry(row: ShardRow) -> ShardRow:
+    """Row 0 gets an entry more, of little mass, and says so."""
+    scores = scores_of(row)
+    count, logprob = int(scores.counts[0]), float(scores.logprobs[scores.counts[0] - 1]) - 1.0
+    taken = {*scores.ids[:count].tolist(), int(row.conversations[0].encoded.response_ids[0])}
+    token_id = next(i for i in range(293) if i not in taken)
+    rest = float(scores.rest_mass[0]) - float(np.exp(np.float32(logprob), dtype=np.float64))
+    return with_scores(
+        row,
+        ids=np.insert(scores.ids, count, token_id),
+        logprobs=np.insert(scores.logprobs, count, logprob),
+        counts=put(scores.counts, 0, count + 1),
+        rest_mass=put(scores.rest_mass, 0, rest),
+    )
 
 
 @pytest.mark.parametrize("what", ROW_DAMAGE)
@@ -167,3 +204,147 @@ def test_damage_to_a_row_is_found(output: Path, what: str) -> None:
     report = verify(output, progress=False)
     assert re.search(message, failed(report)[check]), failed(report)
     assert json.loads(report.to_json())["ok"] is False
+
+
+@pytest.fixture(scope="module")
+def no_padding_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("no-padding"), padded_rows=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "damage", "message"),
+    [
+        ({"top_k": 8}, lose_last_entry, "row 0 keeps too few entries: 7 with a mass of .*, expected 8"),
+        ({"top_k": 40, "top_p": 0.5}, lose_last_entry, "too few entries: .*, expected 0.5 in as few as hold it"),
+        ({"top_k": 40, "top_p": 0.5}, gain_entry, "too many entries: .*, expected 0.5 in as few as hold it"),
+        ({"top_k": 40, "top_p": 0.01, "min_k": 5}, lose_last_entry, "row 0 keeps too few entries: 4"),
+        ({"top_k": 40, "top_p": 0.01, "min_k": 5}, gain_entry, "row 0 keeps too many entries: 6"),
+    ],
+)
+def test_rows_of_the_wrong_length_are_found(
+    tmp_path: Path,
+    no_padding_dir: Path,
+    settings: dict[str, Any],
+    damage: Callable[[ShardRow], ShardRow],
+    message: str,
+) -> None:
+    config = make_config(tmp_path, no_padding_dir, conversation_records(tmp_path, 10), **settings)
+    run(config, progress=False, start_teacher=StandInTeacher)
+    assert verify(config.output, config.dataset, progress=False).ok
+    rows = rows_of(config.output, 1)
+    write_shard(config.output, 1, read_manifest(config.output), [damage(rows[0]), *rows[1:]], [])
+    found = failed(verify(config.output, progress=False))
+    assert found.keys() == {"mass"}
+    assert re.search(message, found["mass"]), found
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 300, "top_p": 0.9, "min_k": 3}, {"top_k": "all", "top_p": 1.0}])
+def test_rows_that_lost_padding_to_the_output_layer_pass(
+    tmp_path: Path, llava_dir: Path, settings: dict[str, Any]
+) -> None:
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 4), **settings)
+    run(config, progress=False, start_teacher=StandInTeacher)
+    assert verify(config.output, config.dataset, progress=False).ok
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
+    root = tmp_path_factory.mktemp("drawn")
+    config = make_config(root, llava_dir, conversation_records(root, 10), top_k=0, num_draws=30, seed=3)
+    run(config, progress=False, start_teacher=StandInTeacher)
+    return root
+
+
+def with_draws(row: ShardRow, position: int, change: int) -> ShardRow:
+    """Changes a number of draws, and nothing beside it: the log-probs are not stored."""
+    draws = scores_of(row).draws
+    assert draws is not None
+    return with_scores(row, draws=put(draws, position, draws[position] + change))
+
+
+def first_row_where(row: ShardRow, holds: Callable[[np.ndarray], bool]) -> tuple[int, np.ndarray]:
+    """Where a row's entries begin, and their draws, of the first row for which `holds`."""
+    scores = scores_of(row)
+    assert scores.draws is not None
+    ends = np.cumsum(scores.counts)
+    for start, end in zip(ends - scores.counts, ends, strict=True):
+        if holds(scores.draws[start:end]):
+            return int(start), scores.draws[start:end]
+    raise AssertionError("no such row")
+
+
+def draw_once_less(row: ShardRow) -> ShardRow:
+    start, draws = first_row_where(row, lambda draws: draws[0] > draws[1])
+    assert draws[0] > 1
+    return with_draws(row, start, -1)
+
+
+def never_drawn(row: ShardRow) -> ShardRow:
+    start, draws = first_row_where(row, lambda draws: draws[-1] == 1)
+    return with_draws(row, start + len(draws) - 1, -1)
+
+
+def out_of_order(row: ShardRow) -> ShardRow:
+    """The last two entries of a row that were drawn as often as each other change places."""
+    start, draws = first_row_where(row, lambda draws: draws[-1] == draws[-2])
+    ids, end = scores_of(row).ids.copy(), start + len(draws)
+    ids[end - 2 : end] = ids[end - 2 : end][::-1]
+    return with_scores(row, ids=ids)
+
+
+DRAW_DAMAGE: dict[str, tuple[Callable[[ShardRow], ShardRow], str, str]] = {
+    "one draw less": (draw_once_less, "mass", "expected a sum of 1"),
+    "one draw too many": (lambda row: with_draws(row, 0, 1), "mass", "expected (at most|a sum of) 1"),
+    "more draws than there were": (lambda row: with_draws(row, 0, 30), "mass", "expected at most 1"),
+    "never drawn": (never_drawn, "kept", "1 kept entries were never drawn"),
+    "out of order": (out_of_order, "kept", "is not in descending order"),
+    "drawn id of the padding": (
+        lambda row: with_scores(row, ids=put(scores_of(row).ids, 0, 300)),
+        "kept",
+        "kept ids from",
+    ),
+    "kept twice": (
+        lambda row: with_scores(row, ids=put(scores_of(row).ids, 1, scores_of(row).ids[0])),
+        "kept",
+        "same id twice",
+    ),
+    "rest mass off": (
+        lambda row: with_scores(row, rest_mass=put(scores_of(row).rest_mass, 2, 0.5)),
+        "mass",
+        "row 2 keeps",
+    ),
+    "own log-prob positive": (
+        lambda row: with_scores(row, own_logprobs=put(scores_of(row).own_logprobs, 0, 0.5)),
+        "own",
+        "expected at most 0",
+    ),
+}
+
+
+def test_drawn_entries_pass_every_check_and_are_drawn_again_alike(drawn: Path, tmp_path: Path, llava_dir: Path) -> None:
+    report = verify(drawn / "out", drawn / "data.jsonl", progress=False)
+    assert report.ok
+    assert all(check.num_checked for check in report.checks)
+    again = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 10), top_k=0, num_draws=30, seed=3)
+    run(again, progress=False, start_teacher=StandInTeacher)
+    for number in range(3):
+        assert shard_path(again.output, number).read_bytes() == shard_path(drawn / "out", number).read_bytes()
+
+
+def test_a_row_of_all_draws_has_a_mass_of_1_whatever_their_number(drawn: Path) -> None:
+    """Shares of draws, added one by one, exceed 1 for some numbers."""
+    manifest = read_manifest(drawn / "out")
+    for num_draws in range(1, 200):
+        capture = manifest.capture.model_copy(update={"num_draws": num_draws})
+        scores = from_draws(np.zeros(1), np.arange(num_draws)[None], vocab_size=293)
+        assert list(mass_problems(scores, manifest.model_copy(update={"capture": capture}))) == []
+
+
+@pytest.mark.parametrize("what", DRAW_DAMAGE)
+def test_damage_to_drawn_entries_is_found(drawn: Path, tmp_path: Path, what: str) -> None:
+    damage, check, message = DRAW_DAMAGE[what]
+    output = shutil.copytree(drawn / "out", tmp_path / "out")
+    rows = rows_of(output, 1)
+    write_shard(output, 1, read_manifest(output), [damage(rows[0]), *rows[1:]], [])
+    found = failed(verify(output, progress=False))
+    assert re.search(message, found[check]), found

@@ -72,7 +72,7 @@ def test_a_run_in_two_parts_writes_what_one_run_writes(llava: Teacher, llava_dir
     run(config, progress=False, start_teacher=lambda _: Reused(llava))
     parts = config.model_copy(update={"output": tmp_path / "parts", "num_nodes": 2})
     for node in (1, 0):
-        part = parts.model_copy(update={"node": node})
+        part = parts.model_copy(update={"node_rank": node})
         run(part, progress=False, start_teacher=lambda _: Reused(llava))
     for number in published_shards(config.output):
         assert shard_path(parts.output, number).read_bytes() == shard_path(config.output, number).read_bytes()

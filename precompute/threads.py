@@ -1,0 +1,76 @@
+"""Work beside the loop's own thread: loading ahead of it, and writing behind it."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ResultT = TypeVar("ResultT")
+
+
+def in_threads(
+    function: Callable[[T], ResultT], items: Iterable[T], *, num_threads: int, ahead: int
+) -> Generator[ResultT, None, None]:
+    """`function` of each item, in order, computed in threads up to `ahead` items before it is asked for.
+
+    What `function` raises is raised here, at its item's turn. `items` is drawn in the thread that asks.
+    """
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
+    pending: deque[Future[ResultT]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Behind(Generic[T]):
+    """Calls `function` with each item in one thread, in order, while the caller goes on.
+
+    At most `max_waiting` items wait besides the one under way; then `put` blocks, and `check` with it. Leaving the
+    context waits for all items, after a failure of the caller too, so that nothing that was handed over is lost.
+    """
+
+    def __init__(self, function: Callable[[T], None], *, max_waiting: int) -> None:
+        self._function = function
+        self._max_waiting = max_waiting
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: deque[Future[None]] = deque()
+        self._lock = threading.Lock()
+
+    def put(self, item: T) -> None:
+        """Hands over `item`; raises what `function` raised for an earlier one."""
+        with self._lock:
+            while self._pending and (self._pending[0].done() or len(self._pending) > self._max_waiting):
+                self._pending.popleft().result()
+            self._pending.append(self._pool.submit(self._function, item))
+
+    def check(self) -> None:
+        """Raises what `function` raised, if it did; costs next to nothing."""
+        with self._lock:
+            while self._pending and self._pending[0].done():
+                self._pending.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        failures = [failure for future in self._pending if (failure := future.exception())]
+        if failures and error is None:
+            raise failures[0]
+        for failure in failures:
+            # The caller's own failure came first and is what the user must see as the cause.
+            logger.error("and while finishing: %s", failure)
