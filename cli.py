@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,7 +42,19 @@ def _launcher_arguments(
 
 
 @app.command("precompute-logits")
-def precompute_logits(config: ConfigOption, overrides: SetOption = None) -> None:
+def precompute_logits(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    node_rank: Annotated[
+        int | None, typer.Option(metavar="N", help="This node's number, from 0. In an srun step: SLURM's.")
+    ] = None,
+    num_nodes: Annotated[
+        int | None, typer.Option(metavar="M", help="Nodes that share the output. In an srun step: SLURM's.")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Score in this process, or in the actors of a Ray cluster.")
+    ] = "local",
+) -> None:
     """Score a dataset with the teacher, once: dataset in, Parquet shards out.
 
     Kind "kd" keeps the top of the teacher's distribution and the log-prob of every response token; kind "dpo" keeps
@@ -50,10 +62,14 @@ def precompute_logits(config: ConfigOption, overrides: SetOption = None) -> None
     """
     from common.config import load_config
     from precompute.config import PrecomputeConfig
+    from precompute.nodes import resolve_nodes
     from precompute.run import run
 
+    settings = load_config(PrecomputeConfig, config, overrides or ())
+    # Ray deals out the shards itself: a driver in an srun step is not one of several that share them.
+    settings = resolve_nodes(settings, node_rank, num_nodes, {} if engine == "ray" else os.environ)
     with _resumable():
-        summary = run(load_config(PrecomputeConfig, config, overrides or ()))
+        summary = run(settings, engine=engine)
     _show(summary.render())
     if summary.interrupted:
         raise typer.Exit(130)
@@ -99,6 +115,53 @@ def verify_shards(
         _show(*(result.render() for result in results.values()))
     if not all(result.ok for result in results.values()):
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    config: ConfigOption,
+    student: Annotated[Path | None, typer.Option(help="Student directory, for the trainer's memory.")] = None,
+    train_config: Annotated[
+        Path | None, typer.Option(help="TOML file of a stage: what is trained, and of which student.")
+    ] = None,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to plan the trainer for.")] = "1,2,4,8",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a precompute-logits run and a stage of training will take, before anything is spent.
+
+    Reads the dataset and the models' configurations, tokenizers and image processors: no weights, no engine, no GPU.
+    --config is the file of precompute-logits. Memory is in binary units, 1 GiB = 2^30 bytes.
+    """
+    import json
+    from dataclasses import asdict
+
+    from common.config import load_config
+    from precompute.config import PrecomputeConfig
+    from precompute.estimate import estimate
+
+    num_gpus = _numbers(gpus)
+    settings = load_config(PrecomputeConfig, config, overrides or ())
+    teacher, sections = estimate(settings, progress=not as_json)
+    results: dict[str, Any] = {"capture": [asdict(section) for section in sections]}
+    shown = [section.render() for section in sections]
+    if student is None and train_config is None:
+        shown.append("For the trainer's memory give --student DIR or --train-config FILE.")
+    else:
+        from train.config import TrainConfig
+        from train.estimate import estimate as estimate_trainer
+
+        stage = None if train_config is None else load_config(TrainConfig, train_config)
+        if student is None:
+            assert stage is not None
+            student = stage.model.path
+        trainer = estimate_trainer(student, teacher.num_parameters, config=stage, gpus=num_gpus)
+        results["trainer"] = trainer.to_dict()
+        shown.append(trainer.render())
+    if as_json:
+        typer.echo(json.dumps(results, indent=1))
+    else:
+        _show(*shown)
 
 
 @app.command()
@@ -201,6 +264,13 @@ def demo(
 
     with _resumable():
         run_demo(out, seed=seed)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Positive whole numbers between commas."""
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise typer.BadParameter(f"--gpus {text}: expected numbers such as 1,2,4,8")
+    return tuple(map(int, text.split(",")))
 
 
 @contextmanager

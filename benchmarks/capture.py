@@ -1,0 +1,131 @@
+"""What capture costs above reading the prompts: tokens a second of vLLM, SmolLM2-135M on real text, k = 64.
+
+    python -m benchmarks.capture
+
+One process, one engine. The variants take turns, and `bare` runs between each two of them, so that each is compared
+with its own neighbours: machines are slower at times. Medians over the rounds.
+
+    bare       vLLM reads the prompts and scores nothing
+    stock      vLLM's own prompt log-probs in their flat form, which score every row
+    all        capture in the engine, every row
+    quarter    capture in the engine, the last quarter of the rows
+    floor      the output layer's product, logsumexp and top-k on as many rows as `all`, alone, in torch
+
+An overhead is a variant's time above the mean of the two runs of `bare` around it, up to vLLM's finished outputs; what
+becomes of them is not timed, though it costs the stock path more. Prompts are 2,048 tokens long, the longest that
+Decant captures by default.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.real_text import real_ids
+from tests.real_weights import smollm2_dir
+
+TOP_K = 64
+PROMPT_TOKENS = 2048
+VARIANTS = ("stock", "all", "quarter")
+
+
+def main() -> None:
+    """Prints one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=21)
+    rounds = parser.parse_args().rounds
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with tempfile.TemporaryDirectory() as directory:
+        seconds = _measure(smollm2_dir(Path(directory)), rounds)
+    bare = statistics.median(seconds["bare"])
+    overhead = {
+        name: statistics.median(
+            value - (before + after) / 2 for before, value, after in zip(*_around(seconds, name), strict=True)
+        )
+        for name in VARIANTS
+    }
+    result = {"bare_tps": round(PROMPT_TOKENS / bare, 1)}
+    result |= {f"{name}_tps": round(PROMPT_TOKENS / (bare + value), 1) for name, value in overhead.items()}
+    result |= {
+        "quarter_vs_bare": round(bare / (bare + overhead["quarter"]), 3),
+        "overhead_all_vs_stock": round(overhead["all"] / overhead["stock"], 3),
+        "overhead_quarter_vs_stock": round(overhead["quarter"] / overhead["stock"], 3),
+        "floor_overhead_all_vs_stock": round(statistics.median(seconds["floor"]) / overhead["stock"], 3),
+    }
+    print(json.dumps(result))
+
+
+def _around(seconds: dict[str, list[float]], name: str) -> tuple[list[float], list[float], list[float]]:
+    """Each run of a variant, between the run of `bare` before it and the one after it."""
+    place, bare = VARIANTS.index(name), seconds["bare"]
+    return bare[place :: len(VARIANTS)][: len(seconds[name])], seconds[name], bare[place + 1 :: len(VARIANTS)]
+
+
+def _measure(model_dir: Path, rounds: int) -> dict[str, list[float]]:
+    from safetensors.torch import load_file
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from precompute.capture import Wish, start_capture
+    from precompute.config import EngineConfig
+    from precompute.engine import Engine, Prompt
+
+    settings = EngineConfig(dtype="float32", kv_cache_gib=1, enforce_eager=True, max_num_batched_tokens=PROMPT_TOKENS)
+    engine = Engine(model_dir, settings, max_model_len=PROMPT_TOKENS + 1, max_images=0, max_logprobs=TOP_K)
+    if lacks := start_capture(engine.collective_rpc):
+        raise SystemExit(f"no capture in the engine: {lacks}")
+    texts = real_ids(model_dir, 16 * PROMPT_TOKENS).reshape(16, PROMPT_TOKENS)
+    # The embedding is the output layer, too.
+    output_layer = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
+    hidden = torch.randn(PROMPT_TOKENS, output_layer.shape[1])
+
+    def params(name: str, ids: list[int]) -> SamplingParams:
+        made = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        made.output_kind = RequestOutputKind.FINAL_ONLY
+        if name == "stock":
+            made.prompt_logprobs, made.flat_logprobs = TOP_K, True
+        elif name in ("all", "quarter"):
+            num_rows = len(ids) - 1 if name == "all" else len(ids) // 4
+            rows = np.arange(len(ids) - 1 - num_rows, len(ids) - 1, dtype=np.int32)
+            made.extra_args = Wish(rows, np.array(ids, np.int32)[rows + 1], output_layer.shape[0], TOP_K).extra_args()
+        return made
+
+    def read(name: str, number: int) -> float:
+        prompt = Prompt(texts[number % len(texts)], (), "benchmark")
+        started = time.perf_counter()
+        outputs = list(engine.run([(name, prompt)], params))
+        assert len(outputs) == 1
+        return time.perf_counter() - started
+
+    def floor() -> float:
+        started = time.perf_counter()
+        for rows in hidden.split(128):
+            logits = rows @ output_layer.T
+            logits.logsumexp(1)
+            logits.topk(TOP_K, dim=1)
+        return time.perf_counter() - started
+
+    seconds: dict[str, list[float]] = {name: [] for name in ("bare", *VARIANTS, "floor")}
+    try:
+        for name in (*VARIANTS, "bare"):
+            read(name, 0)
+        floor()
+        for number in range(rounds):
+            for name in VARIANTS:
+                seconds["bare"].append(read("bare", number))
+                seconds[name].append(read(name, number))
+            seconds["floor"].append(floor())
+        seconds["bare"].append(read("bare", 0))
+    finally:
+        engine.close()
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

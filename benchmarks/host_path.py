@@ -1,0 +1,90 @@
+"""From the engine's arrays to a durable shard on one core: tokens a second at k = 64, on scores of real text.
+
+    python -m benchmarks.host_path
+
+The scores are SmolLM2-135M's over the standard library's docstrings, in the records that the engine hands over. Timed:
+taking the records apart, building the rows, encoding, compressing, writing, flushing to the disk, and the receipt.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.real_text import RealRows, real_rows
+from common.encoding import Encoded
+from common.samples import Sample, Turn
+from common.shards import ScoredConversation, ShardRow, write_shard
+from precompute.capture import RowScores, pack, unpack
+from precompute.config import EngineConfig
+from precompute.scoring import ScoringPlan
+from precompute.teacher import to_scores
+from tests.common.builders import make_manifest
+
+TOP_K = 64
+NUM_TOKENS = 16_384
+TOKENS_A_SAMPLE = 256
+REPEATS = 9
+
+
+def main() -> None:
+    """Prints one JSON line."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        real = real_rows(root, NUM_TOKENS, TOP_K)
+        # One core from here on, also for the threads that torch has started.
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})
+        torch.set_num_threads(1)
+        records = list(_records(real))
+        seconds, num_bytes = [], 0
+        for repeat in range(REPEATS + 1):
+            started = time.perf_counter()
+            num_bytes = _write(root, repeat, records, real.vocab_size)
+            seconds.append(time.perf_counter() - started)
+    # The first warms the caches.
+    median = statistics.median(seconds[1:])
+    result = {"tokens_per_s_core": round(NUM_TOKENS / median), "bytes_per_token": round(num_bytes / NUM_TOKENS, 1)}
+    print(json.dumps(result))
+
+
+def _records(real: RealRows) -> Any:
+    """As the engine returns them: one a conversation, with the ids of its response."""
+    for start in range(0, NUM_TOKENS, TOKENS_A_SAMPLE):
+        rows = slice(start, start + TOKENS_A_SAMPLE)
+        yield real.ids[rows], pack(RowScores(**{name: part[rows] for name, part in vars(real.scores).items()}))
+
+
+def _write(root: Path, number: int, records: list[Any], vocab_size: int) -> int:
+    plan = ScoringPlan(
+        model_dir=root,
+        engine=EngineConfig(),
+        max_tokens=2048,
+        max_images=0,
+        top_k=TOP_K,
+        top_p=None,
+        min_k=1,
+        num_draws=None,
+        seed=0,
+        generate=None,
+        vocab_size=vocab_size,
+        output_vocab_size=vocab_size,
+    )
+    rows = []
+    for index, (ids, record) in enumerate(records):
+        scores = to_scores(unpack(record), plan, "benchmark")
+        encoded = Encoded(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
+        turns = (Turn("user", "What is it?"), Turn("assistant", "It is text."))
+        sample = Sample(str(index), "kd", (), (turns,))
+        rows.append(ShardRow(index, sample, (ScoredConversation(encoded, scores),)))
+    return write_shard(root, number, make_manifest(), rows, ()).num_bytes
+
+
+if __name__ == "__main__":
+    main()
