@@ -9,7 +9,7 @@ engine's step.
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,7 @@ class Engine:
 
     def run(
         self, prompts: Iterable[tuple[T, Prompt]], params: Callable[[T, list[int]], SamplingParams]
-    ) -> Iterator[tuple[T, RequestOutput | Refused]]:
+    ) -> Generator[tuple[T, RequestOutput | Refused], None, None]:
         """Each prompt's companion with its finished output, in the order in which they finish.
 
         Prompts are drawn in a thread and enter in their own order; `params` is called there with the companion and
@@ -137,7 +137,7 @@ class Engine:
 
         running: dict[str, T] = {}
         count = 0
-        feed = Feed(rendered(), self.max_in_flight)
+        feed = Feed(rendered(), ahead=self.max_in_flight // 2)
         try:
             while True:
                 for companion, inputs, choice in feed.ready(self.max_in_flight - len(running), wait=not running):

@@ -200,8 +200,13 @@ def score_shards(job: Job, teacher: Scorer, numbers: Sequence[int], counter: Cou
         counter.num_shards += 1
         counter.num_rows += receipt.num_rows
 
-    with Behind(write, max_waiting=_WAITING_SHARDS) as writer, closing(_load_ahead(job, places())) as loaded:
-        for (index, position), answer in teacher.score(requests()):
+    # Left from the last to the first: the teacher stops drawing requests before what it draws from is closed.
+    with (
+        Behind(write, max_waiting=_WAITING_SHARDS) as writer,
+        closing(_load_ahead(job, places())) as loaded,
+        closing(teacher.score(requests())) as scored,
+    ):
+        for (index, position), answer in scored:
             writer.check()
             if isinstance(answer, Refused) and job.config.on_bad_sample == "stop":
                 raise DataError(answer.reason)

@@ -1,6 +1,6 @@
 """What passes between the loop and a teacher, so that the loop knows no engine."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -76,11 +76,11 @@ class ScoringPlan:
 class Scorer(Protocol):
     """A started teacher."""
 
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[tuple[Key, Answer]]:
+    def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[Key, Answer], None, None]:
         """Draws requests as there is room, in a thread of its own if it likes, and yields answers in any order.
 
         A conversation has one answer, a prompt as many as responses are to be written; either may be refused instead,
-        once.
+        once. Closing the generator stops the drawing.
         """
         ...
 

@@ -6,7 +6,8 @@ V the output layer.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ class Teacher:
         )
         self.in_engine = self._start_capture()
 
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[tuple[Key, Answer]]:
+    def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[Key, Answer], None, None]:
         """Answers in the order in which they are finished; `requests` is drawn in another thread.
 
         Raises:
@@ -66,16 +67,17 @@ class Teacher:
             for number in range(num_responses)
         )
         params = self._params if self._plan.generate is None else self._generating_params
-        for (request, number), output in self._engine.run(prompts, params):
-            if isinstance(output, Refused):
-                # What vLLM says of a prompt it says of each of its responses.
-                if number == 0:
-                    yield request.key, output
-            elif self._plan.generate is None:
-                rows = self._rows(output, request)
-                yield request.key, to_scores(rows, self._plan, request.where)
-            else:
-                yield request.key, self._generated(output, request, number)
+        with closing(self._engine.run(prompts, params)) as outputs:
+            for (request, number), output in outputs:
+                if isinstance(output, Refused):
+                    # What vLLM says of a prompt it says of each of its responses.
+                    if number == 0:
+                        yield request.key, output
+                elif self._plan.generate is None:
+                    rows = self._rows(output, request)
+                    yield request.key, to_scores(rows, self._plan, request.where)
+                else:
+                    yield request.key, self._generated(output, request, number)
 
     def close(self) -> None:
         """Stops the engine."""

@@ -3,24 +3,25 @@
 import errno
 import json
 import os
-import queue
 import shutil
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from common.errors import DataError, ModelError, ProvenanceError, StorageError
+from common.errors import DataError, DecantError, ModelError, ProvenanceError, StorageError
 from common.manifest import Receipt, published_shards, read_manifest, receipt_path, shard_path
 from common.samples import Dataset, Sample
 from common.shards import ShardFile, ShardRow, write_shard
 from precompute.config import PrecomputeConfig
+from precompute.feed import Feed
 from precompute.plan import Job
 from precompute.run import Summary, run
 from precompute.scoring import Refused, Scorer, ScoreRequest, ScoringPlan
@@ -614,20 +615,49 @@ def test_a_second_failure_while_finishing_does_not_hide_the_first(
 
 
 class DrawingAside(StandInTeacher):
-    """Draws its requests in a thread of its own, a few ahead of its answers."""
+    """Draws its requests in a thread of its own, a few ahead of its answers, as the real one does."""
 
     def score(self, requests: Any) -> Any:
-        ahead: queue.Queue[ScoreRequest | None] = queue.Queue(3)
+        feed = Feed(requests, ahead=3)
 
-        def draw() -> None:
-            for request in requests:
-                ahead.put(request)
-            ahead.put(None)
+        def drawn() -> Iterator[ScoreRequest]:
+            while not feed.ended:
+                yield from feed.ready(1, wait=True)
 
-        drawing = threading.Thread(target=draw)
-        drawing.start()
-        yield from super().score(iter(ahead.get, None))
-        drawing.join()
+        try:
+            yield from super().score(drawn())
+        finally:
+            feed.close()
+
+
+@pytest.mark.parametrize("part", ["writer", "loader", "teacher"])
+def test_a_failure_anywhere_is_the_one_that_is_told_while_a_thread_draws(
+    part: str, tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: dict[str, DecantError] = {
+        "writer": StorageError("the disk is gone"),
+        "loader": DataError("the image is gone"),
+        "teacher": ModelError("the engine is gone"),
+    }
+    count = 0
+
+    def fail(*_: Any, **__: Any) -> Any:
+        nonlocal count
+        count += 1
+        if part == "writer" or count > 9:
+            raise failures[part]
+        return ()
+
+    targets = {"writer": "precompute.pipeline.write_shard", "loader": "precompute.plan.Job.decode"}
+    if part in targets:
+        monkeypatch.setattr(targets[part], fail)
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 40))
+    with pytest.raises(type(failures[part]), match=f"{failures[part]}"):
+        run(
+            config,
+            progress=False,
+            start_teacher=lambda plan: DrawingAside(plan, before=fail if part == "teacher" else None, delay_s=0.001),
+        )
 
 
 def test_a_teacher_may_draw_its_requests_in_another_thread(tmp_path: Path, llava_dir: Path) -> None:

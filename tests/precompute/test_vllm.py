@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from common.manifest import published_shards, shard_path
+from common.manifest import published_shards
 from precompute.config import PrecomputeConfig
 from precompute.plan import prepare
 from precompute.recompute import recompute
@@ -74,8 +74,14 @@ def test_a_run_in_two_parts_writes_what_one_run_writes(llava: Teacher, llava_dir
     for node in (1, 0):
         part = parts.model_copy(update={"node_rank": node})
         run(part, progress=False, start_teacher=lambda _: Reused(llava))
-    for number in published_shards(config.output):
-        assert shard_path(parts.output, number).read_bytes() == shard_path(config.output, number).read_bytes()
+    assert published_shards(parts.output) == published_shards(config.output)
+    # What shares a step of the engine differs, and so may the last bits.
+    for one, other in zip(rows_of(config.output), rows_of(parts.output), strict=True):
+        assert one.sample == other.sample
+        for a, b in zip(one.conversations, other.conversations, strict=True):
+            np.testing.assert_array_equal(a.encoded.input_ids, b.encoded.input_ids)
+            np.testing.assert_allclose(a.scores.own_logprobs, b.scores.own_logprobs, atol=1e-5)
+            np.testing.assert_allclose(a.scores.logprobs, b.scores.logprobs, atol=1e-5)
 
 
 def test_recomputed_rows_agree_and_other_scores_are_noticed(llava: Teacher, llava_dir: Path, tmp_path: Path) -> None:
