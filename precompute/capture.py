@@ -121,7 +121,7 @@ def draw_ids(
     ids_RV: npt.NDArray[np.int32], logprobs_RV: npt.NDArray[np.float32], uniforms_RD: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.int32]:
     """Ids drawn from whole distributions whose entries come in any order, int32 [R, D]: what the engine would draw."""
-    weights_RV = np.empty_like(logprobs_RV)
+    weights_RV = np.zeros_like(logprobs_RV)
     np.put_along_axis(weights_RV, ids_RV.astype(np.int64), np.exp(logprobs_RV), axis=1)
     return draw(torch.from_numpy(weights_RV), torch.from_numpy(uniforms_RD)).numpy().astype(np.int32)
 

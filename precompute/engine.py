@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,21 +126,22 @@ class Engine:
             ModelError: the engine died. Whatever drawing a prompt or `params` raises.
         """
 
-        def rendered() -> Iterator[tuple[T, Any, SamplingParams | Refused]]:
+        def rendered() -> Iterator[tuple[T, str, Any, SamplingParams | Refused]]:
             for companion, prompt in prompts:
                 try:
                     inputs = self._render(prompt)
                 except (ValueError, VLLMError) as error:
-                    yield companion, None, Refused(f"{prompt.where}: vLLM refuses it ({error})")
+                    yield companion, prompt.where, None, _refused(prompt.where, error)
                 else:
-                    yield companion, inputs, params(companion, inputs["prompt_token_ids"])
+                    yield companion, prompt.where, inputs, params(companion, inputs["prompt_token_ids"])
 
         running: dict[str, T] = {}
         count = 0
         feed = Feed(rendered(), ahead=self.max_in_flight // 2)
         try:
             while True:
-                for companion, inputs, choice in feed.ready(self.max_in_flight - len(running), wait=not running):
+                room = self.max_in_flight - len(running)
+                for companion, where, inputs, choice in feed.ready(room, wait=not running):
                     if isinstance(choice, Refused):
                         yield companion, choice
                         continue
@@ -148,7 +149,7 @@ class Engine:
                     try:
                         self._engine.add_request(name, inputs, choice)
                     except (ValueError, VLLMError) as error:
-                        yield companion, Refused(f"vLLM refuses it ({error})")
+                        yield companion, _refused(where, error)
                     else:
                         running[name] = companion
                 # Under vLLM's data parallelism an engine has to step as long as any of them has work.
@@ -159,7 +160,9 @@ class Engine:
                         yield running.pop(output.request_id), output
         finally:
             feed.close()
-            self._engine.abort_request(list(running))
+            # A dead engine has nothing left to stop, and what it died of must be told.
+            with suppress(RuntimeError, VLLMError):
+                self._engine.abort_request(list(running))
 
     def collective_rpc(self, method: str) -> list[Any]:
         """Calls a method of each of the engine's workers."""
@@ -187,6 +190,10 @@ class Engine:
                 f"the vLLM engine stopped: {error}; if its memory ran out, lower engine.max_num_batched_tokens or "
                 "engine.gpu_memory_utilization, then run the same command again: it continues"
             ) from error
+
+
+def _refused(where: str, error: Exception) -> Refused:
+    return Refused(f"{where}: vLLM refuses it ({error})")
 
 
 def _keep_quiet_and_offline() -> None:
