@@ -73,6 +73,7 @@ def _write(root: Path, number: int, records: list[Any], vocab_size: int) -> int:
         num_draws=None,
         seed=0,
         generate=None,
+        node_rank=0,
         vocab_size=vocab_size,
         output_vocab_size=vocab_size,
     )

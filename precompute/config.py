@@ -34,6 +34,7 @@ _OWN_OPTIONS = frozenset(
         "mm_processor_cache_gb",
         "tensor_parallel_size",
         "pipeline_parallel_size",
+        "data_parallel_size",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
         "max_num_seqs",
@@ -46,6 +47,9 @@ _OWN_OPTIONS = frozenset(
 class EngineConfig(Strict):
     """How vLLM runs a model. `kv_cache_gib` replaces the share of the device's memory that vLLM would take.
 
+    `data_parallel_size` is for mixture-of-experts teachers whose replicas share their experts and so work in step: one
+    process each, as `num_nodes` and `node_rank` say, which meet at VLLM_DP_MASTER_IP and VLLM_DP_MASTER_PORT. Replicas
+    of a dense teacher need nothing of each other; vLLM refuses it for them.
     `capture` "in-engine" scores the wanted rows inside the engine and refuses a vLLM that it does not know; "stock"
     uses vLLM's own prompt log-probs, which score every row; "auto" takes the first that works.
     """
@@ -53,6 +57,7 @@ class EngineConfig(Strict):
     dtype: EngineDtype = "bfloat16"
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1
+    data_parallel_size: PositiveInt = 1
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     max_num_seqs: PositiveInt = 64
@@ -66,11 +71,6 @@ class EngineConfig(Strict):
     def _leave_ours_alone(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if taken := sorted(_OWN_OPTIONS & set(options)):
             raise ValueError(f"{', '.join(taken)}: set by this program or by a key of [engine], not through options")
-        if "data_parallel_size" in options:
-            raise ValueError(
-                "data_parallel_size: run one process a replica, with num_nodes and node_rank; replicas of a "
-                "mixture-of-experts teacher that are to share its experts need vLLM's VLLM_DP_* variables besides"
-            )
         return options
 
 

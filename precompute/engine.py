@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,10 +58,12 @@ class Engine:
         max_images: int,
         max_logprobs: int,
         prefix_caching: bool = False,
+        data_parallel_rank: int = 0,
     ) -> None:
         """Starts the engine for sequences of up to `max_model_len` tokens, the generated ones included.
 
-        With `prefix_caching` a prompt that begins like another is not read again from its start.
+        With `prefix_caching` a prompt that begins like another is not read again from its start. Of
+        `settings.data_parallel_size` processes this one is `data_parallel_rank`.
 
         Raises:
             ConfigError: an unknown key in `settings.options`.
@@ -108,7 +110,11 @@ class Engine:
         )
         # vLLM draws its random seeds from the global state, which belongs to the caller.
         compiled = not (settings.enforce_eager and current_platform.is_cpu())
-        with torch.random.fork_rng(devices=[]), nullcontext() if compiled else _nothing_compiled():
+        with (
+            torch.random.fork_rng(devices=[]),
+            nullcontext() if compiled else _nothing_compiled(),
+            _data_parallel(settings.data_parallel_size, data_parallel_rank),
+        ):
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except (RuntimeError, ValueError, OSError, TypeError, VLLMError) as error:
@@ -211,12 +217,24 @@ def _nothing_compiled() -> Iterator[None]:
 
     The variable is for processes that start in this context, the setting is for this one and stays.
     """
-    before = os.environ.get(_NO_COMPILER)
-    os.environ[_NO_COMPILER] = "1"
     torch._dynamo.config.disable = True
+    with _environment({_NO_COMPILER: "1"}):
+        yield
+
+
+def _data_parallel(size: int, rank: int) -> AbstractContextManager[None]:
+    """vLLM's own way to tell one process of several that it is a replica of a data-parallel engine."""
+    return _environment({"VLLM_DP_SIZE": str(size), "VLLM_DP_RANK": str(rank)} if size > 1 else {})
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        del os.environ[_NO_COMPILER]
-        if before is not None:
-            os.environ[_NO_COMPILER] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value

@@ -116,6 +116,7 @@ class Job(Inputs):
             num_draws=capture.num_draws,
             seed=capture.seed or 0,
             generate=self.config.generate,
+            node_rank=self.config.node_rank,
             vocab_size=self.manifest.tokenizer.vocab_size,
             output_vocab_size=self.manifest.teacher.vocab_size,
         )

@@ -19,7 +19,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from common.config import digest
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.manifest import Skipped, open_output, published_shards, read_receipt
 from common.storage import exclusive, publish, remove_partials
 from precompute.config import PrecomputeConfig
@@ -116,11 +116,19 @@ def run(
     it in the actors of a Ray cluster instead of in this process.
 
     Raises:
-        ConfigError: `engine` is "ray" and there is no Ray, or no cluster at the address.
+        ConfigError: `engine` is "ray" and there is no Ray, or no cluster at the address; as many nodes as
+            `data_parallel_size` are not there.
         DataError: a sample cannot be used and on_bad_sample is "stop"; complete shards stay.
         ProvenanceError: another teacher, dataset or setting began this output; every difference is listed.
         ModelError, StorageError: the teacher or the disk failed; complete shards stay.
     """
+    replicas = config.engine.data_parallel_size
+    if replicas > 1 and (config.num_nodes != replicas or engine == "ray"):
+        raise ConfigError(
+            f"engine.data_parallel_size = {replicas} wants {replicas} processes that work in step, found "
+            f"{config.num_nodes} node(s){' and --engine ray' if engine == 'ray' else ''}; give --num-nodes {replicas} "
+            "and each its --node-rank, or leave data_parallel_size at 1"
+        )
     job = prepare(config)
     with exclusive(config.output):
         open_output(config.output, job.manifest)

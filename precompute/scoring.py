@@ -57,6 +57,7 @@ class ScoringPlan:
     `output_vocab_size` is the size of the output layer, `vocab_size` the tokenizer's, `top_k` at most the former.
     With `top_p`, a row keeps the least number of its best entries that hold this mass, from `min_k` to `top_k`;
     with `num_draws`, so many draws instead, which `seed` and the request decide. With `generate` requests are prompts.
+    `node_rank` is this process's number among those that share the output.
     """
 
     model_dir: Path
@@ -69,6 +70,7 @@ class ScoringPlan:
     num_draws: int | None
     seed: int
     generate: GenerateConfig | None
+    node_rank: int
     vocab_size: int
     output_vocab_size: int
 

@@ -51,6 +51,7 @@ class Teacher:
             max_logprobs=_stock_logprobs(plan),
             # A prompt is read once for all its responses; of a conversation, cached positions would have no scores.
             prefix_caching=plan.generate is not None,
+            data_parallel_rank=plan.node_rank,
         )
         self.in_engine = self._start_capture()
 

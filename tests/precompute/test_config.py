@@ -50,7 +50,7 @@ def test_draws_replace_the_best_entries(tmp_path: Path) -> None:
         ('score = "all"\n[generate]', 'score = "response"'),
         ("[generate]\ntemperature = 0\nnum_samples = 2", "the same response each time"),
         ("[engine.options]\nmax_model_len = 5", "max_model_len: set by this program"),
-        ("[engine.options]\ndata_parallel_size = 2", "num_nodes and node"),
+        ("[engine.options]\ndata_parallel_size = 2", "data_parallel_size: set by this program or by a key"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> None:

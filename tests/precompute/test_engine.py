@@ -1,5 +1,6 @@
 """Feeding vLLM, with its engine object replaced: what enters when, and how failures are told."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,21 @@ def test_scoring_settings_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (arguments.max_logprobs, arguments.max_model_len, arguments.seed) == (3, 8, 0)
     assert arguments.limit_mm_per_prompt == {"image": 1}
     assert arguments.load_format == "safetensors"
+
+
+def test_a_replica_tells_vllm_its_rank_while_the_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DP_RANK", "9")
+    seen: dict[str, str | None] = {}
+
+    def begin(_: EngineArgs) -> FakeEngine:
+        seen.update({name: os.environ.get(name) for name in ("VLLM_DP_SIZE", "VLLM_DP_RANK")})
+        return FakeEngine()
+
+    monkeypatch.setattr("precompute.engine.LLMEngine.from_engine_args", begin)
+    settings = EngineConfig(data_parallel_size=4)
+    Engine(Path(__file__).parent, settings, max_model_len=8, max_images=1, max_logprobs=3, data_parallel_rank=2)
+    assert seen == {"VLLM_DP_SIZE": "4", "VLLM_DP_RANK": "2"}
+    assert (os.environ.get("VLLM_DP_SIZE"), os.environ["VLLM_DP_RANK"]) == (None, "9")
 
 
 def test_a_model_that_vllm_cannot_load_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from common.errors import DataError, DecantError, ModelError, ProvenanceError, StorageError
+from common.errors import ConfigError, DataError, DecantError, ModelError, ProvenanceError, StorageError
 from common.manifest import Receipt, published_shards, read_manifest, receipt_path, shard_path
 from common.samples import Dataset, Sample
 from common.shards import ShardFile, ShardRow, write_shard
@@ -612,6 +612,17 @@ def test_a_second_failure_while_finishing_does_not_hide_the_first(
     with pytest.raises(ModelError, match="the engine died"):
         score(config, before=fail, batch_size=1)
     assert "and while finishing: the disk is gone" in caplog.text
+
+
+@pytest.mark.parametrize(("nodes", "engine"), [(1, "local"), (2, "ray"), (3, "local")])
+def test_replicas_that_work_in_step_need_a_process_each(
+    nodes: int, engine: Any, tmp_path: Path, llava_dir: Path
+) -> None:
+    records = conversation_records(tmp_path, 2)
+    config = make_config(tmp_path, llava_dir, records, num_nodes=nodes, engine={"data_parallel_size": 2})
+    with pytest.raises(ConfigError, match=r"data_parallel_size = 2 wants 2 processes.* --num-nodes 2"):
+        run(config, progress=False, start_teacher=no_teacher, engine=engine)
+    assert not config.output.exists()
 
 
 class DrawingAside(StandInTeacher):

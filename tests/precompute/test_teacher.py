@@ -44,6 +44,7 @@ def plan(vocab_size: int = 10, num_draws: int | None = None, top_p: float | None
         num_draws=num_draws,
         seed=0,
         generate=None,
+        node_rank=0,
         vocab_size=vocab_size,
         output_vocab_size=12,
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from common.errors import ModelError
 from common.samples import Dataset
 from precompute.config import EngineConfig
 from precompute.generate import generate
@@ -56,6 +57,17 @@ def test_generation_with_the_engine_in_this_process_is_transformers_greedy_text(
     engine = EngineConfig.model_validate(ENGINE)
     answers = generate(llava_dir, samples, max_new_tokens=6, image_root=tmp_path, engine=engine)
     assert answers == greedy_answers(llava_dir, samples, tmp_path)
+
+
+def test_vllm_itself_says_what_it_thinks_of_replicas_of_a_dense_teacher(
+    text_dir: Path, tmp_path: Path, engine_in_this_process: None
+) -> None:
+    """Its data-parallel mode is for mixtures of experts; the setting reaches it, and its reason reaches the user."""
+    records = [record for record in conversation_records(tmp_path, 4) if "image" not in record]
+    engine = {**ENGINE, "data_parallel_size": 2}
+    config = make_config(tmp_path, text_dir, records, num_nodes=2, engine=engine)
+    with pytest.raises(ModelError, match="data parallel mode is not supported/useful for dense models"):
+        run(config, progress=False)
 
 
 SEPARATE = """
