@@ -72,9 +72,10 @@ def _measure(model_dir: Path, rounds: int) -> dict[str, list[float]]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from precompute.capture import Wish, start_capture
+    from precompute.capture import start_capture
     from precompute.config import EngineConfig
     from precompute.engine import Engine, Prompt
+    from precompute.wishes import Wish
 
     settings = EngineConfig(dtype="float32", kv_cache_gib=1, enforce_eager=True, max_num_batched_tokens=PROMPT_TOKENS)
     engine = Engine(model_dir, settings, max_model_len=PROMPT_TOKENS + 1, max_images=0, max_logprobs=TOP_K)

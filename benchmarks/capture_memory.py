@@ -74,9 +74,10 @@ def _measure(model_dir: Path, way: str, length: int) -> float:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from precompute.capture import Wish, start_capture
+    from precompute.capture import start_capture
     from precompute.config import EngineConfig
     from precompute.engine import Engine, Prompt
+    from precompute.wishes import Wish
 
     settings = EngineConfig(
         dtype="float32", kv_cache_gib=0.25, enforce_eager=True, max_num_batched_tokens=LONG, max_num_seqs=1

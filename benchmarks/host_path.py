@@ -21,10 +21,11 @@ from benchmarks.real_text import RealRows, real_rows
 from common.encoding import Encoded
 from common.samples import Sample, Turn
 from common.shards import ScoredConversation, ShardRow, write_shard
-from precompute.capture import RowScores, pack, unpack
 from precompute.config import EngineConfig
+from precompute.row_scores import RowScores
 from precompute.scoring import ScoringPlan
 from precompute.teacher import to_scores
+from precompute.wishes import pack, unpack
 from tests.common.builders import make_manifest
 
 TOP_K = 64

@@ -19,9 +19,10 @@ from vllm.sampling_params import RequestOutputKind
 from common.encoding import Encoded, predicting_positions
 from common.errors import ConfigError, ModelError
 from common.scores import TeacherScores, from_draws, from_rectangle
-from precompute.capture import CapturedRows, CapturedSteps, Wish, draw_ids, start_capture, uniforms
+from precompute.capture import start_capture
 from precompute.engine import Engine, Prompt
 from precompute.scoring import Answer, Generated, Key, Refused, ScoreRequest, ScoringPlan
+from precompute.wishes import CapturedRows, CapturedSteps, Wish, draw_ids, uniforms
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,9 @@ from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from precompute import capture
-from precompute.capture import CapturedRows, CapturedSteps, Wish, pack, start_capture, unpack
+from precompute.capture import start_capture
+from precompute.row_scores import RowScores
+from precompute.wishes import CapturedRows, CapturedSteps, Wish, pack, unpack
 
 VOCAB, HIDDEN, K = 200, 8, 5
 WEIGHT = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -242,7 +244,7 @@ def test_arrays_survive_the_way_through_the_engine() -> None:
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     own, ids = torch.arange(3.0), torch.arange(6, dtype=torch.int32).reshape(3, 2)
-    scores = capture.RowScores(own, ids, own[:, None] + ids, ids + 7)
+    scores = RowScores(own, ids, own[:, None] + ids, ids + 7)
     sent = MsgpackEncoder().encode({"a": pack(scores)})
     arrived = MsgpackDecoder(dict[str, type(pack(scores))]).decode(sent)["a"]  # type: ignore[misc]
     found = unpack(arrived)

@@ -10,10 +10,10 @@ from vllm.logprobs import FlatLogprobs, create_prompt_logprobs
 from common.encoding import Encoded
 from common.errors import ModelError
 from common.scores import TeacherScores
-from precompute.capture import Wish
 from precompute.config import CaptureWay, EngineConfig
 from precompute.scoring import ScoringPlan
 from precompute.teacher import Teacher, draw_seed, expanded_positions, from_flat, to_scores
+from precompute.wishes import Wish
 
 IMAGE = 9
 
