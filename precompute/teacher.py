@@ -170,17 +170,18 @@ class Teacher:
 
     def _rows(self, output: RequestOutput, request: ScoreRequest) -> CapturedRows:
         assert output.prompt_token_ids is not None
-        wish = self._wish(request, output.prompt_token_ids)
         found = output.prompt_logprobs
         if isinstance(found, CapturedRows):
             rows = found
         elif isinstance(found, FlatLogprobs):
+            wish = self._wish(request, output.prompt_token_ids)
             # vLLM's entry i is the distribution that token i is drawn from, one place behind the one that predicts it.
             rows = from_flat(found, wish, wish.rows + 1, self._plan, request.where)
         else:
             raise ModelError(f"{request.where}: vLLM returned no scores")
-        if len(rows.own) != len(wish.rows):
-            raise ModelError(f"{request.where}: vLLM returned {len(rows.own)} rows for {len(wish.rows)} scored tokens")
+        num_scored = len(request.encoded.response_ids)
+        if len(rows.own) != num_scored:
+            raise ModelError(f"{request.where}: vLLM returned {len(rows.own)} rows for {num_scored} scored tokens")
         return rows
 
 
