@@ -6,6 +6,7 @@ Every heavy import stands inside its command, so that `--help` answers at once.
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,15 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as engine.dtype=float32. Repeatable."),
 ]
+
+
+def _on_this_machine(path: Path | None) -> Path | None:
+    """Refuses an address such as s3://bucket/model, of which a Path keeps one slash."""
+    if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise typer.BadParameter("models and students are local directories; copy it to this machine first")
+    return path
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 
 
@@ -77,15 +87,17 @@ def precompute_logits(
 
 @app.command("verify-shards")
 def verify_shards(
-    path: Annotated[Path, typer.Argument(help="Output directory of precompute-logits.", show_default=False)],
+    path: Annotated[str, typer.Argument(help="Output of precompute-logits: a directory or an address.")],
     dataset: Annotated[
-        Path | None, typer.Option(help="The dataset file: check that every sample of it is covered.")
+        str | None, typer.Option(help="The dataset file: check that every sample of it is covered.")
     ] = None,
     recompute: Annotated[
         int, typer.Option(min=0, metavar="N", help="Score N random rows again with transformers in float32.")
     ] = 0,
-    teacher: Annotated[Path | None, typer.Option(help="Teacher directory, for --recompute.")] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Where image paths start, for --recompute.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Teacher directory, for --recompute.", callback=_on_this_machine)
+    ] = None,
+    image_root: Annotated[str | None, typer.Option(help="Where image paths start, for --recompute.")] = None,
     seed: Annotated[int, typer.Option(help="Which random rows --recompute takes.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -95,11 +107,13 @@ def verify_shards(
     """
     import json
 
+    from common.storage import to_location
     from precompute.verify import verify
 
     if recompute and teacher is None:
         raise typer.BadParameter("--recompute needs --teacher DIR")
-    report = verify(path, dataset=dataset, progress=not as_json)
+    output = to_location(path)
+    report = verify(output, dataset=None if dataset is None else to_location(dataset), progress=not as_json)
     results: dict[str, Any] = {"verify": report}
     if recompute and report.ok:
         from precompute.recompute import recompute as score_again
@@ -107,7 +121,12 @@ def verify_shards(
         _hide_loading_bars()
         assert teacher is not None
         results["recompute"] = score_again(
-            path, teacher, num_rows=recompute, image_root=image_root, seed=seed, progress=not as_json
+            output,
+            teacher,
+            num_rows=recompute,
+            image_root=None if image_root is None else to_location(image_root),
+            seed=seed,
+            progress=not as_json,
         )
     if as_json:
         typer.echo(json.dumps({name: json.loads(result.to_json()) for name, result in results.items()}, indent=1))
@@ -117,10 +136,72 @@ def verify_shards(
         raise typer.Exit(1)
 
 
+@app.command("inspect-shards")
+def inspect_shards(
+    path: Annotated[str, typer.Argument(help="Output of precompute-logits, or one shard file in it.")],
+    sample: Annotated[
+        str | None, typer.Option(metavar="ID", help="Sample to print: its id, or its position in the dataset.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, metavar="N", help="The teacher's best entries shown of a token.")] = 5,
+    tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Scored tokens printed of a conversation.")] = 48,
+    tokenizer: Annotated[Path | None, typer.Option(help="Teacher directory: show token texts instead of ids.")] = None,
+    max_groups: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Row groups read for the distributions, evenly spread.")
+    ] = 64,
+    read_all: Annotated[bool, typer.Option("--all", help="Read every row group.")] = False,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page with pictures too.")] = None,
+    unpack: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write the shards with list columns into a new directory too.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what shards hold: provenance, counts, bytes by column, distributions, and one sample token by token.
+
+    Needs no model and no GPU. Exit code 1 if something cannot be read; the rest is shown.
+    """
+    import json
+
+    from common.storage import publish, to_location
+    from precompute import inspect_facts, inspect_page, inspect_text
+    from precompute.inspection import inspect, open_target
+    from precompute.unpack import check_destination
+    from precompute.unpack import unpack as unpack_shards
+
+    location = to_location(path)
+    if unpack is not None:
+        check_destination(open_target(location), unpack)
+    found = inspect(
+        location,
+        sample=sample,
+        num_samples=1 if html is None else inspect_page.NUM_SAMPLES,
+        num_alternatives=top,
+        max_tokens=tokens if html is None else max(tokens, inspect_page.MAX_TOKENS),
+        max_groups=None if read_all else max_groups,
+        tokenizer=tokenizer,
+        progress=not as_json,
+    )
+    if html is not None:
+        publish(to_location(html), inspect_page.page(found).encode())
+    exported = None if unpack is None else unpack_shards(open_target(location), unpack, progress=not as_json)
+    if as_json:
+        typer.echo(json.dumps(inspect_facts.to_dict(found), indent=1))
+    else:
+        _show(inspect_text.render(found, max_tokens=tokens))
+    for line in [
+        *([] if html is None else [f"{html}: {len(found.samples):,} samples as a page"]),
+        *([] if exported is None else [exported.summary]),
+    ]:
+        typer.echo(line, err=True)
+    if not found.ok or (exported is not None and not exported.ok):
+        raise typer.Exit(1)
+
+
 @app.command()
 def plan(
     config: ConfigOption,
-    student: Annotated[Path | None, typer.Option(help="Student directory, for the trainer's memory.")] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="Student directory, for the trainer's memory.", callback=_on_this_machine)
+    ] = None,
     train_config: Annotated[
         Path | None, typer.Option(help="TOML file of a stage: what is trained, and of which student.")
     ] = None,
@@ -186,16 +267,26 @@ def train(config: ConfigOption, overrides: SetOption = None) -> None:
 
 @app.command("init-student")
 def init_student(
-    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=_on_this_machine)],
     vision: Annotated[
-        Path | None, typer.Option(help="LLaVA or CLIP directory whose vision tower is taken.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="LLaVA or CLIP directory whose vision tower is taken.", show_default=False, callback=_on_this_machine
+        ),
     ] = None,
     language: Annotated[
         Path | None,
-        typer.Option(help="Causal language model directory that becomes the student's.", show_default=False),
+        typer.Option(
+            help="Causal language model directory that becomes the student's.",
+            show_default=False,
+            callback=_on_this_machine,
+        ),
     ] = None,
     dense: Annotated[
-        Path | None, typer.Option(help="Instead of composing: a dense student to upcycle.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Instead of composing: a dense student to upcycle.", show_default=False, callback=_on_this_machine
+        ),
     ] = None,
     experts: Annotated[int, typer.Option(min=2, help="Experts a sparse layer, with --dense.")] = 4,
     top_k: Annotated[int, typer.Option(min=1, help="Experts a token is sent to, with --dense.")] = 2,
@@ -242,9 +333,14 @@ def init_student(
 @app.command()
 def export(
     source: Annotated[
-        Path, typer.Argument(help="A stage's output, one of its checkpoints, or a student.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A stage's output, one of its checkpoints, or a student.",
+            show_default=False,
+            callback=_on_this_machine,
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=_on_this_machine)],
 ) -> None:
     """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed."""
     from train.export import export as export_student

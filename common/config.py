@@ -20,6 +20,9 @@ class Strict(BaseModel):
 
 ConfigT = TypeVar("ConfigT", bound=Strict)
 
+# The type of a pydantic error whose message says all that may be said of the value.
+ADDRESS_ERROR = "address"
+
 
 def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Reads a TOML file, applies `a.b=value` overrides and validates the whole.
@@ -71,5 +74,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return "unknown key; remove it or correct its spelling"
+    if error["type"] == ADDRESS_ERROR:
+        # What was found may hold a password.
+        return str(error["msg"])
     found = "" if error["type"] == "missing" else f" (found {error['input']!r})"
     return f"{error['msg']}{found}"

@@ -5,6 +5,7 @@ processor's mean colour by default, as LLaVA-1.5 and LLaVA-MoD train. Resizing a
 model's own image processor.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ from PIL import Image
 
 from common.errors import DataError, ModelError
 from common.samples import ImageRef
+from common.storage import Location, is_file, list_files, read_bytes
 
 AspectRatio = Literal["pad", "keep"]
 
@@ -68,7 +70,7 @@ class ImageSpec:
 
 def load_image(
     ref: ImageRef,
-    image_root: Path | None,
+    image_root: Location | None,
     aspect_ratio: AspectRatio,
     mean_rgb: tuple[int, int, int],
     where: str,
@@ -79,10 +81,11 @@ def load_image(
 
     Raises:
         DataError: missing, unreadable, too large, or outside `image_root`. Never replaced by another image.
+        StorageError: the store did not give it.
     """
-    source = io.BytesIO(ref.data) if ref.data is not None else _inside(ref.path, image_root, where)
+    source = None if ref.data is not None else _inside(ref.path, image_root, where)
     try:
-        with Image.open(source) as opened:
+        with Image.open(_file_of(ref, source)) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(
                     f"{where}: image {ref.path} is {opened.width} x {opened.height}, the limit is {MAX_PIXELS:,} pixels"
@@ -97,13 +100,32 @@ def load_image(
     return pad_to_square(image, mean_rgb) if aspect_ratio == "pad" else image
 
 
-def require_image(ref: ImageRef, image_root: Path | None, where: str) -> None:
+def read_image(ref: ImageRef, image_root: Location | None, where: str) -> ImageRef:
+    """The reference with the encoded file's bytes beside its path.
+
+    Raises:
+        DataError: missing, unreadable, or outside `image_root`.
+        StorageError: the store did not give it.
+    """
+    if ref.data is not None:
+        return ref
+    path = _inside(ref.path, image_root, where)
+    try:
+        return ImageRef(ref.path, read_bytes(path))
+    except FileNotFoundError as error:
+        raise DataError(f"{where}: image {path} does not exist; check image_root") from error
+    except OSError as error:
+        raise DataError(f"{where}: image {path} cannot be read ({error.strerror})") from error
+
+
+def require_image(ref: ImageRef, image_root: Location | None, where: str) -> None:
     """Checks what can be checked of an image without reading it.
 
     Raises:
         DataError: there is no such file, or it lies outside `image_root`.
+        StorageError: the store did not say.
     """
-    if ref.data is None and not (path := _inside(ref.path, image_root, where)).is_file():
+    if ref.data is None and not _is_there(path := _inside(ref.path, image_root, where)):
         raise DataError(f"{where}: image {path} does not exist; check image_root")
 
 
@@ -140,11 +162,38 @@ def _processor_file(model_dir: Path) -> Path:
     return separate if separate.is_file() else model_dir / "processor_config.json"
 
 
-def _inside(path: str | None, image_root: Path | None, where: str) -> Path:
+def _file_of(ref: ImageRef, source: Location | None) -> io.BytesIO | Path:
+    """What Pillow opens: a local file itself, of which it may read the head alone, or the bytes of an object."""
+    if isinstance(source, Path):
+        return source
+    return io.BytesIO(read_bytes(source) if source is not None else ref.data or b"")
+
+
+def _is_there(path: Location) -> bool:
+    """An object is looked up in a listing: asking for each of a million images would take hours.
+
+    What the listing does not know is asked for, since it may have been added meanwhile.
+    """
+    return (not isinstance(path, Path) and path.name in _listed(path.parent)) or is_file(path)
+
+
+@functools.lru_cache(maxsize=256)
+def _listed(directory: Location) -> frozenset[str]:
+    return frozenset(list_files(directory))
+
+
+def _inside(path: str | None, image_root: Location | None, where: str) -> Location:
     if path is None:
         raise DataError(f"{where}: an image has neither a path nor bytes")
     if image_root is None:
         raise DataError(f"{where}: has image {path}, but no image_root is configured")
+    if not isinstance(image_root, Path):
+        parts = path.split("/")
+        if ".." in parts or "" in parts or "://" in path or "\0" in path:
+            raise DataError(
+                f"{where}: image {path!r} is no plain path below image_root {image_root}; only keys below it are read"
+            )
+        return image_root / path
     root = image_root.resolve()
     try:
         found = (root / path).resolve()

@@ -13,18 +13,25 @@ SHA-256 of their own content, so a changed bit in them is found too.
 import hashlib
 import json
 import re
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from common.codec import Form
 from common.config import Strict, digest
 from common.errors import ProvenanceError, ShardError
 from common.samples import Kind
-from common.storage import publish
+from common.storage import Location, list_files, open_ranged, publish, publish_new, read_bytes
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
+
+# Receipts that are read at once.
+NUM_READERS = 16
+
+# Read at once to be hashed: one request, of an object.
+_HASHED_BYTES = 2**24
 
 _RECEIPT_NAME = re.compile(r"shard-(\d{5,})\.json")
 
@@ -75,15 +82,18 @@ class CaptureSettings(Strict):
     """What is kept of the distribution. `top_k` 0 keeps no best entries; the vocabulary's size keeps all.
 
     With `top_p` a row keeps from `min_k` to `top_k` of them; with `num_draws` the drawn ids and their counts. `seed` is
-    null unless something is drawn or generated.
+    null unless something is drawn or generated. `precision` is that of the kept log-probs, null where ids are drawn.
+    `images`: whether rows hold the encoded image files or their paths alone.
     """
 
     top_k: int
     top_p: float | None
     min_k: int
     num_draws: int | None
+    precision: Form
     seed: int | None
     generate: GenerateSettings | None
+    images: Literal["path", "bytes"]
     score: Literal["response", "all"]
     max_tokens: int
     on_bad_sample: Literal["stop", "skip"]
@@ -154,21 +164,31 @@ class Receipt(Strict):
 SealedT = TypeVar("SealedT", bound=Strict)
 
 
-def write_sealed(path: Path, content: Strict) -> None:
+def write_sealed(path: Location, content: Strict) -> None:
     """Publishes a model as JSON together with the digest of its content."""
+    publish(path, _sealed(content))
+
+
+def _sealed(content: Strict) -> bytes:
     body = content.model_dump(mode="json")
-    publish(path, (json.dumps({**body, "content_sha256": digest(content)}, indent=1) + "\n").encode())
+    return (json.dumps({**body, "content_sha256": digest(content)}, indent=1) + "\n").encode()
 
 
-def read_sealed(path: Path, schema: type[SealedT]) -> SealedT:
+def read_sealed(path: Location, schema: type[SealedT]) -> SealedT:
     """Reads what `write_sealed` wrote.
 
     Raises:
         ShardError: missing, unreadable, of another schema, or not the bytes that were written.
+        StorageError: the store did not give it; nothing is known of its content.
     """
     try:
-        raw: dict[str, Any] = json.loads(path.read_bytes())
+        raw: dict[str, Any] = json.loads(read_bytes(path))
         claimed = raw.pop("content_sha256")
+        if raw.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+            raise ShardError(
+                f"{path}: has schema version {raw['schema_version']}, this program reads {SCHEMA_VERSION}; "
+                "use the release that wrote it, or capture again"
+            )
         content = schema.model_validate(raw)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: does not exist; expected an output of precompute-logits there") from error
@@ -181,34 +201,29 @@ def read_sealed(path: Path, schema: type[SealedT]) -> SealedT:
     return content
 
 
-def shard_path(output: Path, number: int) -> Path:
+def shard_path(output: Location, number: int) -> Location:
     """Path of a shard's Parquet file."""
     return output / f"shard-{number:05d}.parquet"
 
 
-def receipt_path(output: Path, number: int) -> Path:
+def receipt_path(output: Location, number: int) -> Location:
     """Path of a shard's receipt."""
     return shard_path(output, number).with_suffix(".json")
 
 
-def read_manifest(output: Path) -> Manifest:
+def read_manifest(output: Location) -> Manifest:
     """Reads and checks manifest.json of an output."""
-    manifest = read_sealed(output / MANIFEST_NAME, Manifest)
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise ShardError(
-            f"{output / MANIFEST_NAME}: schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}"
-        )
-    return manifest
+    return read_sealed(output / MANIFEST_NAME, Manifest)
 
 
-def published_shards(output: Path) -> tuple[int, ...]:
+def published_shards(output: Location) -> tuple[int, ...]:
     """Numbers of the shards that have a receipt, ascending."""
-    matches = (_RECEIPT_NAME.fullmatch(path.name) for path in output.glob("shard-*.json"))
-    numbers = {int(match[1]) for match in matches if match}
-    return tuple(sorted(n for n in numbers if receipt_path(output, n).is_file()))
+    files = list_files(output)
+    numbers = {int(match[1]) for match in map(_RECEIPT_NAME.fullmatch, files) if match}
+    return tuple(sorted(n for n in numbers if receipt_path(output, n).name in files))
 
 
-def read_receipt(output: Path, number: int, manifest: Manifest) -> Receipt:
+def read_receipt(output: Location, number: int, manifest: Manifest) -> Receipt:
     """Reads a shard's receipt and checks that it belongs to this manifest and number."""
     path = receipt_path(output, number)
     receipt = read_sealed(path, Receipt)
@@ -219,15 +234,20 @@ def read_receipt(output: Path, number: int, manifest: Manifest) -> Receipt:
     return receipt
 
 
-def open_output(output: Path, manifest: Manifest) -> None:
+def read_receipts(output: Location, manifest: Manifest) -> list[Receipt]:
+    """The receipts of the published shards, ascending; several are read at once, since a store takes its time."""
+    numbers = [number for number in published_shards(output) if number < manifest.num_shards]
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        return list(pool.map(lambda number: read_receipt(output, number, manifest), numbers))
+
+
+def open_output(output: Location, manifest: Manifest) -> None:
     """Begins an output, or checks that `manifest` is what began it.
 
     Raises:
         ProvenanceError: with every difference, if another teacher, dataset or setting began it.
     """
-    path = output / MANIFEST_NAME
-    if not path.exists():
-        write_sealed(path, manifest)
+    if publish_new(output / MANIFEST_NAME, _sealed(manifest)):
         return
     differences = list_differences(read_manifest(output).model_dump(), manifest.model_dump())
     if differences:
@@ -250,14 +270,17 @@ def list_differences(there: dict[str, Any], here: dict[str, Any], prefix: str = 
     return lines
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Location) -> str:
     """SHA-256 (hex) of a file's bytes.
 
     Raises:
-        ShardError: it cannot be read.
+        ShardError: it cannot be read. StorageError: the store did not give it.
     """
+    sha256 = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open_ranged(path) as file:
+            while chunk := file.read(_HASHED_BYTES):
+                sha256.update(chunk)
+        return sha256.hexdigest()
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror})") from error

@@ -14,12 +14,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import zstandard
 
 from common.errors import DataError
+from common.storage import Location, read_bytes
 
 IMAGE_MARKER = "<image>"
 
@@ -73,7 +73,7 @@ class Dataset:
     Only the position of each line is kept of a JSONL file; a JSON array is held in memory whole.
     """
 
-    def __init__(self, path: Path, kind: Kind, data: bytes, records: list[Any]) -> None:
+    def __init__(self, path: Location, kind: Kind, data: bytes, records: list[Any]) -> None:
         self.path = path
         self.kind: Kind = kind
         self.sha256 = hashlib.sha256(data).hexdigest()
@@ -83,14 +83,15 @@ class Dataset:
         self._refuse_duplicates()
 
     @classmethod
-    def open(cls, path: Path, kind: Kind) -> "Dataset":
+    def open(cls, path: Location, kind: Kind) -> "Dataset":
         """Reads and indexes the file.
 
         Raises:
             DataError: unreadable or empty file, broken JSON (with its line), missing or duplicate ids.
+            StorageError: the store did not give it.
         """
         try:
-            data = path.read_bytes()
+            data = read_bytes(path)
             if path.suffix == ".zst":
                 data = _decompress(data)
         except (OSError, zstandard.ZstdError) as error:
@@ -180,14 +181,14 @@ def _jsonl_lines(data: bytes) -> Iterator[_Line]:
         start, number = end + 1, number + 1
 
 
-def _json_array(path: Path, data: bytes) -> list[Any]:
+def _json_array(path: Location, data: bytes) -> list[Any]:
     records = _parse(data, path, 1)
     if not isinstance(records, list):
         raise DataError(f"{path}: found a JSON {type(records).__name__}, expected an array (or name the file .jsonl)")
     return records
 
 
-def _parse(data: bytes, path: Path, first_line: int) -> Any:
+def _parse(data: bytes, path: Location, first_line: int) -> Any:
     try:
         return json.loads(data)
     except json.JSONDecodeError as error:

@@ -1,13 +1,6 @@
-"""What the teacher says about a conversation, and its packed form.
+"""What the teacher says about a conversation; codec.py has its packed form.
 
 Legend: R scored tokens, N kept entries of all rows, K kept entries of one row, D draws of one row.
-
-Packed form, per conversation (all little-endian; docs/shard-format.md has the bits):
-    topk_counts    int32 [R]   as a Parquet list column
-    topk_ids       the N ids in row order as three planes of N bytes: bits 0-7, 8-15, 16-23
-    topk_logprobs  the N float32 log-probs in row order as four planes of N bytes, lowest byte first
-    topk_draws     instead of log-probs where entries were drawn: how often, as two planes of N bytes
-Planes put bytes of one significance side by side, which is what makes zstd find their redundancy.
 """
 
 from dataclasses import dataclass
@@ -15,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import ShardError
-
-MAX_VOCAB_SIZE = 1 << 24
+MAX_VOCAB_SIZE = 1 << 20
 # Counts of draws are stored in two bytes.
 MAX_DRAWS = 1 << 16
 
@@ -149,60 +140,21 @@ def _in_order(
     One sort of 64-bit keys, the log-prob's bits above the id: ten times as fast as sorting by two keys. Half precision
     logits tie in most rows, so leaving alone the rows that are in order already would spare little.
     """
-    # Adding 0 turns -0.0 into 0.0, which has other bits. The bits of negative floats ascend as their values descend;
-    # those of the others do so once all but the sign are flipped.
-    bits = (logprobs_RK.astype(np.float32) + np.float32(0)).view(np.uint32)
-    keys = np.where(bits >> 31, bits, bits ^ 0x7FFF_FFFF).astype(np.uint64) << 32 | ids_RK.astype(np.uint32)
+    keys = descending_keys(logprobs_RK.astype(np.float32)).astype(np.uint64) << 32 | ids_RK.astype(np.uint32)
     keys.sort(axis=1)
-    bits = (keys >> 32).astype(np.uint32)
-    return keys.astype(np.uint32).view(np.int32), np.where(bits >> 31, bits, bits ^ 0x7FFF_FFFF).view(np.float32)
+    return keys.astype(np.uint32).view(np.int32), from_descending_keys((keys >> 32).astype(np.uint32))
 
 
-def pack_ids(ids: npt.NDArray[np.int32]) -> bytes:
-    """Ids below 2^24 as three byte planes."""
-    assert not ids.size or (ids.min() >= 0 and ids.max() < MAX_VOCAB_SIZE)
-    return _planes(ids.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3])
+def descending_keys(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
+    """Integers that ascend as float32 `values` descend.
+
+    The bits of negative floats do; those of the others do once all but the sign are flipped.
+    """
+    # Adding 0 turns -0.0 into 0.0, which has other bits.
+    bits = (values + np.float32(0)).view(np.uint32)
+    return np.where(bits >> 31, bits, bits ^ 0x7FFF_FFFF)
 
 
-def unpack_ids(data: bytes, num_entries: int, where: str) -> npt.NDArray[np.int32]:
-    """Inverse of `pack_ids`."""
-    planes = _columns(data, num_entries, 3, where)
-    full = np.zeros((num_entries, 4), np.uint8)
-    full[:, :3] = planes
-    return full.view("<u4").reshape(-1).astype(np.int32)
-
-
-def pack_logprobs(logprobs: npt.NDArray[np.float32]) -> bytes:
-    """Float32 values, exact, as four byte planes."""
-    return _planes(np.ascontiguousarray(logprobs, "<f4").view(np.uint8).reshape(-1, 4))
-
-
-def unpack_logprobs(data: bytes, num_entries: int, where: str) -> npt.NDArray[np.float32]:
-    """Inverse of `pack_logprobs`."""
-    columns = np.ascontiguousarray(_columns(data, num_entries, 4, where))
-    return columns.view("<f4").reshape(-1).astype(np.float32)
-
-
-def pack_draws(draws: npt.NDArray[np.int32]) -> bytes:
-    """Numbers of draws below 2^16 as two byte planes."""
-    assert not draws.size or (draws.min() >= 0 and draws.max() < MAX_DRAWS)
-    return _planes(draws.astype("<u2").view(np.uint8).reshape(-1, 2))
-
-
-def unpack_draws(data: bytes, num_entries: int, where: str) -> npt.NDArray[np.int32]:
-    """Inverse of `pack_draws`."""
-    columns = np.ascontiguousarray(_columns(data, num_entries, 2, where))
-    return columns.view("<u2").reshape(-1).astype(np.int32)
-
-
-def _planes(columns: npt.NDArray[np.uint8]) -> bytes:
-    return np.ascontiguousarray(columns.T).tobytes()
-
-
-def _columns(data: bytes, num_entries: int, num_planes: int, where: str) -> npt.NDArray[np.uint8]:
-    if len(data) != num_entries * num_planes:
-        raise ShardError(
-            f"{where}: {len(data):,} bytes for {num_entries:,} kept entries, expected {num_entries * num_planes:,}; "
-            "the shard is damaged"
-        )
-    return np.frombuffer(data, np.uint8).reshape(num_planes, num_entries).T
+def from_descending_keys(keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
+    """Inverse of `descending_keys`."""
+    return np.where(keys >> 31, keys, keys ^ 0x7FFF_FFFF).view(np.float32)

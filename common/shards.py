@@ -1,9 +1,9 @@
 """Shards: ordinary Parquet files of scored samples.
 
-One row is one sample. Everything that people ask about is a native column; the kept entries are packed in binary
-planes (common/scores.py): best entries with their log-probs, drawn ones with their numbers of draws. A preference
-pair has each conversation's columns twice, with the prefixes `chosen_` and `rejected_`; a conversation to distil has
-them without a prefix.
+One row is one sample. Everything that people ask about is a native column; the kept entries are packed into binary
+ones (common/codec.py): best entries with their log-probs, drawn ones with their numbers of draws. A preference pair
+has each conversation's columns twice, with the prefixes `chosen_` and `rejected_`; a conversation to distil has them
+without a prefix.
 """
 
 import hashlib
@@ -19,29 +19,29 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.codec import Packed, TokenOrder, columns_of, pack, unpack
 from common.encoding import Encoded
 from common.errors import ShardError
-from common.manifest import Manifest, Receipt, Skipped, receipt_path, shard_path, write_sealed
+from common.manifest import CaptureSettings, Manifest, Receipt, Skipped, receipt_path, shard_path, write_sealed
 from common.samples import ImageRef, Kind, Sample, Turn
-from common.scores import (
-    TeacherScores,
-    pack_draws,
-    pack_ids,
-    pack_logprobs,
-    share_logprobs,
-    unpack_draws,
-    unpack_ids,
-    unpack_logprobs,
-)
-from common.storage import publish
+from common.scores import TeacherScores
+from common.storage import Location, open_ranged, publish
 
 PREFIXES: dict[Kind, tuple[str, ...]] = {"kd": ("",), "dpo": ("chosen_", "rejected_")}
 
 ROWS_PER_GROUP = 64
 
-_MANIFEST_KEY = b"decant.manifest_sha256"
+_VERSION_KEY = b"decant.schema_version"
+_MANIFEST_KEY = b"decant.manifest"
+_DIGEST_KEY = b"decant.manifest_sha256"
+_CLASSES_KEY = b"decant.token_classes"
 _SHARD_KEY = b"decant.shard"
 _IMAGE_TOKEN_KEY = b"decant.image_token_id"
+
+# Higher levels save 2% and take several times as long.
+_ZSTD_LEVEL = 3
+_REPEATING = ("messages.list.element.role", "topk_counts.list.element")
+_SPLIT_BYTES = ("input_ids.list.element", "own_logprobs.list.element", "rest_mass.list.element")
 
 _IMAGES = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
@@ -67,8 +67,8 @@ class ShardRow:
     conversations: tuple[ScoredConversation, ...]
 
 
-def schema(kind: Kind, sampled: bool) -> pa.Schema:
-    """Arrow schema of a shard; `sampled` for entries that were drawn."""
+def schema(kind: Kind, capture: CaptureSettings) -> pa.Schema:
+    """Arrow schema of a shard."""
     fields = [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("index", pa.int64(), nullable=False),
@@ -82,15 +82,14 @@ def schema(kind: Kind, sampled: bool) -> pa.Schema:
         "own_logprobs": _FLOATS,
         "rest_mass": _FLOATS,
         "topk_counts": _INTS,
-        "topk_ids": pa.binary(),
-        "topk_draws" if sampled else "topk_logprobs": pa.binary(),
+        **dict.fromkeys(columns_of(capture.precision), pa.binary()),
     }
     fields += [pa.field(p + name, kind_, nullable=False) for p in PREFIXES[kind] for name, kind_ in columns.items()]
     return pa.schema(fields)
 
 
 def write_shard(
-    output: Path, number: int, manifest: Manifest, rows: Sequence[ShardRow], skipped: Sequence[Skipped]
+    output: Location, number: int, manifest: Manifest, rows: Sequence[ShardRow], skipped: Sequence[Skipped]
 ) -> Receipt:
     """Encodes rows, publishes the Parquet file, then its receipt. Deterministic: same rows, same bytes.
 
@@ -100,28 +99,36 @@ def write_shard(
     image_token_ids = {c.encoded.image_token_id for row in rows for c in row.conversations}
     assert len(image_token_ids) <= 1
     image_token_id = next(iter(image_token_ids), None)
-    sampled = manifest.capture.num_draws is not None
-    assert all((c.scores.draws is not None) == sampled for row in rows for c in row.conversations)
-    table_schema = schema(manifest.kind, sampled).with_metadata(
-        {
-            _MANIFEST_KEY: manifest.sha256,
-            _SHARD_KEY: str(number),
-            _IMAGE_TOKEN_KEY: "" if image_token_id is None else str(image_token_id),
-        }
-    )
-    table = pa.Table.from_arrays(_to_columns(rows, manifest.kind), schema=table_schema)
+    order = TokenOrder.of([c.scores for row in rows for c in row.conversations], manifest.tokenizer.vocab_size)
+    table_schema = schema(manifest.kind, manifest.capture)
     buffer = io.BytesIO()
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         buffer,
+        table_schema,
         compression="zstd",
-        # Higher levels save under 2% and take twice as long or more: what is left are the low bits of float32.
-        compression_level=3,
-        row_group_size=ROWS_PER_GROUP,
-        use_dictionary=[f"{prefix}messages.list.element.role" for prefix in PREFIXES[manifest.kind]],
+        compression_level=_ZSTD_LEVEL,
+        use_dictionary=[prefix + name for prefix in PREFIXES[manifest.kind] for name in _REPEATING],
+        # Bytes of one significance side by side: what repeats in floats and ids are their high bytes.
+        column_encoding={
+            prefix + name: "BYTE_STREAM_SPLIT" for prefix in PREFIXES[manifest.kind] for name in _SPLIT_BYTES
+        },
         write_page_checksum=True,
         write_statistics=["sample_id", "index"],
-    )
+    ) as writer:
+        for start in range(0, len(rows), ROWS_PER_GROUP):
+            columns = _to_columns(rows[start : start + ROWS_PER_GROUP], manifest, order)
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table_schema))
+        # Given to the schema it would be written twice, the second time in what Arrow keeps for itself.
+        writer.add_key_value_metadata(
+            {
+                _VERSION_KEY: str(manifest.schema_version),
+                _MANIFEST_KEY: manifest.model_dump_json(),
+                _DIGEST_KEY: manifest.sha256,
+                _SHARD_KEY: str(number),
+                _IMAGE_TOKEN_KEY: "" if image_token_id is None else str(image_token_id),
+                _CLASSES_KEY: order.to_text(),
+            }
+        )
     data = buffer.getvalue()
     publish(shard_path(output, number), data)
     receipt = Receipt(
@@ -144,25 +151,30 @@ class ShardFile:
         ShardError: on opening or reading, naming the file, if it is not a shard of this manifest or is damaged.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, number: int) -> None:
+    def __init__(self, path: Location, manifest: Manifest, number: int) -> None:
         self.path = path
         self._kind = manifest.kind
-        self._num_draws = manifest.capture.num_draws
+        self._capture = manifest.capture
         with self._damage_is_named():
-            self._file = pq.ParquetFile(path, page_checksum_verification=True)
+            # Of an object, a row group's columns in one request.
+            remote = not isinstance(path, Path)
+            source = open_ranged(path) if remote else path
+            self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
             found = self._file.schema_arrow
-            metadata = found.metadata or {}
+            metadata = self._file.metadata.metadata or {}
             image_token = metadata.get(_IMAGE_TOKEN_KEY)
             self._image_token_id = int(image_token) if image_token else None
-        if not found.equals(schema(manifest.kind, self._num_draws is not None)):
+        if not found.equals(schema(manifest.kind, manifest.capture)):
             raise ShardError(
                 f"{path}: its columns are not those of a {manifest.kind} shard with "
-                f"{'best' if self._num_draws is None else 'drawn'} entries:\n{found.to_string()}"
+                f"{manifest.capture.precision or 'drawn'} entries:\n{found.to_string(show_schema_metadata=False)}"
             )
-        if metadata.get(_MANIFEST_KEY) != manifest.sha256.encode():
+        if metadata.get(_DIGEST_KEY) != manifest.sha256.encode():
             raise ShardError(f"{path}: belongs to an output with another manifest")
         if metadata.get(_SHARD_KEY) != str(number).encode():
             raise ShardError(f"{path}: holds shard {metadata.get(_SHARD_KEY)!r}; the file was renamed")
+        classes = metadata.get(_CLASSES_KEY, b"")
+        self._order = TokenOrder.from_text(classes, manifest.tokenizer.vocab_size, str(path))
         self.num_rows: int = self._file.metadata.num_rows
 
     @property
@@ -217,41 +229,39 @@ class ShardFile:
         ]
 
     def _to_conversations(self, table: pa.Table, prefix: str, first_row: int) -> list[ScoredConversation]:
-        columns = zip(
-            _split(table.column(prefix + "input_ids")),
-            _split(table.column(prefix + "response_spans")),
-            _split(table.column(prefix + "own_logprobs")),
-            _split(table.column(prefix + "rest_mass")),
-            _split(table.column(prefix + "topk_counts")),
-            table.column(prefix + "topk_ids"),
-            table.column(prefix + ("topk_logprobs" if self._num_draws is None else "topk_draws")),
-            strict=True,
+        spans, own, rest, counts = (
+            _split(table.column(prefix + name))
+            for name in ("response_spans", "own_logprobs", "rest_mass", "topk_counts")
         )
-        conversations = []
-        for row, (input_ids, spans, own, rest, counts, packed_ids, packed) in enumerate(columns, first_row):
-            where = f"{self.path}: row {row}"
-            num_scored = int((spans[:, 1] - spans[:, 0]).sum())
-            if not len(own) == len(rest) == len(counts) == num_scored:
+        for row, lengths in enumerate(zip(map(_num_scored, spans), *map(_lengths, (own, rest, counts)), strict=True)):
+            if len(set(lengths)) > 1:
                 raise ShardError(
-                    f"{where}: {len(own)} own log-probs, {len(rest)} rest masses and {len(counts)} counts for "
-                    f"{num_scored} scored tokens; the shard is damaged"
+                    f"{self.path}: row {first_row + row}: {lengths[1]} own log-probs, {lengths[2]} rest masses and "
+                    f"{lengths[3]} counts for {lengths[0]} scored tokens; the shard is damaged"
                 )
-            num_entries = int(counts.sum())
-            ids = unpack_ids(packed_ids.as_buffer(), num_entries, where)
-            if self._num_draws is None:
-                draws, logprobs = None, unpack_logprobs(packed.as_buffer(), num_entries, where)
-            else:
-                draws = unpack_draws(packed.as_buffer(), num_entries, where)
-                logprobs = share_logprobs(draws, self._num_draws)
-            scores = TeacherScores(own, rest, counts, ids, logprobs, draws)
-            conversations.append(ScoredConversation(Encoded(input_ids, spans, self._image_token_id), scores))
-        return conversations
+        kept = unpack(
+            {name: _packed(table.column(prefix + name)) for name in columns_of(self._capture.precision)},
+            counts,
+            rest,
+            self._order,
+            self._capture.precision,
+            self._capture.num_draws,
+            f"{self.path}: rows {first_row} to {first_row + len(counts) - 1}",
+        )
+        columns = zip(_split(table.column(prefix + "input_ids")), spans, own, rest, counts, kept, strict=True)
+        return [
+            ScoredConversation(
+                Encoded(input_ids, spans_, self._image_token_id),
+                TeacherScores(own_, rest_, counts_, ids, logprobs, draws),
+            )
+            for input_ids, spans_, own_, rest_, counts_, (ids, logprobs, draws) in columns
+        ]
 
 
 class _DamageIsNamed:
     """Turns whatever pyarrow or numpy raises on damaged bytes into a ShardError that names the file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self._path = path
 
     def __enter__(self) -> None:
@@ -268,7 +278,7 @@ class _DamageIsNamed:
             ) from error
 
 
-def _to_columns(rows: Sequence[ShardRow], kind: Kind) -> list[pa.Array]:
+def _to_columns(rows: Sequence[ShardRow], manifest: Manifest, order: TokenOrder) -> list[pa.Array]:
     """The columns of `schema`, in its order."""
     samples = [row.sample for row in rows]
     columns = [
@@ -276,7 +286,7 @@ def _to_columns(rows: Sequence[ShardRow], kind: Kind) -> list[pa.Array]:
         pa.array([row.index for row in rows], pa.int64()),
         pa.array([[{"bytes": image.data, "path": image.path} for image in s.images] for s in samples], _IMAGES),
     ]
-    for which in range(len(PREFIXES[kind])):
+    for which in range(len(PREFIXES[manifest.kind])):
         turns = [[{"role": t.role, "content": t.content} for t in s.conversations[which]] for s in samples]
         encoded = [row.conversations[which].encoded for row in rows]
         scores = [row.conversations[which].scores for row in rows]
@@ -288,14 +298,23 @@ def _to_columns(rows: Sequence[ShardRow], kind: Kind) -> list[pa.Array]:
             _join([s.own_logprobs for s in scores], _FLOATS),
             _join([s.rest_mass for s in scores], _FLOATS),
             _join([s.counts for s in scores], _INTS),
-            pa.array([pack_ids(s.ids) for s in scores], pa.binary()),
-            pa.array([_pack_values(s) for s in scores], pa.binary()),
+            *map(_binary, pack(scores, order, manifest.capture.precision).values()),
         ]
     return columns
 
 
-def _pack_values(scores: TeacherScores) -> bytes:
-    return pack_logprobs(scores.logprobs) if scores.draws is None else pack_draws(scores.draws)
+def _binary(packed: Packed) -> pa.BinaryArray:
+    """One value a conversation."""
+    buffers = [None, pa.py_buffer(packed.offsets.astype(np.int32)), pa.py_buffer(packed.data)]
+    return pa.Array.from_buffers(pa.binary(), len(packed.offsets) - 1, buffers)
+
+
+def _packed(column: pa.ChunkedArray) -> Packed:
+    """Inverse of `_binary`."""
+    values = column.combine_chunks()
+    _, offsets, data = values.buffers()
+    offsets = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1].astype(np.int64)
+    return Packed(np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), offsets)
 
 
 def _join(arrays: list[npt.NDArray[Any]], list_type: pa.ListType) -> pa.ListArray:
@@ -316,6 +335,14 @@ def _split(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
     values = lists.values
     flat = np.stack([v.to_numpy() for v in values.flatten()], axis=1) if values.type.num_fields else values.to_numpy()
     return [flat[start:stop].copy() for start, stop in itertools.pairwise(lists.offsets.to_numpy())]
+
+
+def _num_scored(spans: npt.NDArray[np.int32]) -> int:
+    return int((spans[:, 1] - spans[:, 0]).sum())
+
+
+def _lengths(arrays: Sequence[npt.NDArray[Any]]) -> list[int]:
+    return [len(array) for array in arrays]
 
 
 def num_scored_tokens(rows: Iterable[ShardRow]) -> int:

@@ -1,15 +1,16 @@
 """Configuration of `precompute-logits`: one TOML file a run."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, PositiveInt, field_validator, model_validator
 
+from common.codec import Precision
 from common.config import Strict
 from common.encoding import Score
 from common.images import AspectRatio
 from common.samples import Kind
 from common.scores import MAX_DRAWS, MAX_VOCAB_SIZE
+from common.storage import LocalPath, LocationField
 
 EngineDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -113,23 +114,27 @@ class PrecomputeConfig(Strict):
 
     What is kept of each distribution: the `top_k` best entries ("all": the whole vocabulary; absent, 64 for "kd" and
     0 for "dpo"); with `top_p`, only as many of them as hold that mass, but at least `min_k`; with `num_draws`
-    instead, the ids of so many draws from the distribution itself, with replacement. `seed` is for draws and
-    `generate`. `max_tokens` counts an image by the tokens it expands to. Of `num_nodes` processes that share an
+    instead, the ids of so many draws from the distribution itself, with replacement. `precision` is how kept log-probs
+    are stored: q8 in steps of 1/255 of sqrt(p), q6 of 1/63, fp16, or exactly as fp32; absent, q8. `store_images` puts
+    the image files into the shards, so that training needs no image folder. `seed` is for draws and `generate`.
+    `max_tokens` counts an image by the tokens it expands to. Of `num_nodes` processes that share an
     output, the one with number `node_rank` takes every num_nodes-th shard.
     """
 
     kind: Kind = "kd"
-    teacher: Path
-    dataset: Path
-    image_root: Path | None = None
-    output: Path
-    chat_template: Path | None = None
+    teacher: LocalPath
+    dataset: LocationField
+    image_root: LocationField | None = None
+    output: LocationField
+    chat_template: LocalPath | None = None
     score: Score = "response"
     image_aspect_ratio: AspectRatio = "pad"
     top_k: Annotated[int, Field(ge=0, lt=MAX_VOCAB_SIZE)] | Literal["all"]
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_k: PositiveInt = 1
     num_draws: Annotated[int, Field(gt=0, lt=MAX_DRAWS)] | None = None
+    precision: Precision | None = None
+    store_images: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     generate: GenerateConfig | None = None
     samples_per_shard: PositiveInt = 1024
@@ -154,6 +159,8 @@ class PrecomputeConfig(Strict):
     def _one_way_to_keep(self) -> Self:
         if self.num_draws is not None and (self.top_k != 0 or self.top_p is not None):
             raise ValueError("num_draws keeps drawn entries, top_k and top_p the best ones; give one of the two")
+        if self.num_draws is not None and self.precision is not None:
+            raise ValueError("precision is for log-probs; num_draws stores numbers of draws, which are exact")
         if self.top_p is not None and self.top_k == 0:
             raise ValueError("top_p needs top_k, the most entries that a row may keep")
         if self.top_p is None and self.min_k != 1:

@@ -11,25 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.codec import Form
 from common.figures import Figure, Section, show
 from precompute.config import EngineDtype, PrecomputeConfig
 from precompute.measure import Measured, ModelShape, Total, measure
-from precompute.plan import Inputs, open_inputs
+from precompute.plan import Inputs, open_inputs, stored_as
 from precompute.row_scores import CHUNK_BYTES_ELSEWHERE
 
 DTYPE_BYTES: dict[EngineDtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-# Of one scored token, before compression: own log-prob, rest mass and number of kept entries, 4 bytes each.
-ROW_BYTES = 12
-ID_BYTES = 3
-LOGPROB_BYTES = 4
-DRAW_COUNT_BYTES = 2
-
-# Compressed by uncompressed bytes in a shard that `write_shard` made of 512 docstrings of Python's standard library in
-# SmolLM2's tokens (42,901 scored) with K = 64 random scores: logits of -log(rank) plus normal noise, whose width is
-# drawn for each row from 0.5 to 4. For K = 8 and 128 the entries came to 0.75 and 0.68.
-ENTRY_COMPRESSION = 0.71
-ROW_COMPRESSION = 0.60
+# Bytes in a finished shard, as `benchmarks.codec` finds them on real text (SmolLM2-135M, 49,152 words, k = 64; drawn:
+# 34 draws): of one kept entry by how its log-prob is stored, None for drawn ones, and of one scored token besides: own
+# log-prob, rest mass, number of entries. A larger vocabulary takes a little more.
+ENTRY_BYTES: dict[Form, float] = {"fp32": 3.8, "fp16": 2.2, "q8": 1.5, "q6": 1.25, None: 1.5}
+ROW_BYTES = 7.5
 TEXT_COMPRESSION = 0.33
 
 # Copies in float32, rounded up: of a chunk, its logits in the engine's dtype and in float32; of all positions, for
@@ -174,47 +169,40 @@ def _dataset(inputs: Inputs, measured: Measured) -> Section:
 def _shards(inputs: Inputs, measured: Measured) -> Section:
     config = inputs.config
     low, high = kept_entries(config, inputs.encoder.vocab_size)
-    drawn = config.num_draws is not None
-    entry_bytes = ID_BYTES + (DRAW_COUNT_BYTES if drawn else LOGPROB_BYTES)
+    form = stored_as(config)
+    entry_bytes = ENTRY_BYTES[form]
     scored, text = measured.total(measured.scored_n), measured.total(measured.text_bytes_n)
 
     def total(kept: int) -> Total:
-        per_token = ROW_BYTES * ROW_COMPRESSION + kept * entry_bytes * ENTRY_COMPRESSION
+        per_token = ROW_BYTES + kept * entry_bytes
         return measured.total(per_token * measured.scored_n + TEXT_COMPRESSION * measured.text_bytes_n)
 
     def entries(kept: int) -> float:
-        return scored.value * kept * entry_bytes * ENTRY_COMPRESSION
+        return scored.value * kept * entry_bytes
 
     least, most = total(low), total(high)
     ranged = low != high
     k = f"{low:,} to {high:,}" if ranged else f"{high:,}"
-    beside = f"{ID_BYTES} + {DRAW_COUNT_BYTES if drawn else LOGPROB_BYTES}"
-    per_token = [ROW_BYTES + kept * entry_bytes for kept in (low, high)]
     num_shards = -(-measured.num_samples // config.samples_per_shard)
-    what = f"a count ({DRAW_COUNT_BYTES})" if drawn else f"a log-prob ({LOGPROB_BYTES})"
-    notes = [
-        f"12: own log-prob 4, rest mass 4, count 4; K = {k} entries of an id ({ID_BYTES}) and {what}",
-        f"compression assumed as measured on random scores: {ENTRY_COMPRESSION}, {ROW_COMPRESSION}, {TEXT_COMPRESSION}",
-    ]
-    if drawn:
+    notes = [f"K = {k} entries, {form or 'drawn'}, {entry_bytes} bytes each after compression, as on real text"]
+    if form is None:
         notes.append("draws that repeat an id are one entry, so K lies between 1 and num_draws")
     elif ranged:
         notes.append("top_p decides K for each token: the range is min_k to top_k")
     return Section(
         "Shards",
         (
-            Figure("a scored token, raw", per_token[0], f"12 + K x ({beside})", "bytes", high=per_token[1]),
             Figure(
                 "kept entries",
                 entries(low),
-                f"{show(scored.value)} x K x ({beside}) x {ENTRY_COMPRESSION}",
+                f"{show(scored.value)} x K x {entry_bytes}",
                 "bytes",
                 high=entries(high),
             ),
             Figure(
                 "own log-probs, rests, counts",
-                scored.value * ROW_BYTES * ROW_COMPRESSION,
-                f"{show(scored.value)} x {ROW_BYTES} x {ROW_COMPRESSION}",
+                scored.value * ROW_BYTES,
+                f"{show(scored.value)} x {ROW_BYTES}",
                 "bytes",
             ),
             Figure(

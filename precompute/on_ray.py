@@ -5,7 +5,8 @@
     rows of what was written <─ the driver counts them
 
 Which actor takes which shard, and what happens to the shard of a lost one, is Ray Data's business. The output
-directory, the teacher and the dataset must be visible under the same paths from every node. An actor prepares for
+directory, the teacher and the dataset must be visible under the same paths from every node (an address of an object
+store is). An actor prepares for
 itself, as a process of its own on that node would, so another teacher, dataset or engine there is refused.
 
 Scores do not pass through Ray: an actor publishes its shards, and a shard that is done twice is published once.
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from common import errors
 from common.errors import ConfigError, DecantError, ModelError, StorageError
 from common.manifest import MANIFEST_NAME, open_output
+from common.storage import is_file
 from precompute.config import PrecomputeConfig
 from precompute.pipeline import Counter, score_shards
 from precompute.plan import Job, prepare
@@ -118,7 +120,7 @@ class _ShardScorer:
         self._failure: Exception | None = None
         try:
             self._job = prepare(config)
-            if not (config.output / MANIFEST_NAME).is_file():
+            if not is_file(config.output / MANIFEST_NAME):
                 raise StorageError(
                     f"{config.output}: this output is not visible from node {ray.util.get_node_ip_address()}; "
                     "choose one on a file system that all nodes of the cluster share"

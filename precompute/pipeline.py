@@ -242,6 +242,7 @@ def _load_ahead(job: Job, places: Iterable[_Place]) -> Generator[_Loaded, None, 
         if isinstance(item, _Loaded):
             return item
         try:
+            item = replace(item, sample=job.with_files(item.place.index, item.sample))
             return _Loaded(item.place, (item, job.decode(item.place.index, item.sample)))
         except DataError as error:
             return _Loaded(item.place, job.leave_out(item.place.index, error))

@@ -3,23 +3,26 @@
 open_inputs ──> Inputs   dataset, encoder, image settings; weight files need not be there
 Inputs.check(i)          one sample encoded, everything about it checked that costs no decoding
 prepare ──> Job          the inputs, and the manifest that they and the teacher's weights add up to
+Job.with_files(i, s)     the sample with its image files, if shards are to hold them
 Job.decode(i, s)         a sample's images, as the teacher is to see them
 """
 
 import logging
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from common.codec import Form
 from common.encoding import Encoded, Encoder
 from common.errors import DataError, ModelError
-from common.images import ImageSpec, load_image, require_image
+from common.images import ImageSpec, load_image, read_image, require_image
 from common.manifest import (
+    NUM_READERS,
     CaptureSettings,
     DatasetIdentity,
     GenerateSettings,
@@ -27,11 +30,13 @@ from common.manifest import (
     Manifest,
     Skipped,
     TokenizerIdentity,
+    published_shards,
     read_receipt,
     receipt_path,
     shard_path,
 )
 from common.samples import Dataset, Sample, prompt_turns
+from common.storage import Location, file_size, is_file
 from precompute.config import PrecomputeConfig
 from precompute.identity import ModelFacts, engine_identity, teacher_identity
 from precompute.scoring import ScoringPlan
@@ -133,6 +138,17 @@ class Job(Inputs):
             for image in sample.images
         )
 
+    def with_files(self, index: int, sample: Sample) -> Sample:
+        """The sample with its image files' bytes, if shards are to hold them.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        if not self.config.store_images:
+            return sample
+        files = [read_image(image, self.config.image_root, self.where(index)) for image in sample.images]
+        return replace(sample, images=tuple(files))
+
     def leave_out(self, index: int, error: DataError) -> Skipped:
         """The entry of a sample that cannot be used, if the configuration allows that; else raises `error`."""
         if self.config.on_bad_sample == "stop":
@@ -194,6 +210,8 @@ def prepare(config: PrecomputeConfig) -> Job:
             top_p=config.top_p,
             min_k=config.min_k,
             num_draws=config.num_draws,
+            precision=stored_as(config),
+            images="bytes" if config.store_images else "path",
             seed=config.seed if config.num_draws or config.generate else None,
             generate=None if config.generate is None else GenerateSettings(**config.generate.model_dump()),
             score=config.score,
@@ -206,24 +224,35 @@ def prepare(config: PrecomputeConfig) -> Job:
     return Job(config, dataset, encoder, image_spec, facts, inputs.max_tokens, manifest)
 
 
-def is_complete(output: Path, number: int, manifest: Manifest) -> bool:
+def stored_as(config: PrecomputeConfig) -> Form:
+    """How log-probs of kept entries are stored; None where entries are drawn."""
+    return None if config.num_draws else config.precision or "q8"
+
+
+def is_complete(output: Location, number: int, manifest: Manifest) -> bool:
     """Whether a shard is published. One whose file is gone, or is not of the size that was written, is not.
 
     Raises:
         ShardError: its receipt is damaged.
     """
-    if not receipt_path(output, number).exists():
+    if not is_file(receipt_path(output, number)):
         return False
-    path = shard_path(output, number)
-    size = read_receipt(output, number, manifest).num_bytes
-    return path.is_file() and path.stat().st_size == size
+    try:
+        size = file_size(shard_path(output, number))
+    except FileNotFoundError:
+        return False
+    return size == read_receipt(output, number, manifest).num_bytes
 
 
 def missing_shards(job: Job) -> list[int]:
     """Numbers of the shards that this process is to write, ascending."""
     config = job.config
     mine = range(config.node_rank, job.manifest.num_shards, config.num_nodes)
-    return [number for number in mine if not is_complete(config.output, number, job.manifest)]
+    there = sorted(set(mine) & set(published_shards(config.output)))
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        whole = pool.map(lambda number: is_complete(config.output, number, job.manifest), there)
+        complete = {number for number, is_whole in zip(there, whole, strict=True) if is_whole}
+    return [number for number in mine if number not in complete]
 
 
 def require_usable(job: Job, indices: Iterable[int]) -> None:

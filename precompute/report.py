@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from common.storage import Location
 
 # Kept of each check; the others are counted.
 MAX_LISTED = 20
@@ -35,7 +36,7 @@ class Check:
         """Counts `count` more things that were looked at."""
         self.num_checked += count
 
-    def failed(self, path: Path, what: str) -> None:
+    def failed(self, path: Location, what: str) -> None:
         """Notes a problem."""
         self.num_problems += 1
         if len(self.problems) < MAX_LISTED:
@@ -51,7 +52,7 @@ class Check:
 class Report:
     """Outcome of `verify`. A check that looked at nothing was not reached, or has nothing to look at."""
 
-    output: Path
+    output: Location
     checks: tuple[Check, ...]
     num_shards: int
     num_rows: int

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Group, RenderableType
@@ -20,8 +19,8 @@ from tqdm import tqdm
 
 from common.config import digest
 from common.errors import ConfigError, DataError
-from common.manifest import Skipped, open_output, published_shards, read_receipt
-from common.storage import exclusive, publish, remove_partials
+from common.manifest import Skipped, open_output, read_receipts
+from common.storage import Location, exclusive, publish, remove_partials
 from precompute.config import PrecomputeConfig
 from precompute.pipeline import Counter, score_shards
 from precompute.plan import Job, missing_shards, prepare, require_usable
@@ -44,7 +43,7 @@ class Summary:
     the actors) to the last shard.
     """
 
-    output: Path
+    output: Location
     num_shards: int
     num_complete_shards: int
     num_rows: int
@@ -191,7 +190,7 @@ def _score_here(
 
 def _summarise(job: Job, counter: Counter, interrupted: bool) -> Summary:
     output = job.config.output
-    receipts = [read_receipt(output, number, job.manifest) for number in published_shards(output)]
+    receipts = read_receipts(output, job.manifest)
     own = range(job.config.node_rank, job.manifest.num_shards, job.config.num_nodes)
     return Summary(
         output=output,

@@ -9,11 +9,10 @@ what can still be read. A file whose bytes changed is not parsed.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from tqdm import tqdm
 
-from common.errors import DataError, DecantError, ShardError
+from common.errors import DataError, DecantError, ShardError, StorageError
 from common.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -25,8 +24,9 @@ from common.manifest import (
     receipt_path,
     shard_path,
 )
-from common.samples import Dataset, Sample, prompt_turns
+from common.samples import Dataset, ImageRef, Sample, prompt_turns
 from common.shards import PREFIXES, ShardFile, ShardRow
+from common.storage import Location, list_files
 from precompute.report import Check, Report
 from precompute.row_checks import kept_problems, mass_problems, own_problems, token_problems
 
@@ -40,22 +40,29 @@ _MEANINGS = {
     "pages": "each page of each shard can be read and matches its checksum",
     "order": "rows are in dataset order, ids are unique, generated responses are numbered",
     "tokens": "token ids are in the vocabulary, spans inside the sequence",
-    "kept": "kept entries are real tokens, finite, distinct, in descending order",
+    "kept": "kept entries are finite, and no more than were asked for",
     "mass": "kept mass is at most 1, adds up to 1 with the rest, and is what was asked for",
     "own": "own log-probs are finite, at most 0, and agree with kept entries and sums",
     "dataset": "every sample is the dataset's, in its order, with the same messages (but generated responses)",
 }
 
 
-def verify(output: Path, dataset: Path | None = None, *, progress: bool = True) -> Report:
-    """Checks everything that can be checked without the teacher; `dataset` adds a comparison with the source."""
+_SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
+
+
+def verify(output: Location, dataset: Location | None = None, *, progress: bool = True) -> Report:
+    """Checks everything that can be checked without the teacher; `dataset` adds a comparison with the source.
+
+    Raises:
+        StorageError: the store did not give what it holds, so nothing can be said of it.
+    """
     return _Verification(output).report(dataset, progress)
 
 
 class _Verification:
     """One walk over an output, collecting what is wrong."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Location) -> None:
         self._output = output
         self._checks = {name: Check(name, meaning) for name, meaning in _MEANINGS.items()}
         self._dataset: Dataset | None = None
@@ -64,8 +71,9 @@ class _Verification:
         # Of the rows of one sample, where the teacher wrote several responses to it.
         self._number = 0
         self._receipts: list[Receipt] = []
+        self._files: dict[str, int] = {}
 
-    def report(self, dataset: Path | None, progress: bool) -> Report:
+    def report(self, dataset: Location | None, progress: bool) -> Report:
         manifest = self._read_manifest()
         if manifest is not None:
             self._open_dataset(dataset, manifest)
@@ -92,6 +100,8 @@ class _Verification:
         check.passed()
         try:
             manifest = read_manifest(self._output)
+        except StorageError:
+            raise
         except DecantError as error:
             check.failed(path, str(error))
             return None
@@ -100,7 +110,7 @@ class _Verification:
             return None
         return manifest
 
-    def _open_dataset(self, path: Path | None, manifest: Manifest) -> None:
+    def _open_dataset(self, path: Location | None, manifest: Manifest) -> None:
         if path is None:
             return
         check = self._checks["dataset"]
@@ -120,7 +130,8 @@ class _Verification:
     def _check_files(self, manifest: Manifest, published: set[int]) -> None:
         """Shards without receipts and the reverse, numbers past the end, and shards that are missing."""
         files, coverage = self._checks["files"], self._checks["coverage"]
-        found = {int(path.stem[len("shard-") :]) for path in self._output.glob("shard-*.parquet") if _numbered(path)}
+        self._files = list_files(self._output)
+        found = {int(match[1]) for match in map(_SHARD_NAME.fullmatch, self._files) if match}
         for number in sorted(found | published):
             files.passed()
             if number >= manifest.num_shards:
@@ -141,7 +152,7 @@ class _Verification:
     def _check_shard(self, number: int, manifest: Manifest) -> None:
         path = shard_path(self._output, number)
         receipt = self._read_receipt(number, manifest)
-        if receipt is None or not path.is_file() or not self._bytes_are_right(path, receipt):
+        if receipt is None or path.name not in self._files or not self._bytes_are_right(path, receipt):
             return
         columns, pages = self._checks["columns"], self._checks["pages"]
         columns.passed()
@@ -152,6 +163,8 @@ class _Verification:
             return
         try:
             self._check_rows(shard, number, receipt, manifest)
+        except StorageError:
+            raise
         except Exception as error:
             # The bytes are what was written, yet reading them fails in a way that ShardFile does not foresee.
             pages.failed(path, f"cannot be read ({type(error).__name__}: {error})")
@@ -163,17 +176,19 @@ class _Verification:
         check.passed()
         try:
             receipt = read_receipt(self._output, number, manifest)
+        except StorageError:
+            raise
         except DecantError as error:
             check.failed(receipt_path(self._output, number), str(error))
             return None
         self._receipts.append(receipt)
         return receipt
 
-    def _bytes_are_right(self, path: Path, receipt: Receipt) -> bool:
+    def _bytes_are_right(self, path: Location, receipt: Receipt) -> bool:
         check = self._checks["checksums"]
         check.passed()
         try:
-            size, sha256 = path.stat().st_size, file_sha256(path)
+            size, sha256 = self._files[path.name], file_sha256(path)
         except (OSError, ShardError) as error:
             check.failed(path, str(error))
             return False
@@ -203,7 +218,7 @@ class _Verification:
                 self._note("kept", shard.path, where, kept_problems(scored.scores, manifest), scored.scores.ids.size)
                 self._note("mass", shard.path, where, mass_problems(scored.scores, manifest), scored.scores.num_rows)
                 if not wrong:
-                    problems = own_problems(scored.encoded, scored.scores, total)
+                    problems = own_problems(scored.encoded, scored.scores, total, manifest)
                     self._note("own", shard.path, where, problems, scored.scores.num_rows)
         self._check_coverage(shard, receipt, indices, num_tokens, manifest)
 
@@ -219,13 +234,13 @@ class _Verification:
                 return
             yield from rows
 
-    def _note(self, name: str, path: Path, where: str, problems: Iterable[str], count: int = 1) -> None:
+    def _note(self, name: str, path: Location, where: str, problems: Iterable[str], count: int = 1) -> None:
         check = self._checks[name]
         check.passed(count)
         for problem in problems:
             check.failed(path, f"{where}: {problem}")
 
-    def _check_order(self, row: ShardRow, where: str, path: Path, manifest: Manifest, expected: range) -> None:
+    def _check_order(self, row: ShardRow, where: str, path: Location, manifest: Manifest, expected: range) -> None:
         check = self._checks["order"]
         check.passed()
         if row.index not in expected:
@@ -241,7 +256,7 @@ class _Verification:
         self._last_index = row.index
         self._seen_ids.add(row.sample.id)
 
-    def _check_against_dataset(self, row: ShardRow, where: str, path: Path, manifest: Manifest) -> None:
+    def _check_against_dataset(self, row: ShardRow, where: str, path: Location, manifest: Manifest) -> None:
         if self._dataset is None:
             return
         check = self._checks["dataset"]
@@ -254,7 +269,8 @@ class _Verification:
         except DataError as error:
             check.failed(path, f"{where}: {error}")
             return
-        found = row.sample
+        # Where shards hold image files, the dataset still has their paths alone.
+        found = replace(row.sample, images=tuple(ImageRef(ref.path) for ref in row.sample.images))
         if manifest.capture.generate is not None:
             sample = _without_response(replace(sample, id=f"{sample.id}#{self._number}"))
             found = _without_response(found)
@@ -293,10 +309,6 @@ class _Verification:
 def _without_response(sample: Sample) -> Sample:
     """The sample with its prompts alone."""
     return replace(sample, conversations=tuple(map(prompt_turns, sample.conversations)))
-
-
-def _numbered(path: Path) -> bool:
-    return re.fullmatch(r"shard-\d{5,}", path.stem) is not None
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -16,7 +16,7 @@ from tests.precompute.hf_reference import assert_agrees, reference_rows, rows_of
 from tests.precompute.stand_in import make_config
 from tests.real_weights import real_conversations, smollm2_dir
 from tests.train.runs import run_stages, stage
-from train.stream import split_validation
+from train.order import split_validation
 from train.student import save_student
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

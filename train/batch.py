@@ -1,24 +1,27 @@
 """Examples as one padded batch, with the rows of the output layer that are wanted, aligned once.
 
-Legend: B sequences, T positions, R scored rows over all sequences, K kept entries, P preference pairs, I images.
+Legend: B sequences, T positions, S own tokens of all sequences, R scored rows of all sequences, K kept entries,
+P preference pairs, I images.
 
 A preference batch holds the chosen conversations first, then the rejected ones, so B = 2P.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.encoding import Encoded, expand_placeholders, predicting_positions
+from common.encoding import expand_placeholders, predicting_positions
 from common.errors import DataError
-from common.images import AspectRatio, ImageSpec, load_image
+from common.images import AspectRatio, ImageSpec
 from common.samples import Kind
 from common.scores import TeacherScores
+from common.storage import Location
+from train.pixels import Images
 from train.stream import Example
 
 
@@ -76,13 +79,6 @@ class Batch:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    encoded: Encoded
-    scores: TeacherScores | None
-    images: tuple[Any, ...]
-
-
 class Collator:
     """Makes batches for one student.
 
@@ -98,17 +94,16 @@ class Collator:
         image_spec: ImageSpec | None,
         image_processor: Any,
         image_token_id: int | None,
-        image_root: Path | None,
+        image_root: Location | None,
         aspect_ratio: AspectRatio,
         max_tokens: int,
         pad_token_id: int,
     ) -> None:
         self._kind = kind
         self._spec = image_spec
-        self._processor = image_processor
+        self._images = None if image_spec is None else Images(image_processor, image_spec, aspect_ratio)
         self._image_token_id = image_token_id
         self._image_root = image_root
-        self._aspect_ratio = aspect_ratio
         self._max_tokens = max_tokens
         self._pad = pad_token_id
 
@@ -119,105 +114,96 @@ class Collator:
             DataError: an image that cannot be opened, a sequence longer than `max_tokens`, images for a student
                 without a vision tower; the message names the sample.
         """
-        sequences = self._sequences(examples)
-        needs_image = self._spec is not None and not any(sequence.images for sequence in sequences)
-        lengths, ids, rows, targets, row_sequence = [], [], [], [], []
-        for number, sequence in enumerate(sequences):
-            expanded, positions = self._expand(sequence.encoded)
-            ids.append(expanded)
-            lengths.append(len(expanded))
-            response = sequence.encoded.response_positions
-            rows.append(positions[predicting_positions(response)])
-            targets.append(sequence.encoded.response_ids)
-            row_sequence.append(np.full(len(response), number))
-        num_real = len(sequences)
-        if needs_image or not sequences:
-            ids.append(self._stand_in())
-            lengths.append(len(ids[-1]))
-        width = max(lengths)
-        input_ids = np.full((len(ids), width), self._pad, np.int64)
-        attention_mask = np.zeros((len(ids), width), np.int64)
-        for number, (row, length) in enumerate(zip(ids, lengths, strict=True)):
-            input_ids[number, :length] = row
-            attention_mask[number, :length] = 1
-        token_mask = attention_mask.astype(bool)
+        which = range(2 if self._kind == "dpo" else 1)
+        encoded = [example.conversations[w] for w in which for example in examples]
+        scores = [None if example.scores is None else example.scores[w] for w in which for example in examples]
+        pixel_values = self._pixels(examples)
+        # All sequences end to end: S own tokens, and where each stands once images are expanded.
+        own_lengths_B = np.array([len(e.input_ids) for e in encoded], np.int64)
+        own_starts_B = np.cumsum(own_lengths_B) - own_lengths_B
+        expanded, places_S = expand_placeholders(
+            _concatenated([e.input_ids for e in encoded]), self._image_token_id, self._tokens_per_image
+        )
+        lengths_B = np.diff(places_S[own_starts_B + own_lengths_B - 1] + 1, prepend=0)
+        starts_B = np.cumsum(lengths_B) - lengths_B
+        self._refuse_too_long(examples, lengths_B)
+        num_real = len(encoded)
+        if num_real == 0 or (self._spec is not None and not any(example.sample.images for example in examples)):
+            expanded = np.concatenate([expanded, self._stand_in()])
+            lengths_B = np.append(lengths_B, len(expanded) - lengths_B.sum())
+        width = int(lengths_B.max())
+        filled_BT = np.arange(width) < lengths_B[:, None]
+        input_ids = np.full(filled_BT.shape, self._pad, np.int64)
+        input_ids[filled_BT] = expanded
+        token_mask = filled_BT.copy()
         token_mask[num_real:] = False
-        flat_rows = [number * width + row for number, row in enumerate(rows)]
+
+        sequence_R = np.repeat(np.arange(num_real), [len(e.response_ids) for e in encoded])
+        scored_R = _concatenated([e.response_positions for e in encoded]) + own_starts_B[sequence_R]
+        rows_R = places_S[predicting_positions(scored_R)] - starts_B[sequence_R] + width * sequence_R
         return Batch(
             sample_ids=tuple(example.sample.id for example in examples),
             num_pairs=len(examples) if self._kind == "dpo" else 0,
             input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(attention_mask),
+            attention_mask=torch.from_numpy(filled_BT.astype(np.int64)),
             token_mask=torch.from_numpy(token_mask),
-            rows=_joined(flat_rows),
-            targets=_joined(targets),
-            row_sequence=_joined(row_sequence),
-            pixel_values=self._pixels(sequences, needs_image),
-            **_teacher_tensors([s.scores for s in sequences], len(ids)),
+            rows=torch.from_numpy(rows_R),
+            targets=torch.from_numpy(_concatenated([e.response_ids for e in encoded])),
+            row_sequence=torch.from_numpy(sequence_R),
+            pixel_values=pixel_values,
+            **_teacher_tensors(scores, len(lengths_B)),
         )
 
-    def _sequences(self, examples: Sequence[Example]) -> list[_Sequence]:
-        """Conversations in batch order: of pairs, all chosen ones before all rejected ones."""
-        sequences = []
-        for which in range(2 if self._kind == "dpo" else 1):
-            for example in examples:
-                where = f"sample {example.sample.id!r}"
-                if example.sample.images and self._spec is None:
-                    raise DataError(f"{where}: has images, but the student has no vision tower")
-                images = tuple(
-                    load_image(ref, self._image_root, self._aspect_ratio, self._spec.mean_rgb, where)
-                    for ref in example.sample.images
-                    if self._spec is not None
-                )
-                scores = None if example.scores is None else example.scores[which]
-                encoded = example.conversations[which]
-                length = len(self._expand(encoded)[0])
-                if length > self._max_tokens:
-                    raise DataError(
-                        f"{where}: {length:,} tokens for this student, images included; data.max_tokens is "
-                        f"{self._max_tokens:,}; raise it, or remove the sample from the dataset"
-                    )
-                sequences.append(_Sequence(encoded, scores, images))
-        return sequences
+    @property
+    def _tokens_per_image(self) -> int:
+        return 1 if self._spec is None else self._spec.tokens_per_image
 
-    def _expand(self, encoded: Encoded) -> tuple[Any, Any]:
-        tokens_per_image = 1 if self._spec is None else self._spec.tokens_per_image
-        return expand_placeholders(encoded.input_ids, encoded.image_token_id, tokens_per_image)
+    def _refuse_too_long(self, examples: Sequence[Example], lengths_B: npt.NDArray[np.int64]) -> None:
+        for number in np.flatnonzero(lengths_B > self._max_tokens):
+            where = f"sample {examples[number % len(examples)].sample.id!r}"
+            raise DataError(
+                f"{where}: {lengths_B[number]:,} tokens for this student, images included; data.max_tokens is "
+                f"{self._max_tokens:,}; raise it, or remove the sample from the dataset"
+            )
 
-    def _stand_in(self) -> Any:
+    def _stand_in(self) -> npt.NDArray[np.int32]:
         if self._spec is None:
             return np.full(2, self._pad, np.int32)
         return np.full(self._spec.tokens_per_image, self._image_token_id, np.int32)
 
-    def _pixels(self, sequences: Sequence[_Sequence], blank: bool) -> Tensor | None:
-        if self._spec is None:
+    def _pixels(self, examples: Sequence[Example]) -> Tensor | None:
+        """The images in batch order: of pairs, which share theirs, all chosen ones before all rejected ones."""
+        if self._images is None:
+            for example in examples:
+                if example.sample.images:
+                    raise DataError(f"sample {example.sample.id!r}: has images, but the student has no vision tower")
             return None
-        from PIL import Image
+        wanted = [
+            (ref, example.image_root or self._image_root, f"sample {example.sample.id!r}")
+            for example in examples
+            for ref in example.sample.images
+        ]
+        if not wanted:
+            return self._images.blank()
+        pixels = self._images.pixels(wanted)
+        return torch.cat([pixels, pixels]) if self._kind == "dpo" else pixels
 
-        images = [image for sequence in sequences for image in sequence.images]
-        if blank:
-            images.append(Image.new("RGB", (32, 32), self._spec.mean_rgb))
-        pixels: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
-        return pixels
 
-
-def _joined(parts: Sequence[Any]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
+def _concatenated(parts: Sequence[Any]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _teacher_tensors(scores: Sequence[TeacherScores | None], num_sequences: int) -> dict[str, Tensor]:
     present = [s for s in scores if s is not None]
     if len(present) < len(scores):
         return {}
-    topk = [s.topk() for s in present]
-    num_rows, width = sum(s.num_rows for s in present), max((ids.shape[1] for ids, _ in topk), default=0)
-    ids_RK = np.zeros((num_rows, width), np.int64)
-    logprobs_RK = np.full((num_rows, width), -np.inf, np.float32)
-    row = 0
-    for ids, logprobs in topk:
-        ids_RK[row : row + len(ids), : ids.shape[1]] = ids
-        logprobs_RK[row : row + len(ids), : ids.shape[1]] = logprobs
-        row += len(ids)
+    counts_R = _concatenated([s.counts for s in present])
+    filled_RK = np.arange(counts_R.max(initial=0)) < counts_R[:, None]
+    ids_RK = np.zeros(filled_RK.shape, np.int64)
+    logprobs_RK = np.full(filled_RK.shape, -np.inf, np.float32)
+    if present:
+        ids_RK[filled_RK] = np.concatenate([s.ids for s in present])
+        logprobs_RK[filled_RK] = np.concatenate([s.logprobs for s in present])
     reference = np.zeros(num_sequences)
     reference[: len(present)] = [s.total_logprob for s in present]
     return {

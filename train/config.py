@@ -1,11 +1,11 @@
 """Configuration of one training stage. One TOML file a stage; configs/llava-mod/ holds the paper's four."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from common.config import Strict
+from common.storage import LocalPath, Location, LocationField
 
 Stage = Literal["init", "dense-to-dense", "dense-to-sparse", "preference", "sft"]
 Group = Literal["vision_tower", "adapter", "language_model", "experts", "router"]
@@ -23,8 +23,8 @@ TRAINABLE: dict[Stage, tuple[Group, ...]] = {
 class ModelConfig(Strict):
     """The student: a local Hugging Face directory, as `init-student`, `export` or a stage's `final/` left it."""
 
-    path: Path
-    chat_template: Path | None = None
+    path: LocalPath
+    chat_template: LocalPath | None = None
 
 
 class MoEConfig(Strict):
@@ -35,32 +35,77 @@ class MoEConfig(Strict):
     layers: Literal["every-second", "first-half", "second-half", "all"] | tuple[int, ...] = "every-second"
 
 
+class SetConfig(Strict):
+    """One of several sets to train on: an output of `precompute-logits`, or a dataset file.
+
+    `weight` is the set's share of the samples of every stretch of training, relative to the other sets' weights.
+    `image_root` is that of this set alone.
+    """
+
+    shards: LocationField | None = None
+    dataset: LocationField | None = None
+    image_root: LocationField | None = None
+    weight: float | None = Field(None, gt=0.0, allow_inf_nan=False)
+
+    @property
+    def location(self) -> Location:
+        """The output or the file."""
+        found = self.dataset if self.shards is None else self.shards
+        assert found is not None
+        return found
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "SetConfig":
+        if (self.shards is None) == (self.dataset is None):
+            raise ValueError("give exactly one of shards and dataset for each set")
+        return self
+
+
 class DataConfig(Strict):
     """Where samples come from: shards of teacher scores, or a dataset file when no teacher is needed.
 
+    `mix` instead names several of them. An epoch has as many samples as all sets together: without weights each
+    sample once; with weights, which all sets or none have, a set below its size goes on in the next epoch where it
+    stood, and one above is begun again.
     `validation` is an output or a file like the source; `validation_fraction` instead holds out evenly spread
-    samples of the source itself. `max_tokens` counts the student's expanded image tokens.
-    `shuffle_window` bounds how far apart on disk the samples of one batch may come from.
+    samples of each set itself. `max_tokens` counts the student's expanded image tokens.
+    `shuffle_window` bounds how far apart on disk the samples of one batch may come from; so many samples are held
+    decoded in each worker. `num_workers` processes a rank make batches; with 0 a thread does.
     """
 
-    shards: Path | None = None
-    dataset: Path | None = None
-    image_root: Path | None = None
+    shards: LocationField | None = None
+    dataset: LocationField | None = None
+    mix: tuple[SetConfig, ...] = ()
+    image_root: LocationField | None = None
     image_aspect_ratio: Literal["pad", "keep"] = "pad"
     score: Literal["response", "all"] = "response"
     max_tokens: int = Field(2048, ge=8)
-    validation: Path | None = None
+    validation: LocationField | None = None
     validation_fraction: float = Field(0.0, ge=0.0, le=0.5)
     shuffle_window: int = Field(8192, ge=1)
     num_workers: int = Field(2, ge=0)
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
-        if (self.shards is None) == (self.dataset is None):
-            raise ValueError("give exactly one of shards (with teacher scores) and dataset (without)")
+        if sum((self.shards is not None, self.dataset is not None, bool(self.mix))) != 1:
+            raise ValueError("give exactly one of shards (with teacher scores), dataset (without) and mix (several)")
+        if len({each.shards is None for each in self.mix}) > 1:
+            raise ValueError("mix: give shards for every set, or dataset for every set")
+        if len({each.weight is None for each in self.mix}) > 1:
+            raise ValueError("mix: give every set a weight, or none; without, each sample is seen once an epoch")
         if self.validation is not None and self.validation_fraction:
             raise ValueError("give validation or validation_fraction, not both")
         return self
+
+    @property
+    def sets(self) -> tuple[SetConfig, ...]:
+        """What is trained on, in order; one set where there is no mix."""
+        return self.mix or (SetConfig(shards=self.shards, dataset=self.dataset),)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the samples come with a teacher's scores."""
+        return self.sets[0].shards is not None
 
 
 class LossConfig(Strict):
@@ -119,7 +164,7 @@ class RunConfig(Strict):
     eval_steps: int = Field(500, ge=1)
     log_steps: int = Field(1, ge=1)
     resume: Literal["auto", "never"] = "auto"
-    deepspeed: Path | None = None
+    deepspeed: LocalPath | None = None
     training_arguments: dict[str, Any] = {}
 
 
@@ -127,7 +172,7 @@ class TrainConfig(Strict):
     """One stage."""
 
     stage: Stage
-    output: Path
+    output: LocalPath
     seed: int = 0
     model: ModelConfig
     moe: MoEConfig | None = None
@@ -139,9 +184,9 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _stage_is_consistent(self) -> "TrainConfig":
-        if self.loss.distillation and self.data.shards is None:
+        if self.loss.distillation and not self.data.has_scores:
             raise ValueError("loss.distillation needs data.shards: the teacher's scores come from there")
-        if self.loss.preference and self.data.shards is None:
+        if self.loss.preference and not self.data.has_scores:
             raise ValueError("loss.preference needs data.shards of kind dpo: the reference log-probs come from there")
         if self.loss.balance and self.stage in ("init", "dense-to-dense"):
             raise ValueError(f"loss.balance is for sparse students; stage {self.stage} trains a dense one")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import is_flash_attn_2_available
@@ -33,9 +34,10 @@ from common.storage import publish
 from train.batch import Collator
 from train.callbacks import MetricsFile, Progress
 from train.checkpoint import newest_complete
-from train.config import LossConfig, TrainConfig
+from train.config import LossConfig, SetConfig, TrainConfig
 from train.moe import is_sparse, router_logits_hook, upcycle
-from train.stream import Source, StepPlan, open_source, split_validation
+from train.order import SampleSet, StepPlan, split_validation
+from train.stream import MixedSource, ShardSource, Source, open_set
 from train.student import freeze, is_multimodal, load_student, text_config
 from train.trainer import StudentTrainer, accumulation_steps
 
@@ -161,20 +163,22 @@ def _join_launcher() -> None:
 def _data(config: TrainConfig, encoder: Encoder) -> tuple[Source, StepPlan, tuple[Source, StepPlan] | None]:
     data, optim = config.data, config.optim
     kind: Kind = "dpo" if config.loss.preference else "kd"
-    source = open_source(data.shards, data.dataset, kind, encoder, data.image_aspect_ratio, data.shuffle_window)
-    selected, held_out = split_validation(len(source), data.validation_fraction)
-    plan = StepPlan(selected, optim.global_batch_size, optim.micro_batch_size, config.seed, data.shuffle_window)
+    sources = [open_set(each, kind, encoder, data.image_aspect_ratio) for each in data.sets]
+    source = MixedSource(sources, [each.image_root for each in data.sets]) if data.mix else sources[0]
+    sets, held_out, first = [], [], 0
+    for each, one in zip(data.sets, sources, strict=True):
+        selected, out = split_validation(len(one), data.validation_fraction)
+        sets.append(SampleSet(np.array(selected, np.int64) + first, each.weight))
+        held_out += [first + position for position in out]
+        first += len(one)
+    plan = StepPlan(sets, optim.global_batch_size, optim.micro_batch_size, config.seed, data.shuffle_window)
+    for one, window in zip(sources, plan.windows, strict=True):
+        if isinstance(one, ShardSource):
+            one.hold(window)
     validation: tuple[Source, StepPlan] | None = None
     if data.validation is not None:
-        as_shards = data.shards is not None
-        other = open_source(
-            data.validation if as_shards else None,
-            None if as_shards else data.validation,
-            kind,
-            encoder,
-            data.image_aspect_ratio,
-            data.shuffle_window,
-        )
+        where = SetConfig(**{"shards" if data.has_scores else "dataset": data.validation})
+        other = open_set(where, kind, encoder, data.image_aspect_ratio)
         validation = other, _validation_plan(range(len(other)), config)
     elif held_out:
         validation = source, _validation_plan(held_out, config)
@@ -192,7 +196,7 @@ def _with_tail(config: TrainConfig, source: Source, validation: Source) -> LossC
         return loss
     tail = loss.tail or ("ignore" if source.sampled else "bucket")
     for sampled, name, path in (
-        (source.sampled, "data.shards", data.shards),
+        (source.sampled, "data.mix" if data.mix else "data.shards", data.sets[0].location),
         (validation.sampled, "data.validation", data.validation),
     ):
         if sampled and tail != "ignore":
@@ -207,7 +211,7 @@ def _with_tail(config: TrainConfig, source: Source, validation: Source) -> LossC
 def _validation_plan(selected: range | list[int], config: TrainConfig) -> StepPlan:
     at_once = config.optim.micro_batch_size * int(os.environ["WORLD_SIZE"])
     # The window of 1 keeps validation samples in their order on disk, run by run.
-    return StepPlan(list(selected), at_once, config.optim.micro_batch_size, 0, window=1)
+    return StepPlan([SampleSet(selected)], at_once, config.optim.micro_batch_size, 0, window=1)
 
 
 def _student(config: TrainConfig) -> PreTrainedModel:

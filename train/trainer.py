@@ -13,55 +13,25 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from common.errors import ConfigError, DecantError, StorageError
+from common.errors import ConfigError, DataError, DecantError, StorageError
 from train.batch import Batch, Collator
 from train.checkpoint import mark_complete
 from train.config import LossConfig, OptimConfig
+from train.loader import Loader, MicroBatches
 from train.moe import RouterLogits
 from train.objective import UNITS, Term, compute_terms, step_loss, unit_counts
-from train.stream import Source, StepPlan
+from train.order import StepPlan
+from train.stream import Source
 from train.student import save_student, text_config
-
-
-class MicroBatches(TorchDataset[Batch | DecantError]):
-    """The micro-batches of one rank, in the order of training: item step * accumulation + position.
-
-    An error takes the place of its batch and is raised by who reads it: raised in a worker process, its message would
-    arrive inside a traceback.
-    """
-
-    def __init__(
-        self, source: Source, plan: StepPlan, collator: Collator, rank: int, num_ranks: int, accumulation: int
-    ) -> None:
-        self._source = source
-        self._plan = plan
-        self._collator = collator
-        self._rank = rank
-        self._num_ranks = num_ranks
-        self._accumulation = accumulation
-
-    @property
-    def num_steps(self) -> int:
-        """Global steps of one epoch."""
-        return self._plan.steps_per_epoch
-
-    def __getitem__(self, item: int) -> Batch | DecantError:
-        step, position = divmod(item, self._accumulation)
-        positions = self._plan.micro_batch(step, position * self._num_ranks + self._rank)
-        try:
-            return self._collator([self._source[int(i)] for i in positions])
-        except DecantError as error:
-            return error
 
 
 class RowSelector:
@@ -128,33 +98,50 @@ class StudentTrainer(Trainer):
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._units: dict[str, str] = {}
         self._logged_at = time.monotonic()
+        self._waited_s = 0.0
         # It prints every log as a dictionary; ours go to the progress bar and to files.
         self.remove_callback(PrinterCallback)
 
     # Batches
 
-    def get_train_dataloader(self) -> "_Loader":
+    def get_train_dataloader(self) -> Loader:
         """The rank's remaining micro-batches; nothing before the start step is ever decoded."""
         accumulation = self.args.gradient_accumulation_steps
         dataset = MicroBatches(
             self._source, self._plan, self._collator, self.args.process_index, self.args.world_size, accumulation
         )
         items = range(self._start_step * accumulation, self.args.max_steps * accumulation)
-        return _Loader(dataset, items, self._num_workers)
+        return Loader(dataset, items, self._num_workers)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
         """Collects a step's micro-batches and counts its rows, pairs and tokens over all ranks."""
-        # Fewer, or none, only where a run is continued at its very end.
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        started = time.monotonic()
+        batches: list[Batch] = []
+        failure: DecantError | None = None
+        try:
+            # Fewer, or none, only where a run is continued at its very end.
+            batches += itertools.islice(epoch_iterator, num_batches)
+        except DecantError as error:
+            failure = error
+        self._waited_s += time.monotonic() - started
         counts = [unit_counts(batch) for batch in batches]
-        local = torch.tensor([sum(c[unit] for c in counts) for unit in UNITS], dtype=torch.float64, device=device)
+        sums = [*(sum(c[unit] for c in counts) for unit in UNITS), failure is not None]
+        local = torch.tensor(sums, dtype=torch.float64, device=device)
         total = self.accelerator.reduce(local, "sum")
-        self._step_counts = dict(zip(UNITS, total.tolist(), strict=True))
+        *totals, num_failures = total.tolist()
+        if num_failures:
+            self._stop_on_every_rank(failure)
+        self._step_counts = dict(zip(UNITS, totals, strict=True))
         for unit, count in self._step_counts.items():
             self._sums[unit] += count
         return batches, total[0]
+
+    def _stop_on_every_rank(self, failure: DecantError | None) -> NoReturn:
+        """A rank that stopped alone would leave the others waiting for it; so all name what stopped one of them."""
+        reasons = gather_object([None if failure is None else str(failure)])
+        raise failure or DataError(next(f"rank {n}: {reason}" for n, reason in enumerate(reasons) if reason))
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return inputs.to(self.args.device)
@@ -208,12 +195,14 @@ class StudentTrainer(Trainer):
     # Logs and validation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each term's mean since the last log, over all ranks, and tokens/s."""
+        """Adds each term's mean since the last log, over all ranks, tokens/s and the time waited for data (0 to 1)."""
         if "loss" in logs and self._units:
             logs |= self._means(self._sums, self._units, counted_globally=True)
             now = time.monotonic()
-            logs["tokens_per_s"] = float(self._sums["tokens"]) / max(now - self._logged_at, 1e-9)
-            self._logged_at = now
+            elapsed_s = max(now - self._logged_at, 1e-9)
+            logs["tokens_per_s"] = float(self._sums["tokens"]) / elapsed_s
+            logs["wait_fraction"] = self._waited_s / elapsed_s
+            self._logged_at, self._waited_s = now, 0.0
             self._sums.clear()
         super().log(logs, start_time)
 
@@ -226,7 +215,7 @@ class StudentTrainer(Trainer):
         sums: defaultdict[str, Tensor | float] = defaultdict(float)
         units: dict[str, str] = {}
         with torch.no_grad():
-            for batch in _Loader(self.eval_dataset, range(self.eval_dataset.num_steps), num_workers=0):
+            for batch in Loader(self.eval_dataset, range(self.eval_dataset.num_steps), num_workers=0):
                 for unit, count in unit_counts(batch).items():
                     sums[unit] += count
                 for name, term in self._terms(model, batch.to(self.args.device)).items():
@@ -286,31 +275,6 @@ class StudentTrainer(Trainer):
         """Writes the student as transformers and vLLM load it, with its tokenizer and image processor."""
         assert output_dir is not None
         save_student(self.model, self._assets_from, Path(output_dir), state_dict=state_dict)
-
-
-class _Loader:
-    """Micro-batches `items` as the Trainer expects them: an iterable whose length is that of the whole run."""
-
-    def __init__(self, dataset: MicroBatches, items: range, num_workers: int) -> None:
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=items,
-            num_workers=num_workers,
-            # Workers draw their base seed from this generator, so the global one, and dropout, stay as they are.
-            generator=torch.Generator().manual_seed(0),
-        )
-        self.dataset = dataset
-        self._total = items.stop
-
-    def __len__(self) -> int:
-        return self._total
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            if isinstance(batch, DecantError):
-                raise batch
-            yield batch
 
 
 def accumulation_steps(optim: OptimConfig, num_ranks: int) -> int:

@@ -1,8 +1,11 @@
 """Manifests and scored rows for the tests of common/, drawn from a seed."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from common.encoding import Encoded
 from common.manifest import (
@@ -29,6 +32,8 @@ def make_manifest(kind: Kind = "kd", num_samples: int = 200, samples_per_shard: 
         "top_p": None,
         "min_k": 1,
         "num_draws": None,
+        "precision": None if capture.get("num_draws") else "fp32",
+        "images": "path",
         "seed": None,
         "generate": None,
         "score": "response",
@@ -50,6 +55,11 @@ def make_manifest(kind: Kind = "kd", num_samples: int = 200, samples_per_shard: 
         engine=EngineIdentity(name="vllm", version="0.32.0", dtype="bfloat16"),
         samples_per_shard=samples_per_shard,
     )
+
+
+def read_table(path: Path) -> pa.Table:
+    """A shard's table with its footer's metadata, so that writing it again leaves a shard."""
+    return pq.read_table(path).replace_schema_metadata(pq.read_metadata(path).metadata)
 
 
 def make_scores(rng: np.random.Generator, num_rows: int, top_k: int) -> TeacherScores:

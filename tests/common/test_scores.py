@@ -1,7 +1,5 @@
 import math
-import struct
 from collections import Counter
-from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -10,26 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.errors import ShardError
-from common.scores import (
-    MAX_DRAWS,
-    MAX_VOCAB_SIZE,
-    TeacherScores,
-    from_draws,
-    from_rectangle,
-    pack_draws,
-    pack_ids,
-    pack_logprobs,
-    rest_mass,
-    share_logprobs,
-    unpack_draws,
-    unpack_ids,
-    unpack_logprobs,
-)
-
-any_ids = hnp.arrays(np.int32, st.integers(0, 50), elements=st.integers(0, MAX_VOCAB_SIZE - 1))
-any_draws = hnp.arrays(np.int32, st.integers(0, 50), elements=st.integers(0, MAX_DRAWS - 1))
-any_float_bits = hnp.arrays(np.uint32, st.integers(0, 50))
+from common.scores import MAX_DRAWS, TeacherScores, from_draws, from_rectangle, rest_mass, share_logprobs
 
 
 @st.composite
@@ -41,57 +20,6 @@ def rectangles(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     ids = np.array([draw(rows) for _ in range(num_rows)], np.int64).reshape(num_rows, top_k)
     few_values = st.sampled_from([-np.inf, -0.5, -1.0, -1.5, -30.0])
     return ids, draw(hnp.arrays(np.float32, (num_rows, top_k), elements=few_values))
-
-
-@given(any_ids)
-def test_ids_survive_packing(ids: np.ndarray) -> None:
-    packed = pack_ids(ids)
-    assert len(packed) == 3 * len(ids)
-    unpacked = unpack_ids(packed, len(ids), "here")
-    assert unpacked.dtype == np.int32
-    np.testing.assert_array_equal(unpacked, ids)
-
-
-@given(any_float_bits)
-def test_logprobs_survive_packing_bit_for_bit(bits: np.ndarray) -> None:
-    unpacked = unpack_logprobs(pack_logprobs(bits.view(np.float32)), len(bits), "here")
-    assert unpacked.dtype == np.float32
-    np.testing.assert_array_equal(unpacked.view(np.uint32), bits)
-
-
-@given(any_draws)
-def test_draws_survive_packing(draws: np.ndarray) -> None:
-    unpacked = unpack_draws(pack_draws(draws), len(draws), "here")
-    assert unpacked.dtype == np.int32
-    np.testing.assert_array_equal(unpacked, draws)
-
-
-@given(any_ids, any_draws, any_float_bits)
-def test_plane_p_holds_byte_p_of_each_entry(ids: np.ndarray, draws: np.ndarray, bits: np.ndarray) -> None:
-    for packed, values, width in (
-        (pack_ids(ids), ids, 3),
-        (pack_draws(draws), draws, 2),
-        (pack_logprobs(bits.view(np.float32)), bits, 4),
-    ):
-        whole = [struct.pack("<I", int(value)) for value in values]
-        assert packed == bytes(entry[plane] for plane in range(width) for entry in whole)
-
-
-@pytest.mark.parametrize(("pack", "limit"), [(pack_ids, MAX_VOCAB_SIZE), (pack_draws, MAX_DRAWS)])
-def test_numbers_that_do_not_fit_are_a_defect_of_the_caller(pack: Callable[[np.ndarray], bytes], limit: int) -> None:
-    for bad in (-1, limit):
-        with pytest.raises(AssertionError):
-            pack(np.array([bad], np.int32))
-
-
-@pytest.mark.parametrize("num_entries", [-1, 0, 1, 3])
-def test_planes_of_another_length_are_refused(num_entries: int) -> None:
-    with pytest.raises(ShardError, match="here: 6 bytes"):
-        unpack_ids(bytes(6), num_entries, "here")
-    with pytest.raises(ShardError, match="here: 8 bytes"):
-        unpack_logprobs(bytes(8), num_entries, "here")
-    with pytest.raises(ShardError, match="here: 4 bytes"):
-        unpack_draws(bytes(4), num_entries, "here")
 
 
 @given(rectangles(), st.randoms(use_true_random=False))
@@ -210,7 +138,7 @@ def test_topk_of_draws_holds_their_shares() -> None:
 def test_most_draws_of_one_id_can_be_kept() -> None:
     scores = from_draws(np.zeros(1, np.float32), np.full((1, MAX_DRAWS - 1), 5), vocab_size=6)
     assert scores.draws is not None
-    assert unpack_draws(pack_draws(scores.draws), 1, "here").tolist() == [MAX_DRAWS - 1]
+    assert scores.draws.tolist() == [MAX_DRAWS - 1]
     assert (scores.logprobs.tolist(), scores.rest_mass.tolist()) == ([0.0], [0.0])
 
 

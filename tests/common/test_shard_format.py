@@ -1,63 +1,116 @@
 """docs/shard-format.md against the files: a reader that knows only that page."""
 
+import base64
 import hashlib
+import io
+import itertools
 import json
+import math
 import re
 import struct
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
+from common.codec import ID_COLUMNS, TokenOrder, pack
 from common.manifest import CaptureSettings, GenerateSettings, Manifest, Receipt, Skipped, open_output
 from common.samples import Kind
-from common.scores import pack_draws, pack_ids, pack_logprobs
-from common.shards import schema, write_shard
+from common.scores import TeacherScores, from_rectangle
+from common.shards import ShardFile, schema, write_shard
 from tests.common.builders import make_manifest, make_rows
 
 PAGE = (Path(__file__).parents[2] / "docs" / "shard-format.md").read_text("utf-8")
 
 
-def decode(data: bytes, num_entries: int, width: int) -> list[bytes]:
-    """Byte p of entry i stands at offset p N + i."""
-    return [bytes(data[p * num_entries + i] for p in range(width)) for i in range(num_entries)]
+def ids_of(counts: list[int], order: list[int], symbols: bytes, low: bytes, high: bytes) -> list[list[int]]:
+    """The page's section "Ids": the ids of each row, by ascending rank."""
+    symbol, low_byte = iter(symbols), iter(low)
+    h_high = iter(struct.unpack(f"<{len(high) // 2}H", high))
+    rows = []
+    for count in counts:
+        rank, row = -1, []
+        for _ in range(count):
+            d = next(symbol)
+            if d >= 192:
+                h = d - 192 if d < 255 else next(h_high)
+                d = 192 + 256 * h + next(low_byte)
+            rank += d + 1
+            row.append(order[rank])
+        rows.append(row)
+    assert [*symbol, *low_byte, *h_high] == []
+    return rows
 
 
-def decode_rows(counts: list[int], ids: bytes, logprobs: bytes) -> list[list[tuple[int, float]]]:
-    num_entries = sum(counts)
-    assert (len(ids), len(logprobs)) == (3 * num_entries, 4 * num_entries)
-    entries = iter(
-        (struct.unpack("<I", i + b"\0")[0], struct.unpack("<f", p)[0])
-        for i, p in zip(decode(ids, num_entries, 3), decode(logprobs, num_entries, 4), strict=True)
-    )
-    return [[next(entries) for _ in range(count)] for count in counts]
+def values_of(columns: dict[str, bytes], counts: list[int], rests: list[float], form: str | None) -> list[list[float]]:
+    """The page's section "Values": log-probs, or numbers of draws, in the order of the ids."""
+    if form in ("q8", "q6"):
+        codes, rows = iter(columns["topk_roots"]), []
+        for count, rest in zip(counts, rests, strict=True):
+            weights = [max(16 * next(codes) ** 2, 1) for _ in range(count)]
+            mass = math.log(max(1 - rest, 2**-25))
+            rows.append([min(mass + math.log(w) - math.log(sum(weights)), 0.0) for w in weights])
+        return rows
+    name, width, code = {
+        "fp32": ("topk_logprobs", 4, "<f"),
+        "fp16": ("topk_logprobs", 2, "<e"),
+        None: ("topk_draws", 2, "<H"),
+    }[form]
+    planes = [columns[f"{name}_{plane}"] for plane in range(width)]
+    values = (struct.unpack(code, bytes(entry))[0] for entry in zip(*planes, strict=True))
+    return [[next(values) for _ in range(count)] for count in counts]
+
+
+def ranked(classes: bytes) -> list[int]:
+    """Ids by descending class, ties by ascending id."""
+    return sorted(range(len(classes)), key=lambda token_id: (-classes[token_id], token_id))
 
 
 def test_the_worked_example_is_right() -> None:
-    stated: list[list[tuple[int, float]]] = [[], []]
-    cells = r"^\| (\d) \| (\d+) \| 0x([0-9A-F]{6}) \| (-[\d.]+) \| 0x([0-9A-F]{8}) \|$"
-    for row, token_id, id_bits, logprob, bits in re.findall(cells, PAGE, re.MULTILINE):
-        stated[int(row)].append((int(token_id), float(logprob)))
-        assert int(id_bits, 16) == int(token_id)
-        assert struct.pack(">f", float(logprob)) == bytes.fromhex(bits)
+    stated: list[list[tuple[int, float, int]]] = [[], []]
+    cells = r"^\| (\d) \| (\d+) \| (\d+) \| ([\d.]+) \| (\d+) \| [^|]* \| 0x([0-9A-F]{8}) \|$"
+    classes = np.ones(151_936, np.uint8)
+    classes[5] = 2
+    order = ranked(classes.tobytes())
+    for row, token_id, rank, p, code, bits in re.findall(cells, PAGE, re.MULTILINE):
+        stated[int(row)].append((int(token_id), float(p), int(code)))
+        assert order[int(rank)] == int(token_id)
+        assert struct.pack(">f", np.float32(np.log(float(p)))) == bytes.fromhex(bits)
     lines = dict(re.findall(r"^(topk_\w+) +([0-9A-F ]+)$", PAGE, re.MULTILINE))
-    counts = [int(count) for count in lines["topk_counts"].split()]
-    ids, logprobs = bytes.fromhex(lines["topk_ids"]), bytes.fromhex(lines["topk_logprobs"])
-    assert decode_rows(counts, ids, logprobs) == stated
-    assert [len(row) for row in stated] == [2, 1]
-    draws = bytes.fromhex(lines["topk_draws"])
-    assert [struct.unpack("<H", entry)[0] for entry in decode(draws, 3, 2)] == [300, 2, 302]
-    assert pack_draws(np.array([300, 2, 302], np.int32)) == draws
-    flat = [entry for row in stated for entry in row]
-    assert pack_ids(np.array([i for i, _ in flat], np.int32)) == ids
-    assert pack_logprobs(np.array([p for _, p in flat], np.float32)) == logprobs
+    counts = [int(count) for count in lines.pop("topk_counts").split()]
+    columns = {name: bytes.fromhex(data) for name, data in lines.items()}
+    rests = [0.14, 0.36]
+    ids = ids_of(counts, order, *(columns[name] for name in ID_COLUMNS))
+    assert ids == [[token_id for token_id, _, _ in row] for row in stated]
+    assert list(columns["topk_roots"]) == [code for row in stated for _, _, code in row]
+    exact = values_of(columns, counts, rests, "fp32")
+    np.testing.assert_allclose(np.exp([*itertools.chain(*exact)]), [p for row in stated for _, p, _ in row], rtol=1e-6)
+    coded = values_of(columns, counts, rests, "q8")
+    np.testing.assert_allclose(np.exp([*itertools.chain(*coded)]), [0.3607, 0.4993, 0.64], atol=5e-5)
+    assert values_of(columns, counts, rests, None) == [[300, 2], [302]]
+
+    # What this program writes of the same entries.
+    for form, names in (("q8", ["topk_roots"]), ("fp32", [f"topk_logprobs_{p}" for p in range(4)])):
+        scores = from_rectangle(
+            np.zeros(2, np.float32),
+            np.array([[151_643, 5], [300, 0]]),
+            np.log(np.array([[0.5, 0.36], [0.64, 1e-300]])).astype(np.float32) + np.array([[0, 0], [0, -np.inf]]),
+        )
+        packed = pack([scores], TokenOrder(classes), form)
+        assert {name: column.data.tobytes() for name, column in packed.items()} == {
+            name: columns[name] for name in (*ID_COLUMNS, *names)
+        }
+        assert scores.rest_mass.tolist() == pytest.approx(rests, rel=1e-6)
 
 
+@pytest.mark.parametrize("form", ["fp32", "fp16", "q8", "q6"])
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
-def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path, kind: Kind) -> None:
-    manifest, rows = make_manifest(kind), make_rows(kind, 70)
+def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path, kind: Kind, form: str) -> None:
+    manifest, rows = make_manifest(kind, precision=form), make_rows(kind, 70)
     open_output(tmp_path, manifest)
     write_shard(tmp_path, 0, manifest, rows, [Skipped(index=70, id="Ünï 🐈", reason='“missing”: "a\\b"\n\x1f\x7f\t')])
 
@@ -75,8 +128,13 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
     file = pq.ParquetFile(tmp_path / "shard-00000.parquet")
     assert file.metadata.metadata[b"decant.manifest_sha256"].decode() == digest
     assert file.metadata.metadata[b"decant.shard"] == b"0"
+    assert file.metadata.metadata[b"decant.schema_version"] == b"3"
+    content = {name: value for name, value in contents["manifest.json"].items() if name != "digest"}
+    assert json.loads(file.metadata.metadata[b"decant.manifest"]) == content
+    order = ranked(classes_of(file))
     assert file.metadata.metadata[b"decant.image_token_id"] == b"151646"
     assert [file.metadata.row_group(i).num_rows for i in range(2)] == [64, 6]
+    ours = list(ShardFile(tmp_path / "shard-00000.parquet", manifest, 0))
     records = file.read().to_pylist()
     assert [record["index"] for record in records] == list(range(70))
     num_scored = 0
@@ -89,12 +147,31 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
             assert own == scored.scores.own_logprobs.tolist()
             assert record[prefix + "logprob_sum"] == pytest.approx(sum(own), rel=1e-12)
             counts = record[prefix + "topk_counts"]
-            entries = decode_rows(counts, record[prefix + "topk_ids"], record[prefix + "topk_logprobs"])
-            ids_RK, logprobs_RK = scored.scores.topk()
-            for found, count, ids, logprobs in zip(entries, counts, ids_RK, logprobs_RK, strict=True):
-                assert found == list(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True))
-                assert found == sorted(found, key=lambda entry: (-entry[1], entry[0]))
+            ids = ids_of(counts, order, *(record[prefix + name] for name in ID_COLUMNS))
+            columns = {name.removeprefix(prefix): data for name, data in record.items()}
+            values = values_of(columns, counts, record[prefix + "rest_mass"], form)
+            # As it was written, and as this program reads it.
+            read = ours[row.index].conversations[prefix == "rejected_"].scores
+            for found, probs, expected in zip(ids, values, by_row(scored.scores), strict=True):
+                assert sorted(found) == sorted(expected)
+                slack = {"fp32": 0, "fp16": 2e-4, "q8": 1.5 / 255, "q6": 1.5 / 63}[form]
+                for token_id, logprob in zip(found, probs, strict=True):
+                    assert math.exp(logprob / 2) == pytest.approx(math.exp(expected[token_id] / 2), abs=slack + 1e-12)
+            for found, probs, entries in zip(ids, values, by_row(read), strict=True):
+                in_order = sorted(zip(found, probs, strict=True), key=lambda e: (-np.float32(e[1]), e[0]))
+                assert [token_id for token_id, _ in in_order] == list(entries)
+                np.testing.assert_allclose([p for _, p in in_order], list(entries.values()), rtol=2e-7, atol=1e-6)
     assert num_scored == receipt["num_scored_tokens"]
+
+
+def classes_of(file: pq.ParquetFile) -> bytes:
+    return zstandard.ZstdDecompressor().decompress(base64.b64decode(file.metadata.metadata[b"decant.token_classes"]))
+
+
+def by_row(scores: TeacherScores) -> list[dict[int, float]]:
+    """Log-prob by id of each row, in the order of `scores`."""
+    entries = zip(scores.ids.tolist(), scores.logprobs.tolist(), strict=True)
+    return [dict(itertools.islice(entries, count)) for count in scores.counts.tolist()]
 
 
 def canonical(value: object) -> str:
@@ -140,39 +217,46 @@ def test_drawn_entries_are_found_by_the_page_too(tmp_path: Path) -> None:
     claimed = content.pop("content_sha256")
     assert hashlib.sha256(canonical(content).encode("ascii")).hexdigest() == claimed
     most = 0
-    for record, row in zip(pq.read_table(tmp_path / "shard-00000.parquet").to_pylist(), rows, strict=True):
-        scores = row.conversations[0].scores
-        num_entries = sum(record["topk_counts"])
-        assert len(record["topk_draws"]) == 2 * num_entries
+    file = pq.ParquetFile(tmp_path / "shard-00000.parquet")
+    order = ranked(classes_of(file))
+    for record, row in zip(file.read().to_pylist(), rows, strict=True):
+        scores, counts = row.conversations[0].scores, record["topk_counts"]
         assert scores.draws is not None
-        draws = [struct.unpack("<H", entry)[0] for entry in decode(record["topk_draws"], num_entries, 2)]
-        assert draws == scores.draws.tolist()
-        most = max(most, *draws)
-        ids = [struct.unpack("<I", entry + b"\0")[0] for entry in decode(record["topk_ids"], num_entries, 3)]
-        entries = iter(zip(ids, draws, strict=True))
-        for count, rest in zip(record["topk_counts"], record["rest_mass"], strict=True):
-            found = [next(entries) for _ in range(count)]
-            assert found == sorted(found, key=lambda entry: (-entry[1], entry[0]))
-            assert 1000 * (1 - rest) == pytest.approx(sum(draw for _, draw in found), abs=1e-4)
+        ids = ids_of(counts, order, *(record[name] for name in ID_COLUMNS))
+        draws = values_of(record, counts, record["rest_mass"], None)
+        expected = iter(zip(scores.ids.tolist(), scores.draws.tolist(), strict=True))
+        for found, times, rest in zip(ids, draws, record["rest_mass"], strict=True):
+            assert dict(zip(found, times, strict=True)) == dict(itertools.islice(expected, len(found)))
+            assert 1000 * (1 - rest) == pytest.approx(sum(times), abs=1e-4)
+            most = max([most, *times])
     assert most > 255, "the high plane must matter"
 
 
 def test_the_page_names_every_column_type_and_key() -> None:
-    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]*?)(?:, (?:[TR]|\d·N bytes))? \|", PAGE, re.MULTILINE))
-    for sampled in (False, True):
-        columns = [field.name for field in schema("kd", sampled)]
-        assert columns[-1] == ("topk_draws" if sampled else "topk_logprobs")
-        for field in schema("kd", sampled):
-            assert table[field.name] == arrow_type(field.type), field.name
-        assert [field.name for field in schema("dpo", sampled)] == columns[:3] + [
+    table = dict(re.findall(r"^\| `(\w+)`[^|]* \| ([^|]*?)(?:, (?:[TR]|N bytes(?: each)?))? \|", PAGE, re.MULTILINE))
+    for precision in ("fp32", "fp16", "q8", "q6", None):
+        capture = make_manifest(**({"precision": precision} if precision else {"num_draws": 3, "top_k": 0})).capture
+        columns = [field.name for field in schema("kd", capture)]
+        for field in schema("kd", capture):
+            stated = re.sub(r"_[123]$", "_0", field.name) if field.name[-1].isdigit() else field.name
+            assert table[stated] == arrow_type(field.type), field.name
+        assert [field.name for field in schema("dpo", capture)] == columns[:3] + [
             prefix + name for prefix in ("chosen_", "rejected_") for name in columns[3:]
         ]
+    for key in pq.read_metadata(io.BytesIO(footer_of_a_shard())).metadata:
+        assert key == b"ARROW:schema" or f"`{key.decode()}`" in PAGE
     keys = [name for model in (Manifest, Receipt, CaptureSettings, Skipped) for name in model.model_fields]
     assert [key for key in keys if not re.search(rf"`(capture\.)?{key}[`.]", PAGE)] == []
     assert [key for key in GenerateSettings.model_fields if f"`capture.generate.{key}`" not in PAGE] == []
     for name in ("teacher", "tokenizer", "image", "dataset", "engine"):
         for key in make_manifest().model_dump()[name]:
             assert f"`{name}.{key}`" in PAGE
+
+
+def footer_of_a_shard() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        write_shard(Path(directory), 0, make_manifest(), make_rows("kd", 1), ())
+        return (Path(directory) / "shard-00000.parquet").read_bytes()
 
 
 def arrow_type(kind: pa.DataType) -> str:

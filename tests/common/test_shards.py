@@ -16,7 +16,7 @@ from common.manifest import Skipped, file_sha256, published_shards, read_receipt
 from common.samples import Kind, Sample, Turn
 from common.scores import TeacherScores, from_rectangle
 from common.shards import ROWS_PER_GROUP, ScoredConversation, ShardFile, ShardRow, num_scored_tokens, write_shard
-from tests.common.builders import IMAGE_TOKEN_ID, make_manifest, make_rows
+from tests.common.builders import IMAGE_TOKEN_ID, make_manifest, make_rows, read_table
 
 # Of each kind of entries: the settings of the capture, and those of `make_rows`.
 CAPTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -33,6 +33,8 @@ NATIVE = {
     "rest_mass": "FLOAT[]",
     "topk_counts": "INTEGER[]",
     "topk_ids": "BLOB",
+    "topk_ids_low": "BLOB",
+    "topk_ids_high": "BLOB",
 }
 
 
@@ -150,7 +152,8 @@ def test_duckdb_sees_native_columns(tmp_path: Path, kind: Kind, capture: str) ->
     settings, entries = CAPTURES[capture]
     rows = make_rows(kind, 70, **entries)
     write_shard(tmp_path, 0, make_manifest(kind, **settings), rows, ())
-    packed = {"topk_draws" if capture == "drawn" else "topk_logprobs": "BLOB"}
+    names = ("topk_draws_0", "topk_draws_1") if capture == "drawn" else [f"topk_logprobs_{p}" for p in range(4)]
+    packed = dict.fromkeys(names, "BLOB")
     prefixes = ("",) if kind == "kd" else ("chosen_", "rejected_")
     files = f"read_parquet('{tmp_path}/shard-*.parquet')"
     found = {name: column for name, column, *_ in duckdb.sql(f"describe select * from {files}").fetchall()}
@@ -210,9 +213,10 @@ def test_pages_are_zstd_with_checksums_and_roles_share_a_dictionary(tmp_path: Pa
     columns = [group.column(i) for i in range(group.num_columns)]
     assert {column.compression for column in columns} == {"ZSTD"}
     dictionaries = {c.path_in_schema for c in columns if "RLE_DICTIONARY" in c.encodings}
-    assert dictionaries == {f"{prefix}_messages.list.element.role" for prefix in ("chosen", "rejected")}
+    names = ("messages.list.element.role", "topk_counts.list.element")
+    assert dictionaries == {f"{prefix}_{name}" for prefix in ("chosen", "rejected") for name in names}
     # A changed byte of page data is found by the page's own checksum, without the receipt.
-    offset = next(c for c in columns if c.path_in_schema == "chosen_topk_logprobs").data_page_offset + 60
+    offset = next(c for c in columns if c.path_in_schema == "chosen_topk_logprobs_1").data_page_offset + 60
     data = bytearray(shard_path(tmp_path, 0).read_bytes())
     data[offset] ^= 1
     shard_path(tmp_path, 0).write_bytes(data)
@@ -262,7 +266,9 @@ def test_what_is_no_parquet_is_a_shard_error(tmp_path: Path, data: bytes) -> Non
         ("topk_counts", [2**31 - 1] * 8),
         ("topk_counts", [-1] * 8),
         ("topk_ids", b"123"),
-        ("topk_logprobs", b""),
+        ("topk_ids_low", b"1"),
+        ("topk_ids_high", b"12"),
+        ("topk_logprobs_3", b""),
         ("response_spans", []),
         ("response_spans", [{"start": 2, "stop": None}]),
     ],
@@ -271,12 +277,12 @@ def test_well_formed_parquet_with_wrong_values_is_refused(tmp_path: Path, column
     manifest = make_manifest()
     write_shard(tmp_path, 0, manifest, make_rows("kd", 3), ())
     path = shard_path(tmp_path, 0)
-    table = pq.read_table(path)
+    table = read_table(path)
     values = table[column].to_pylist()
     values[1] = value
     position, field = table.column_names.index(column), table.schema.field(column)
     pq.write_table(table.set_column(position, field, pa.array(values, field.type)), path)
-    with pytest.raises(ShardError, match=str(path)):
+    with pytest.raises(ShardError, match=f"{path}.*(row|null)"):
         list(ShardFile(path, manifest, 0))
 
 

@@ -3,14 +3,27 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+from upath import UPath
 
-from common.errors import StorageError
-from common.storage import PARTIAL_SUFFIX, publish, remove_partials
+from common.config import Strict, load_config
+from common.errors import ConfigError, StorageError
+from common.storage import (
+    PARTIAL_SUFFIX,
+    LocalPath,
+    LocationField,
+    list_files,
+    publish,
+    publish_new,
+    remove_partials,
+    to_location,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,3 +115,102 @@ def test_a_reader_sees_a_whole_file_while_it_is_replaced(tmp_path: Path) -> None
     writer.join()
     assert seen <= set(contents)
     assert not list(tmp_path.glob(f".*{PARTIAL_SUFFIX}"))
+
+
+@pytest.mark.parametrize("text", ["a/b", "/a/b", "file:///a/b", "local:///a/b", Path("/a/b"), "s3:/a", "./s3:x"])
+def test_what_is_on_this_machine_is_a_plain_path(text: str | Path) -> None:
+    location = to_location(text)
+    assert isinstance(location, Path)
+    assert not isinstance(location, UPath)
+    assert str(location) == str(text).removeprefix("file://").removeprefix("local://").removeprefix("./")
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/a/b.json", "memory://bucket/a/b.json"])
+def test_an_address_is_no_local_path(text: str) -> None:
+    location = to_location(text)
+    assert isinstance(location, UPath)
+    assert not isinstance(location, Path)
+    assert (str(location), location.name) == (text, "b.json")
+    assert to_location(location) is location
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://key:secret@bucket/a", "s3://bucket/a?key=secret", "gs://bucket/a?x=1&token=secret"]
+)
+def test_credentials_in_an_address_are_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(ConfigError, match="credentials come from the environment") as caught:
+        to_location(text)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nonsense://a/b", "no protocol nonsense:// is known"),
+        ("s3:///a", "names no bucket"),
+        ("s3://", "names no bucket"),
+        ("zip://x::s3://bucket/a.zip", "addresses in addresses"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        to_location(text)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(protocol: str) -> None:
+        raise ImportError(f"Install {protocol}fs")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", absent)
+    with pytest.raises(ConfigError, match=r"gs://bucket/a: gs:// needs a package.*pip install 'decant\[gs\]'"):
+        to_location("gs://bucket/a")
+
+
+def test_local_storage_loads_no_store() -> None:
+    program = """
+import pathlib, sys
+from common.storage import publish, read_bytes, to_location
+path = to_location(sys.argv[1])
+publish(path, b"x")
+assert read_bytes(path) == b"x"
+sys.exit(3 if {"s3fs", "gcsfs", "botocore", "aiohttp"} & set(sys.modules) else 0)
+"""
+    with tempfile.TemporaryDirectory() as directory:
+        assert run(program, Path(directory) / "x") == 0
+
+
+class Settings(Strict):
+    data: LocationField
+    model: LocalPath
+
+
+def test_a_configuration_keeps_addresses_and_refuses_them_for_models() -> None:
+    settings = Settings.model_validate({"data": "s3://bucket/a", "model": "b"})
+    assert settings.model_dump(mode="json") == {"data": "s3://bucket/a", "model": "b"}
+    assert Settings.model_validate_json(settings.model_dump_json()) == settings
+    assert isinstance(Settings.model_validate({"data": "x", "model": "b"}).data, Path)
+    for wrong in ({"data": "s3://key@bucket/a", "model": "b"}, {"data": 3, "model": "b"}):
+        with pytest.raises(ValidationError, match="1 validation error"):
+            Settings.model_validate(wrong)
+    with pytest.raises(ValidationError, match="models, checkpoints and training outputs are local directories"):
+        Settings.model_validate({"data": "a", "model": "s3://bucket/model"})
+
+
+def test_a_configuration_error_does_not_repeat_credentials(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('data = "s3://key:secret@bucket/a"\nmodel = "b"\n')
+    with pytest.raises(ConfigError, match=r"data: an address that begins with s3:// holds credentials") as caught:
+        load_config(Settings, tmp_path / "run.toml")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_is_made_once(tmp_path: Path) -> None:
+    assert publish_new(tmp_path / "x", b"1")
+    assert not publish_new(tmp_path / "x", b"2")
+    assert (tmp_path / "x").read_bytes() == b"1"
+
+
+def test_files_are_listed_with_their_bytes(tmp_path: Path) -> None:
+    assert list_files(tmp_path / "nowhere") == {}
+    publish(tmp_path / "x", b"12")
+    (tmp_path / "below").mkdir()
+    assert list_files(tmp_path) == {"x": 2}

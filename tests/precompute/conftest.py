@@ -23,7 +23,7 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
     root = tmp_path_factory.mktemp("whole")
-    config = make_config(root, llava_dir, conversation_records(root, 10))
+    config = make_config(root, llava_dir, conversation_records(root, 10), precision="fp32")
     run(config, progress=False, start_teacher=StandInTeacher)
     return root
 

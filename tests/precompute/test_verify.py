@@ -33,6 +33,7 @@ from common.shards import ShardFile, ShardRow, write_shard
 from precompute.report import MAX_LISTED
 from precompute.run import run
 from precompute.verify import verify
+from tests.common.builders import read_table
 from tests.precompute.outputs import failed, rows_of
 from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config, preference_records
 from tests.real_weights import write_jsonl
@@ -121,7 +122,7 @@ def test_damage_to_files_is_found(output: Path, what: str) -> None:
 
 def test_a_flipped_bit_behind_a_matching_receipt_is_found_by_the_page_checksum(output: Path) -> None:
     file = pq.ParquetFile(shard_path(output, 1)).metadata.row_group(0)
-    column = next(file.column(i) for i in range(file.num_columns) if file.column(i).path_in_schema == "topk_logprobs")
+    column = next(file.column(i) for i in range(file.num_columns) if file.column(i).path_in_schema == "topk_ids")
     flip(shard_path(output, 1), column.data_page_offset + column.total_compressed_size - 8)
     sign_again(output, 1)
     assert "row group 0" in failed(verify(output, progress=False))["pages"]
@@ -142,7 +143,7 @@ def test_a_shard_of_another_schema_is_found(output: Path) -> None:
 
 def test_a_wrong_logprob_sum_is_found(output: Path) -> None:
     path = shard_path(output, 1)
-    table = pq.read_table(path)
+    table = read_table(path)
     place = table.schema.get_field_index("logprob_sum")
     values = [value.as_py() + 1e-3 for value in table.column(place)]
     field = table.schema.field(place)

@@ -123,6 +123,8 @@ class LiveTeacher:
                 top_p=None,
                 min_k=1,
                 num_draws=num_draws,
+                precision=None if num_draws else "fp32",
+                images="path",
                 seed=None if num_draws is None else 0,
                 generate=None,
                 score="response",
@@ -179,6 +181,14 @@ def stage(output: Path, model: Path, **changes: Any) -> dict[str, Any]:
 
 def run_stages(configs: Sequence[dict[str, Any]], scratch: Path, num_ranks: int = 1, timeout_s: float = 600) -> None:
     """Runs stages one after the other in one group of processes of the real trainer."""
+    for code, output in launch(configs, scratch, num_ranks, timeout_s):
+        assert code == 0, output[-6000:]
+
+
+def launch(
+    configs: Sequence[dict[str, Any]], scratch: Path, num_ranks: int = 1, timeout_s: float = 600
+) -> list[tuple[int, str]]:
+    """The same, whatever becomes of it: each rank's exit code and what it wrote."""
     scratch.mkdir(parents=True, exist_ok=True)
     plan = scratch / f"stages-{num_ranks}.json"
     plan.write_text(json.dumps(list(configs)))
@@ -202,9 +212,12 @@ def run_stages(configs: Sequence[dict[str, Any]], scratch: Path, num_ranks: int 
         )
         for rank in range(num_ranks)
     ]
-    outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from precompute.config import PrecomputeConfig
 from precompute.run import run
 from tests.models import tiny_llava
 from tests.train.runs import LiveTeacher, losses, run_stages, stage, write_mixed_dataset
-from train.stream import sample_order
+from train.order import sample_order
 from train.student import load_student
 
 NUM_STEPS, BATCH = 20, 8
@@ -86,6 +86,7 @@ def test_with_every_entry_kept_the_losses_are_those_of_the_live_teacher(
                 "image_root": dataset.parent,
                 "output": tmp_path / "scores",
                 "top_k": "all",
+                "precision": "fp32",
                 "samples_per_shard": 16,
                 "max_tokens": 512,
                 "engine": {"dtype": "float32", "kv_cache_gib": 1, "enforce_eager": True},

@@ -14,7 +14,8 @@ from tests.train.runs import LiveTeacher, largest_difference, losses, run_stages
 from train.batch import Collator
 from train.config import MoEConfig
 from train.moe import router_logits_hook, upcycle
-from train.stream import DatasetSource, StepPlan
+from train.order import SampleSet, StepPlan
+from train.stream import DatasetSource
 from train.student import load_student, save_student
 
 pytestmark = pytest.mark.slow
@@ -104,7 +105,7 @@ def test_the_runs_hold_micro_batches_without_an_image_and_experts_without_a_toke
         pad_token_id=0,
     )
     source = DatasetSource(runs / "data" / "kd.json", "kd", encoder)
-    plan = StepPlan(range(len(source)), 8, 2, 0, 8192)
+    plan = StepPlan([SampleSet(range(len(source)))], 8, 2, 0, 8192)
     model = load_student(path, dtype=torch.float32)
     router = router_logits_hook(model)
     without_image, starved, empty = [], 0, 0

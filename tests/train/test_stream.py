@@ -14,7 +14,9 @@ from common.scores import from_rectangle
 from common.shards import ScoredConversation, ShardFile, ShardRow, write_shard
 from tests.models import tiny_causal_lm, tiny_llava, tiny_tokenizer
 from tests.train.runs import LiveTeacher, write_mixed_dataset
-from train.stream import DatasetSource, ShardSource, StepPlan, open_source, sample_order, split_validation
+from train.config import SetConfig
+from train.order import SampleSet, StepPlan, sample_order, split_validation
+from train.stream import DatasetSource, ShardSource, open_set
 
 
 @pytest.mark.parametrize(("num_samples", "window"), [(1, 8), (64, 1), (1000, 128), (1000, 10_000)])
@@ -35,7 +37,7 @@ def test_a_window_touches_few_row_groups() -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_every_number_of_ranks_sees_each_sample_once_an_epoch_in_the_same_steps(num_ranks: int) -> None:
-    plan = StepPlan(range(100, 203), global_batch_size=16, micro_batch_size=2, seed=1, window=32)
+    plan = StepPlan([SampleSet(range(100, 203))], global_batch_size=16, micro_batch_size=2, seed=1, window=32)
     assert plan.steps_per_epoch == 7
     for epoch in range(2):
         seen: list[int] = []
@@ -61,9 +63,9 @@ def test_held_out_samples_are_not_trained_on() -> None:
 
 def test_nothing_left_to_train_on_and_uneven_batches_are_refused() -> None:
     with pytest.raises(DataError, match="no sample is left"):
-        StepPlan([], 8, 2, 0, 8)
+        StepPlan([SampleSet([])], 8, 2, 0, 8)
     with pytest.raises(ConfigError, match="not a multiple of micro_batch_size 3"):
-        StepPlan([1], 8, 3, 0, 8)
+        StepPlan([SampleSet([1])], 8, 3, 0, 8)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_another_chat_template_is_refused_by_the_response_it_would_train(output:
 
 def test_shards_of_the_other_kind_are_refused(output: Path) -> None:
     with pytest.raises(ConfigError, match='holds shards of kind "kd", this objective needs "dpo"'):
-        open_source(output, None, "dpo", encoder(output), "pad", 64)
+        open_set(SetConfig(shards=output), "dpo", encoder(output), "pad")
 
 
 def copy_output(output: Path, to: Path) -> Path:

@@ -1,0 +1,148 @@
+"""Size, fidelity and speed of the shard format on scores of real text.
+
+    python -m benchmarks.codec
+
+The scores are SmolLM2-135M's over the standard library's docstrings. `bytes_per_token` is what kept entries and rest
+mass take in the finished Parquet file: their column chunks and the table of token classes in the footer;
+`row_bytes_per_token` is the whole file. `kl` is the generalised KL divergence from what went in to what comes out,
+over the kept entries, nats a token: sum p ln(p/q) - p + q. `set_bound` is the entropy of which ids a row keeps, were
+each kept independently with its own frequency: a bound for any code of the ids alone that knows no more than that.
+Encoding and decoding are timed at k = 64 on one core, file writing, flushing and reading included.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.real_text import RealRows, real_rows
+from common.encoding import Encoded
+from common.manifest import Manifest, shard_path
+from common.samples import Sample, Turn
+from common.scores import TeacherScores, from_draws, from_rectangle
+from common.shards import ScoredConversation, ShardFile, ShardRow, write_shard
+from tests.common.builders import make_manifest
+
+NUM_TOKENS = 16_384
+TOKENS_A_SAMPLE = 256
+# So many draws are 12 different ids on average here.
+NUM_DRAWS = 34
+REPEATS = 9
+
+
+def main() -> None:
+    """Prints one JSON line."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        real = real_rows(Path("/tmp/w"), NUM_TOKENS, top_k=128, num_draws=NUM_DRAWS)
+        # One core from here on, also for the threads that torch has started.
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})
+        torch.set_num_threads(1)
+        result: dict[str, Any] = {
+            "k50": _size(root, real, top_k=50),
+            "k128": _size(root, real, top_k=128),
+            "sampled12": _size(root, real, top_k=0, num_draws=NUM_DRAWS),
+            **_speed(root, real, top_k=64),
+        }
+    print(json.dumps(result))
+
+
+def _size(root: Path, real: RealRows, **capture: Any) -> dict[str, float]:
+    """Bytes and divergence of one way to keep entries, at the default precision."""
+    manifest, rows = _manifest(real, **capture), _rows(real, **capture)
+    num_bytes = write_shard(root, 0, manifest, rows, ()).num_bytes
+    path = shard_path(root, 0)
+    metadata = pq.read_metadata(path)
+    kept = len(metadata.metadata[b"decant.token_classes"])
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.startswith(("topk_", "rest_mass")):
+                kept += column.total_compressed_size
+    scores = [row.conversations[0].scores for row in rows]
+    return {
+        "bytes_per_token": round(kept / NUM_TOKENS, 2),
+        "row_bytes_per_token": round(num_bytes / NUM_TOKENS, 2),
+        "kl": _divergence(scores, [row.conversations[0].scores for row in ShardFile(path, manifest, 0)]),
+        "ids_per_token": round(sum(len(each.ids) for each in scores) / NUM_TOKENS, 2),
+        "set_bound": round(_set_bound(scores, real.vocab_size), 2),
+    }
+
+
+def _divergence(written: list[TeacherScores], read: list[TeacherScores]) -> float:
+    total = 0.0
+    for p, q in zip(written, read, strict=True):
+        p_N, q_N = _by_id(p), _by_id(q)
+        total += float((np.exp(p_N) * (p_N - q_N) - np.exp(p_N) + np.exp(q_N)).sum())
+    return float(f"{total / NUM_TOKENS:.3g}")
+
+
+def _by_id(scores: TeacherScores) -> Any:
+    """Log-probs float64 [N], in each row by ascending id."""
+    rows_N = np.repeat(np.arange(scores.num_rows), scores.counts)
+    return scores.logprobs[np.lexsort((scores.ids, rows_N))].astype(np.float64)
+
+
+def _set_bound(scores: list[TeacherScores], vocab_size: int) -> float:
+    """Bytes a token of the entropy of V independent coins, each with the frequency of its id."""
+    share_V = np.bincount(np.concatenate([each.ids for each in scores]), minlength=vocab_size) / NUM_TOKENS
+    p = share_V[(share_V > 0) & (share_V < 1)]
+    return float(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)).sum() / 8)
+
+
+def _speed(root: Path, real: RealRows, top_k: int) -> dict[str, int]:
+    manifest, rows = _manifest(real, top_k=top_k), _rows(real, top_k=top_k)
+
+    def decode() -> None:
+        assert sum(1 for _ in ShardFile(shard_path(root, 0), manifest, 0)) == len(rows)
+
+    encode = _interleaved(lambda: write_shard(root, 0, manifest, rows, ()), decode)
+    return dict(zip(("encode_tps_core", "decode_tps_core"), encode, strict=True))
+
+
+def _interleaved(*works: Callable[[], Any]) -> list[int]:
+    """Tokens a second of each, median over rounds of all."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(REPEATS + 1):
+        for work, times in zip(works, seconds, strict=True):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+    # The first round warms the caches.
+    return [round(NUM_TOKENS / statistics.median(times[1:])) for times in seconds]
+
+
+def _manifest(real: RealRows, **capture: Any) -> Manifest:
+    precision = {} if capture.get("num_draws") else {"precision": "q8"}
+    manifest = make_manifest(num_samples=NUM_TOKENS // TOKENS_A_SAMPLE, **capture, **precision)
+    tokenizer = manifest.tokenizer.model_copy(update={"vocab_size": real.vocab_size})
+    return manifest.model_copy(update={"tokenizer": tokenizer})
+
+
+def _rows(real: RealRows, top_k: int, num_draws: int = 0) -> list[ShardRow]:
+    parts = {name: part.numpy() for name, part in vars(real.scores).items()}
+    rows = []
+    for index, start in enumerate(range(0, NUM_TOKENS, TOKENS_A_SAMPLE)):
+        part = slice(start, start + TOKENS_A_SAMPLE)
+        if num_draws:
+            scores = from_draws(parts["own"][part], parts["drawn"][part], vocab_size=real.vocab_size)
+        else:
+            scores = from_rectangle(parts["own"][part], parts["ids"][part, :top_k], parts["logprobs"][part, :top_k])
+        ids = real.ids[part]
+        encoded = Encoded(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
+        turns = (Turn("user", "What is it?"), Turn("assistant", "It is text."))
+        sample = Sample(str(index), "kd", (), (turns,))
+        rows.append(ShardRow(index, sample, (ScoredConversation(encoded, scores),)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Kept entries through the codec: decode(encode(x)) against x, for anything that a capture may keep."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.codec import LEVELS, Form, Packed, Precision, TokenOrder, columns_of, pack, probability_error, unpack
+from common.errors import ShardError
+from common.scores import MAX_DRAWS, MAX_VOCAB_SIZE, TeacherScores, from_draws, from_rectangle
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "q8", "q6")
+
+
+@st.composite
+def conversations(draw: st.DrawFn, max_vocab: int = 3000) -> tuple[list[TeacherScores], int]:
+    """Conversations of best entries and their vocabulary: k from 1 to V, flat and peaked rows, ties, empty slots.
+
+    Some have one row; the kept mass is anything from nearly 0 to 1.
+    """
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    vocab_size = draw(st.sampled_from([1, 2, 5, 193, 300, max_vocab]))
+    top_k = draw(st.sampled_from([1, 2, 64, vocab_size]).filter(lambda k: k <= vocab_size))
+    scores = []
+    for _ in range(draw(st.integers(1, 4))):
+        num_rows = draw(st.sampled_from([1, 2, 7]))
+        sharpness = draw(st.sampled_from([0.0, 1.0, 30.0, 1000.0]))
+        logits = rng.normal(0, 1, (num_rows, vocab_size)) * sharpness
+        if draw(st.booleans()):
+            logits = np.round(logits)
+        logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        # Anything may be kept, not only the best: so that the kept mass may be next to nothing.
+        ids = np.argsort(-logprobs if draw(st.booleans()) else logprobs, axis=1, kind="stable")[:, :top_k]
+        kept = np.take_along_axis(logprobs, ids, 1).astype(np.float32)
+        kept[rng.random(kept.shape) < draw(st.sampled_from([0.0, 0.0, 0.5]))] = -np.inf
+        own = -rng.exponential(1, num_rows).astype(np.float32)
+        top_p = draw(st.sampled_from([None, None, 0.5, 0.99]))
+        scores.append(from_rectangle(own, ids, kept, top_p=top_p))
+    return scores, vocab_size
+
+
+def through(
+    scores: list[TeacherScores], vocab_size: int, form: Form, num_draws: int | None = None
+) -> list[TeacherScores]:
+    order = TokenOrder.from_text(TokenOrder.of(scores, vocab_size).to_text().encode(), vocab_size, "here")
+    columns = pack(scores, order, form)
+    assert tuple(columns) == columns_of(form)
+    counts, rests = [each.counts for each in scores], [each.rest_mass for each in scores]
+    read = unpack(columns, counts, rests, order, form, num_draws, "here")
+    return [
+        TeacherScores(each.own_logprobs, each.rest_mass, each.counts, ids, logprobs, draws)
+        for each, (ids, logprobs, draws) in zip(scores, read, strict=True)
+    ]
+
+
+def by_id(scores: TeacherScores) -> tuple[np.ndarray, np.ndarray]:
+    order = np.lexsort((scores.ids, np.repeat(np.arange(scores.num_rows), scores.counts)))
+    return scores.ids[order], order
+
+
+@settings(max_examples=150)
+@given(conversations(), st.sampled_from(PRECISIONS))
+def test_ids_come_back_exactly_and_probabilities_within_the_stated_error(
+    case: tuple[list[TeacherScores], int], precision: Precision
+) -> None:
+    written, vocab_size = case
+    for before, after in zip(written, through(written, vocab_size, precision), strict=True):
+        ids, order = by_id(before)
+        found_ids, found_order = by_id(after)
+        np.testing.assert_array_equal(found_ids, ids)
+        p, q = (np.exp(s.logprobs[o], dtype=np.float64) for s, o in ((before, order), (after, found_order)))
+        assert (np.abs(p - q) <= probability_error(after, precision)[found_order] * (1 + 1e-6) + 1e-7 * p).all()
+        assert (after.logprobs <= 0).all() or precision == "fp32"
+        assert np.isfinite(after.logprobs).all()
+        # In the order that is promised: by descending log-prob, ties by ascending id.
+        rows = np.repeat(np.arange(after.num_rows), after.counts)
+        np.testing.assert_array_equal(np.lexsort((after.ids, -after.logprobs, rows)), np.arange(len(rows)))
+        if precision == "fp32":
+            assert after.logprobs.tobytes() == before.logprobs.tobytes()
+        if precision in LEVELS:
+            mass = np.bincount(rows, np.exp(after.logprobs, dtype=np.float64), minlength=after.num_rows)
+            kept = after.counts > 0
+            np.testing.assert_allclose(mass[kept], 1.0 - after.rest_mass[kept], rtol=3e-6, atol=1e-7)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 2**32), st.sampled_from([1, 2, 37, 500, MAX_DRAWS - 1]), st.sampled_from([1, 300, MAX_VOCAB_SIZE])
+)
+def test_draws_come_back_exactly(seed: int, num_draws: int, vocab_size: int) -> None:
+    rng = np.random.default_rng(seed)
+    # A few words are drawn often, and of the last tokens a few are padding.
+    limit = max(1, vocab_size - 3)
+    written = [
+        from_draws(
+            np.zeros(num_rows, np.float32),
+            (vocab_size * rng.random((num_rows, num_draws)) ** rng.integers(1, 30)).astype(np.int64),
+            vocab_size=limit,
+        )
+        for num_rows in (1, 4)
+    ]
+    for before, after in zip(written, through(written, limit, None, num_draws), strict=True):
+        for name in ("ids", "logprobs", "draws"):
+            np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+
+
+@pytest.mark.parametrize("gap", [0, 191, 192, 193, 192 + 255, 192 + 256, 192 + 63 * 256 - 1, 192 + 63 * 256, 2**20 - 2])
+def test_every_kind_of_difference_comes_back(gap: int) -> None:
+    vocab_size = MAX_VOCAB_SIZE
+    order = TokenOrder(np.zeros(vocab_size, np.uint8))
+    assert order.ids.tolist() == list(range(vocab_size))
+    ids = np.array([[0, gap + 1]]) if gap < vocab_size - 1 else np.array([[0, 0]])
+    scores = from_rectangle(np.zeros(1, np.float32), ids, np.log(np.array([[0.25, 0.5]])).astype(np.float32))
+    columns = pack([scores], order, "fp32")
+    ((found, _, _),) = unpack(columns, [scores.counts], [scores.rest_mass], order, "fp32", None, "here")
+    assert found.tolist() == [gap + 1, 0]
+
+
+def test_the_mean_divergence_of_codes_is_that_of_rounding_square_roots() -> None:
+    # KL(p || q) is 2 sum (sqrt p - sqrt q)^2 to second order, and rounding to steps s errs by s^2 / 12 on average.
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.full(32, 5.0), 4000)
+    ids = np.tile(np.arange(32), (4000, 1))
+    written = from_rectangle(np.zeros(4000, np.float32), ids, np.log(p).astype(np.float32))
+    for precision in ("q8", "q6"):
+        (read,) = through([written], 32, precision)
+        (_, a), (_, b) = by_id(written), by_id(read)
+        log_p, log_q = written.logprobs[a].astype(np.float64), read.logprobs[b].astype(np.float64)
+        kl = (np.exp(log_p) * (log_p - log_q)).sum() / 4000
+        # One degree of freedom of 32 goes to the scaling.
+        assert kl == pytest.approx(31 / (6 * LEVELS[precision] ** 2), rel=0.1)
+
+
+def test_the_same_scores_give_the_same_bytes_whatever_they_are_batched_with() -> None:
+    rng = np.random.default_rng(1)
+    many = [
+        from_rectangle(
+            np.zeros(40, np.float32),
+            np.stack([rng.choice(5000, 64, replace=False) for _ in range(40)]),
+            np.log(rng.dirichlet(np.ones(64), 40)).astype(np.float32),
+        )
+        for _ in range(80)
+    ]
+    order = TokenOrder.of(many, 5000)
+    together = pack(many, order, "q8")
+    assert sum(len(each.ids) for each in many) > 1 << 17, "more than one batch"
+    for number in (0, 41, 79):
+        alone = pack([many[number]], order, "q8")
+        for name, column in together.items():
+            assert column.part(number, number + 1).tobytes() == alone[name].data.tobytes()
+
+
+@pytest.mark.parametrize("text", [b"", b"!", b"AAAA", b"KLUv/SAAAQAA"])
+def test_a_damaged_table_is_named(text: bytes) -> None:
+    with pytest.raises(ShardError, match="here"):
+        TokenOrder.from_text(text, 10, "here")
+
+
+def test_streams_that_do_not_fit_are_named() -> None:
+    scores = from_rectangle(np.zeros(1, np.float32), np.array([[500, 3]]), np.array([[-1.0, -2.0]], np.float32))
+    order = TokenOrder(np.zeros(1000, np.uint8))
+    columns = pack([scores], order, "q6")
+
+    def read(**changed: bytes) -> object:
+        replaced = {name: np.frombuffer(data, np.uint8) for name, data in changed.items()}
+        parts = {name: replaced.get(name, column.data) for name, column in columns.items()}
+        packed = {name: Packed(data, np.array([0, len(data)])) for name, data in parts.items()}
+        return list(unpack(packed, [scores.counts], [scores.rest_mass], order, "q6", None, "here"))
+
+    read()
+    for name, data, found in (
+        ("topk_ids", b"\x00", "expected"),
+        ("topk_ids_low", b"", "expected"),
+        ("topk_ids_high", b"\x01\x02", "expected"),
+        ("topk_roots", b"\x01\x02\x03", "expected"),
+        ("topk_roots", b"\x01\x40", "value of 64, expected at most 63"),
+        ("topk_ids", b"\x03\xc5", r"rank 1,\d{3}, there are 1,000"),
+    ):
+        with pytest.raises(ShardError, match=f"here.*{found}"):
+            read(**{name: data})
