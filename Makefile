@@ -6,15 +6,18 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-fast check lint
+.PHONY: setup browser demo test test-fast check lint
 
 setup:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" LOCK="$(LOCK)" sh .ci/setup
 
+browser:
+	@sh .ci/browser
+
 demo: setup
 	$(BIN)/python cli.py demo --out demo-run
 
-test: setup check
+test: setup browser check
 	$(BIN)/python -m pytest -m "slow or vllm" --durations=15
 
 # The tier for the loop of writing code: under a minute, starts no engine.

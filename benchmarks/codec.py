@@ -31,7 +31,7 @@ from common.scores import TeacherScores, from_draws, from_rectangle
 from common.shards import ScoredConversation, ShardFile, ShardRow, write_shard
 from tests.common.builders import make_manifest
 
-NUM_TOKENS = 16_384
+NUM_TOKENS = 32_768
 TOKENS_A_SAMPLE = 256
 # So many draws are 12 different ids on average here.
 NUM_DRAWS = 34
@@ -42,7 +42,7 @@ def main() -> None:
     """Prints one JSON line."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        real = real_rows(Path("/tmp/w"), NUM_TOKENS, top_k=128, num_draws=NUM_DRAWS)
+        real = real_rows(root, NUM_TOKENS, top_k=128, num_draws=NUM_DRAWS)
         # One core from here on, also for the threads that torch has started.
         for thread in Path("/proc/self/task").iterdir():
             os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})

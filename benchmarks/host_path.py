@@ -85,7 +85,7 @@ def _write(root: Path, number: int, records: list[Any], vocab_size: int) -> int:
         turns = (Turn("user", "What is it?"), Turn("assistant", "It is text."))
         sample = Sample(str(index), "kd", (), (turns,))
         rows.append(ShardRow(index, sample, (ScoredConversation(encoded, scores),)))
-    return write_shard(root, number, make_manifest(), rows, ()).num_bytes
+    return write_shard(root, number, make_manifest(precision="q8"), rows, ()).num_bytes
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     ids ─ TokenOrder ─> ranks, ascending in a row ─> differences ─> a symbol each, and what does not fit into it
     log-probs ─ precision ─> codes or float bits, in the order of the ranks ─> byte planes
-    draws ──────────────────────────────────── in the order of the ranks ─> byte planes
+    draws ─ in the order of the ranks ─> a bit for more than one, and byte planes of those
 
 Ids are exact. A rank is an id's place among the shard's ids by how often they are kept: what a row keeps are mostly
 frequent words, so their ranks lie close together and differ by little. Each stream is a Parquet column of its own:
@@ -11,17 +11,16 @@ zstd then sees bytes of one kind.
 Legend: R scored tokens, N kept entries of all of them, K kept entries of the longest row, V vocabulary.
 """
 
-import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from common.errors import ShardError
 from common.scores import MAX_VOCAB_SIZE, TeacherScores, descending_keys, from_descending_keys, share_logprobs
+from common.token_order import TokenOrder
 
 Precision = Literal["fp32", "fp16", "q8", "q6"]
 
@@ -34,7 +33,7 @@ _VALUE_COLUMNS: dict[Form, tuple[str, ...]] = {
     "fp16": ("topk_logprobs_0", "topk_logprobs_1"),
     "q8": ("topk_roots",),
     "q6": ("topk_roots",),
-    None: ("topk_draws_0", "topk_draws_1"),
+    None: ("topk_repeated", "topk_draws_0", "topk_draws_1"),
 }
 
 # A code counts steps of sqrt(p), of which there are so many from 0 to 1.
@@ -44,7 +43,7 @@ _WEIGHTS = np.maximum(16 * np.arange(256) ** 2, 1).astype(np.float32)
 # What a kept mass is taken for that float32 rounds to 0: half the distance from 1 to the float32 below it.
 _LEAST_MASS = 2.0**-25
 
-_VALUE_BYTES: dict[Form, int] = {form: len(names) for form, names in _VALUE_COLUMNS.items()}
+_VALUE_BYTES: dict[Form, int] = {"fp32": 4, "fp16": 2, "q8": 1, "q6": 1, None: 2}
 _ID_BITS = (MAX_VOCAB_SIZE - 1).bit_length()
 
 # Differences below this are their own symbols; above, symbol 192 + h stands for 192 + 256 h + a low byte.
@@ -67,47 +66,13 @@ class Packed:
         return self.data[self.offsets[start] : self.offsets[stop]]
 
 
-class TokenOrder:
-    """Token ids by falling class of frequency, ties by ascending id.
+class Kept(NamedTuple):
+    """Arrays [N] of entries as `TeacherScores` has them."""
 
-    `classes` uint8 [V]: binary digits of the number of rows that keep the id. `ids` int32 [V] by rank, `ranks` int32
-    [V] by id.
-    """
-
-    def __init__(self, classes: npt.NDArray[np.uint8]) -> None:
-        self.classes = classes
-        self.ids = np.argsort(~classes, kind="stable").astype(np.int32)
-        self.ranks = np.empty_like(self.ids)
-        self.ranks[self.ids] = np.arange(len(classes), dtype=np.int32)
-
-    @classmethod
-    def of(cls, scores: Sequence[TeacherScores], vocab_size: int) -> "TokenOrder":
-        """The order by these scores' own frequencies."""
-        counts_V = np.zeros(vocab_size, np.int64)
-        for each in scores:
-            counts_V += np.bincount(each.ids, minlength=vocab_size)
-        return cls(np.frexp(counts_V)[1].astype(np.uint8))
-
-    def to_text(self) -> str:
-        """Base64 of the zstd frame of `classes`; the frame has a checksum."""
-        return base64.b64encode(
-            zstandard.ZstdCompressor(9, write_checksum=True).compress(self.classes.tobytes())
-        ).decode()
-
-    @classmethod
-    def from_text(cls, text: bytes, vocab_size: int, where: str) -> "TokenOrder":
-        """Inverse of `to_text`.
-
-        Raises:
-            ShardError: damaged, or of another vocabulary.
-        """
-        try:
-            data = zstandard.ZstdDecompressor().decompress(base64.b64decode(text, validate=True), vocab_size)
-        except (ValueError, zstandard.ZstdError) as error:
-            raise ShardError(f"{where}: its token classes cannot be read ({error}); the file is damaged") from error
-        if len(data) != vocab_size:
-            raise ShardError(f"{where}: has classes of {len(data):,} tokens, expected {vocab_size:,}")
-        return cls(np.frombuffer(data, np.uint8))
+    ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    draws: npt.NDArray[np.int32] | None
+    codes: npt.NDArray[np.uint8] | None
 
 
 def columns_of(form: Form) -> tuple[str, ...]:
@@ -147,7 +112,7 @@ def _sums(values_N: npt.NDArray[np.float64], counts_R: npt.NDArray[np.int32]) ->
 
 
 def pack(scores: Sequence[TeacherScores], order: TokenOrder, form: Form) -> dict[str, Packed]:
-    """The binary columns of these conversations."""
+    """The binary columns of these conversations. Scores with `codes` are stored by them, not by their log-probs."""
     sizes = [len(each.ids) for each in scores]
     batches = [_pack_batch(scores[start:stop], order, form) for start, stop in _batches(sizes)]
     packed = {}
@@ -166,10 +131,12 @@ def unpack(
     form: Form,
     num_draws: int | None,
     where: str,
-) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]]:
-    """Ids, log-probs and draws of each conversation, in the order of `TeacherScores`; each array owns its memory.
+    keep_codes: bool = False,
+) -> Iterator[Kept]:
+    """The kept entries of each conversation, in the order of `TeacherScores`; each array owns its memory.
 
-    `counts` and `rest_mass` have [R] of each conversation; `num_draws` is None unless entries were drawn.
+    `counts` and `rest_mass` have [R] of each conversation; `num_draws` is None unless entries were drawn. `codes` come
+    with `keep_codes` and a quantised form alone.
 
     Raises:
         ShardError: the streams do not fit together, or name a token past the vocabulary.
@@ -180,11 +147,16 @@ def unpack(
         parts = {name: column.part(start, stop) for name, column in columns.items()}
         if counts_R.min(initial=0) < 0:
             raise ShardError(f"{where}: a row keeps {counts_R.min()} entries; the shard is damaged")
-        ids_N, logprobs_N, draws_N = _unpack_batch(parts, counts_R, rest_R, order, form, num_draws, where)
-        last = 0
-        for size in sizes[start:stop]:
-            part = slice(last, last := last + size)
-            yield ids_N[part].copy(), logprobs_N[part].copy(), None if draws_N is None else draws_N[part].copy()
+        ends = np.cumsum([0, *sizes[start:stop]])
+        kept = _unpack_batch(parts, ends, counts_R, rest_R, order, form, num_draws, where)
+        codes_N = kept.codes if keep_codes else None
+        for part in map(slice, ends[:-1], ends[1:]):
+            yield Kept(
+                kept.ids[part].copy(),
+                kept.logprobs[part].copy(),
+                None if kept.draws is None else kept.draws[part].copy(),
+                None if codes_N is None else codes_N[part].copy(),
+            )
 
 
 def _pack_batch(
@@ -216,27 +188,35 @@ def _pack_batch(
         (beyond.astype(np.uint8), np.diff(far_ends)),
         (h[high].astype("<u2").view(np.uint8), 2 * np.diff(high_ends)),
     ]
-    values_N = _entries(keys_RK, counts_R)
-    streams += [((values_N >> 8 * plane).astype(np.uint8), np.diff(ends)) for plane in range(num_bytes)]
+    values, value_ends = _entries(keys_RK, counts_R), ends
+    if form is None:
+        # Most ids are drawn once.
+        is_repeated_N = (values & ((1 << 8 * num_bytes) - 1)) > 1
+        values, value_ends = values[is_repeated_N], np.concatenate([[0], np.cumsum(is_repeated_N)])[ends]
+        streams.append((_pack_bits(is_repeated_N, ends), _bytes_of_bits(np.diff(ends))))
+    streams += [((values >> 8 * plane).astype(np.uint8), np.diff(value_ends)) for plane in range(num_bytes)]
     return dict(zip(columns_of(form), streams, strict=True))
 
 
 def _unpack_batch(
     columns: Mapping[str, npt.NDArray[np.uint8]],
+    ends: npt.NDArray[np.int64],
     counts_R: npt.NDArray[np.int32],
     rest_R: npt.NDArray[np.float32],
     order: TokenOrder,
     form: Form,
     num_draws: int | None,
     where: str,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
-    """Ids, log-probs and draws [N] of all rows, each row by descending log-prob, ties by ascending id."""
+) -> Kept:
+    """The entries of all rows, each row by descending log-prob, ties by ascending id; `ends` are conversations'."""
     symbols_N, low, high, *planes = (columns[name] for name in columns_of(form))
+    num_entries = int(counts_R.sum())
+    if form is None:
+        planes = _with_single_draws(planes, ends, where)
     far = np.flatnonzero(symbols_N >= _LITERALS)
     h = symbols_N[far].astype(np.int32) - _LITERALS
     is_high = h == _MOST_H
     found = [len(symbols_N), len(low), len(high), *map(len, planes)]
-    num_entries = int(counts_R.sum())
     expected = [num_entries, len(far), 2 * int(is_high.sum()), *[num_entries] * len(planes)]
     if found != expected:
         raise ShardError(
@@ -249,7 +229,7 @@ def _unpack_batch(
     # Damaged steps may add up to more than 32 bits hold.
     steps_N = np.minimum(steps_N, MAX_VOCAB_SIZE) + 1
     width = int(counts_R.max(initial=0))
-    wide_enough = np.int32 if width * (MAX_VOCAB_SIZE + 1) < 2**31 else np.int64
+    wide_enough: type[np.signedinteger] = np.int32 if width * (MAX_VOCAB_SIZE + 1) < 2**31 else np.int64
     ranks_RK = np.cumsum(_rows(steps_N, counts_R, 0), axis=1, dtype=wide_enough) - 1
     if ranks_RK.max(initial=0) >= len(order.ids):
         raise ShardError(
@@ -259,26 +239,27 @@ def _unpack_batch(
     keys_N = _sort_keys(planes, form, num_draws, where)
     keys_N <<= _ID_BITS
     keys_RK = _rows(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
-    keys_RK |= order.ids[ranks_RK].astype(keys_N.dtype)
+    keys_RK |= order.ids.take(ranks_RK, mode="clip").astype(keys_N.dtype)
     keys_RK.sort(axis=1)
     keys_N = _entries(keys_RK, counts_R)
     ids_N = (keys_N & ((1 << _ID_BITS) - 1)).astype(np.int32)
     keys_N >>= _ID_BITS
     if form in ("fp32", "fp16"):
-        return ids_N, from_descending_keys(keys_N.astype(np.uint32)), None
+        return Kept(ids_N, from_descending_keys(keys_N.astype(np.uint32)), None, None)
     if form is None:
         assert num_draws is not None
         draws_N = num_draws - keys_N.astype(np.int32)
-        return ids_N, share_logprobs(draws_N, num_draws), draws_N
+        return Kept(ids_N, share_logprobs(draws_N, num_draws), draws_N, None)
     weights = _WEIGHTS[LEVELS[form] :: -1]
     # Integers below 2^24, and so are their sums: float32 is exact.
-    sums_R = _rows(weights[keys_N], counts_R, 0).sum(axis=1).astype(np.float64)
+    sums_R = _rows(weights.take(keys_N, mode="clip"), counts_R, 0).sum(axis=1).astype(np.float64)
     mass_R = np.maximum(1.0 - rest_R.astype(np.float64), _LEAST_MASS)
     scale_R = np.log(mass_R) - np.log(np.maximum(sums_R, 1))
-    logprobs_N = np.log(weights.astype(np.float64)).astype(np.float32)[keys_N]
+    logprobs_N = np.log(weights.astype(np.float64)).astype(np.float32).take(keys_N, mode="clip")
     logprobs_N += np.repeat(scale_R.astype(np.float32), counts_R)
     # A row's one entry of probability 1 may be rounded to just above 0.
-    return ids_N, np.minimum(logprobs_N, np.float32(0), out=logprobs_N), None
+    np.minimum(logprobs_N, np.float32(0), out=logprobs_N)
+    return Kept(ids_N, logprobs_N, None, (LEVELS[form] - keys_N).astype(np.uint8))
 
 
 def _sort_keys(
@@ -304,7 +285,7 @@ def _sort_keys(
 
 
 def _values(scores: TeacherScores, form: Form) -> npt.NDArray[np.uint32]:
-    """Numbers of draws, bits of the float, or nearest steps of sqrt(p), in the order of the entries."""
+    """Numbers of draws, bits of the float, or steps of sqrt(p): those given, or else the nearest; entry by entry."""
     if form is None:
         assert scores.draws is not None
         return scores.draws.astype(np.uint32)
@@ -312,10 +293,54 @@ def _values(scores: TeacherScores, form: Form) -> npt.NDArray[np.uint32]:
         return scores.logprobs.view(np.uint32)
     if form == "fp16":
         return scores.logprobs.astype(np.float16).view(np.uint16).astype(np.uint32)
+    if scores.codes is not None:
+        assert scores.codes.max(initial=0) <= LEVELS[form]
+        return scores.codes.astype(np.uint32)
     assert np.isfinite(scores.logprobs).all()
     levels = np.float32(LEVELS[form])
     roots_N = np.exp(scores.logprobs * np.float32(0.5))
     return np.minimum(np.rint(roots_N * levels), levels).astype(np.uint32)
+
+
+def _with_single_draws(
+    columns: Sequence[npt.NDArray[np.uint8]], ends: npt.NDArray[np.int64], where: str
+) -> list[npt.NDArray[np.uint8]]:
+    """Byte planes of all numbers of draws, from the bits and the planes of those above 1.
+
+    Raises:
+        ShardError: they do not fit together.
+    """
+    bits, *planes = columns
+    if len(bits) != _bytes_of_bits(np.diff(ends)).sum():
+        raise ShardError(f"{where}: {len(bits):,} bytes of bits for {ends[-1]:,} drawn entries; the shard is damaged")
+    repeated = np.flatnonzero(np.unpackbits(bits, bitorder="little")[_places_of_bits(ends)])
+    if any(len(plane) != len(repeated) for plane in planes):
+        raise ShardError(
+            f"{where}: {[len(plane) for plane in planes]} bytes of draws for {len(repeated):,} entries that were drawn "
+            "more than once; the shard is damaged"
+        )
+    whole = [np.full(ends[-1], value, np.uint8) for value in (1, 0)]
+    for one, plane in zip(whole, planes, strict=True):
+        one[repeated] = plane
+    return whole
+
+
+def _pack_bits(flags_N: npt.NDArray[np.bool_], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """A bit an entry, the lowest first; each conversation begins with a byte of its own."""
+    bits = np.zeros(8 * _bytes_of_bits(np.diff(ends)).sum(), np.uint8)
+    bits[_places_of_bits(ends)] = flags_N
+    return np.packbits(bits, bitorder="little")
+
+
+def _places_of_bits(ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where the bit of each entry stands among all bits."""
+    sizes = np.diff(ends)
+    skipped = 8 * np.cumsum([0, *_bytes_of_bits(sizes)])[:-1] - ends[:-1]
+    return np.arange(ends[-1]) + np.repeat(skipped, sizes)
+
+
+def _bytes_of_bits(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return -(-sizes // 8)
 
 
 def _key_type(form: Form) -> type[np.unsignedinteger]:

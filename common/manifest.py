@@ -33,7 +33,7 @@ NUM_READERS = 16
 # Read at once to be hashed: one request, of an object.
 _HASHED_BYTES = 2**24
 
-_RECEIPT_NAME = re.compile(r"shard-(\d{5,})\.json")
+_SHARD_NAME = re.compile(r"shard-(\d{5,})\.(parquet|json)")
 
 
 class TeacherIdentity(Strict):
@@ -218,9 +218,15 @@ def read_manifest(output: Location) -> Manifest:
 
 def published_shards(output: Location) -> tuple[int, ...]:
     """Numbers of the shards that have a receipt, ascending."""
-    files = list_files(output)
-    numbers = {int(match[1]) for match in map(_RECEIPT_NAME.fullmatch, files) if match}
-    return tuple(sorted(n for n in numbers if receipt_path(output, n).name in files))
+    return tuple(
+        sorted(n for name in list_files(output) if (n := shard_number(name)) is not None and name.endswith(".json"))
+    )
+
+
+def shard_number(name: str) -> int | None:
+    """The number in the name of a shard's file or receipt; None for other names, and for numbers written otherwise."""
+    match = _SHARD_NAME.fullmatch(name)
+    return int(match[1]) if match and name == f"shard-{int(match[1]):05d}.{match[2]}" else None
 
 
 def read_receipt(output: Location, number: int, manifest: Manifest) -> Receipt:
@@ -258,15 +264,20 @@ def open_output(output: Location, manifest: Manifest) -> None:
         )
 
 
-def list_differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every leaf in which two nested dictionaries differ, one line each."""
+def list_differences(
+    there: dict[str, Any],
+    here: dict[str, Any],
+    prefix: str = "",
+    names: tuple[str, str] = ("the output", "this run"),
+) -> list[str]:
+    """Every leaf in which two nested dictionaries differ, one line each; `names` are what the two are called."""
     lines = []
     for key in sorted({*there, *here}):
         a, b = there.get(key), here.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += list_differences(a, b, f"{prefix}{key}.")
+            lines += list_differences(a, b, f"{prefix}{key}.", names)
         elif a != b:
-            lines.append(f"{prefix}{key}: the output has {a!r}, this run has {b!r}")
+            lines.append(f"{prefix}{key}: {names[0]} has {a!r}, {names[1]} has {b!r}")
     return lines
 
 

@@ -133,6 +133,15 @@ def put(path: UPath, data: bytes, *, replace: bool = True) -> None:
         raise StorageError(f"{path}: could not be written ({_words(error)}); is there such a bucket?") from error
 
 
+def move(source: UPath, destination: UPath) -> None:
+    """Copies an object within its store, then deletes it. Raises StorageError."""
+    try:
+        attempt(source, f"copy to {destination}", lambda fs, key: fs.cp_file(key, destination.path))
+    except FileNotFoundError as error:
+        raise StorageError(f"{source}: could not be moved, it is gone; find out what removed it") from error
+    attempt(source, "delete", lambda fs, key: fs.rm_file(key))
+
+
 def get(path: UPath) -> bytes:
     """A whole object. Raises FileNotFoundError or StorageError."""
     return bytes(attempt(path, "read", lambda fs, key: fs.cat_file(key)))

@@ -24,6 +24,9 @@ class TeacherScores:
     `draws` int32 [N] is None where the best entries are kept. Where ids were drawn from the distribution with
     replacement it says how often each was; then `logprobs` is ln(draws / number of draws), and `rest_mass` the share
     of the draws that fell on ids past the tokenizer's vocabulary. Sparse Logit Sampling, arXiv 2503.16870.
+
+    `codes` uint8 [N], where they are given, are what `logprobs` were decoded from (precisions q8 and q6): written again
+    they give the same log-probs to the bit, which coding the decoded ones would not.
     """
 
     own_logprobs: npt.NDArray[np.float32]
@@ -32,12 +35,14 @@ class TeacherScores:
     ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
     draws: npt.NDArray[np.int32] | None = None
+    codes: npt.NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         num_rows, num_entries = len(self.own_logprobs), int(self.counts.sum())
         assert len(self.rest_mass) == len(self.counts) == num_rows
         assert len(self.ids) == len(self.logprobs) == num_entries
         assert self.draws is None or len(self.draws) == num_entries
+        assert self.codes is None or len(self.codes) == num_entries
 
     @property
     def num_rows(self) -> int:

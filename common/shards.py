@@ -19,24 +19,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.codec import Packed, TokenOrder, columns_of, pack, unpack
+from common.codec import Packed, columns_of, pack, unpack
 from common.encoding import Encoded
 from common.errors import ShardError
 from common.manifest import CaptureSettings, Manifest, Receipt, Skipped, receipt_path, shard_path, write_sealed
 from common.samples import ImageRef, Kind, Sample, Turn
 from common.scores import TeacherScores
 from common.storage import Location, open_ranged, publish
+from common.token_order import TokenOrder
 
 PREFIXES: dict[Kind, tuple[str, ...]] = {"kd": ("",), "dpo": ("chosen_", "rejected_")}
 
 ROWS_PER_GROUP = 64
 
-_VERSION_KEY = b"decant.schema_version"
-_MANIFEST_KEY = b"decant.manifest"
-_DIGEST_KEY = b"decant.manifest_sha256"
-_CLASSES_KEY = b"decant.token_classes"
-_SHARD_KEY = b"decant.shard"
-_IMAGE_TOKEN_KEY = b"decant.image_token_id"
+# Keys of the Parquet footer begin with this; what follows it is a key of `ShardFile.footer`.
+_KEY_PREFIX = b"decant."
 
 # Higher levels save 2% and take several times as long.
 _ZSTD_LEVEL = 3
@@ -121,12 +118,15 @@ def write_shard(
         # Given to the schema it would be written twice, the second time in what Arrow keeps for itself.
         writer.add_key_value_metadata(
             {
-                _VERSION_KEY: str(manifest.schema_version),
-                _MANIFEST_KEY: manifest.model_dump_json(),
-                _DIGEST_KEY: manifest.sha256,
-                _SHARD_KEY: str(number),
-                _IMAGE_TOKEN_KEY: "" if image_token_id is None else str(image_token_id),
-                _CLASSES_KEY: order.to_text(),
+                _KEY_PREFIX + name: value
+                for name, value in {
+                    b"schema_version": str(manifest.schema_version),
+                    b"manifest": manifest.model_dump_json(),
+                    b"manifest_sha256": manifest.sha256,
+                    b"shard": str(number),
+                    b"image_token_id": "" if image_token_id is None else str(image_token_id),
+                    b"token_classes": order.to_text(),
+                }.items()
             }
         )
     data = buffer.getvalue()
@@ -147,12 +147,16 @@ def write_shard(
 class ShardFile:
     """An open shard: rows by row group, each decoded when it is asked for.
 
+    `footer` has what the file says of itself, `image_token_id` a part of that. With `keep_codes` rows keep the codes
+    of their log-probs, so that they can be written again as they are.
+
     Raises:
         ShardError: on opening or reading, naming the file, if it is not a shard of this manifest or is damaged.
     """
 
-    def __init__(self, path: Location, manifest: Manifest, number: int) -> None:
+    def __init__(self, path: Location, manifest: Manifest, number: int, *, keep_codes: bool = False) -> None:
         self.path = path
+        self._keep_codes = keep_codes
         self._kind = manifest.kind
         self._capture = manifest.capture
         with self._damage_is_named():
@@ -161,20 +165,20 @@ class ShardFile:
             source = open_ranged(path) if remote else path
             self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
             found = self._file.schema_arrow
-            metadata = self._file.metadata.metadata or {}
-            image_token = metadata.get(_IMAGE_TOKEN_KEY)
-            self._image_token_id = int(image_token) if image_token else None
+            self.footer = _footer(self._file.metadata)
+            image_token = self.footer.get("image_token_id")
+            self.image_token_id = int(image_token) if image_token else None
         if not found.equals(schema(manifest.kind, manifest.capture)):
             raise ShardError(
                 f"{path}: its columns are not those of a {manifest.kind} shard with "
                 f"{manifest.capture.precision or 'drawn'} entries:\n{found.to_string(show_schema_metadata=False)}"
             )
-        if metadata.get(_DIGEST_KEY) != manifest.sha256.encode():
+        if self.footer.get("manifest_sha256") != manifest.sha256:
             raise ShardError(f"{path}: belongs to an output with another manifest")
-        if metadata.get(_SHARD_KEY) != str(number).encode():
-            raise ShardError(f"{path}: holds shard {metadata.get(_SHARD_KEY)!r}; the file was renamed")
-        classes = metadata.get(_CLASSES_KEY, b"")
-        self._order = TokenOrder.from_text(classes, manifest.tokenizer.vocab_size, str(path))
+        if self.footer.get("shard") != str(number):
+            raise ShardError(f"{path}: holds shard {self.footer.get('shard')!r}; the file was renamed")
+        classes = self.footer.get("token_classes", "")
+        self._order = TokenOrder.from_text(classes.encode(), manifest.tokenizer.vocab_size, str(path))
         self.num_rows: int = self._file.metadata.num_rows
 
     @property
@@ -187,9 +191,9 @@ class ShardFile:
         return int(self._file.metadata.row_group(group).num_rows)
 
     def read_column(self, name: str) -> list[Any]:
-        """All values of one column."""
+        """All values of one column, or of one part of it, such as images.list.element.path."""
         with self._damage_is_named():
-            values: list[Any] = self._file.read([name]).column(name).to_pylist()
+            values: list[Any] = self._file.read([name]).column(name.partition(".")[0]).to_pylist()
         return values
 
     def read_group(self, group: int) -> list[ShardRow]:
@@ -247,15 +251,35 @@ class ShardFile:
             self._capture.precision,
             self._capture.num_draws,
             f"{self.path}: rows {first_row} to {first_row + len(counts) - 1}",
+            self._keep_codes,
         )
         columns = zip(_split(table.column(prefix + "input_ids")), spans, own, rest, counts, kept, strict=True)
         return [
             ScoredConversation(
-                Encoded(input_ids, spans_, self._image_token_id),
-                TeacherScores(own_, rest_, counts_, ids, logprobs, draws),
+                Encoded(input_ids, spans_, self.image_token_id),
+                TeacherScores(own_, rest_, counts_, *entries),
             )
-            for input_ids, spans_, own_, rest_, counts_, (ids, logprobs, draws) in columns
+            for input_ids, spans_, own_, rest_, counts_, entries in columns
         ]
+
+
+def read_footer(path: Location) -> dict[str, str]:
+    """What a shard says of itself, whatever output it belongs to.
+
+    Raises:
+        ShardError: no Parquet file, or a damaged one.
+    """
+    with _DamageIsNamed(path), open_ranged(path) as file:
+        return _footer(pq.read_metadata(file))
+
+
+def _footer(metadata: pq.FileMetaData) -> dict[str, str]:
+    """The keys that this program writes, without their prefix."""
+    return {
+        key.removeprefix(_KEY_PREFIX).decode(errors="replace"): value.decode(errors="replace")
+        for key, value in (metadata.metadata or {}).items()
+        if key.startswith(_KEY_PREFIX)
+    }
 
 
 class _DamageIsNamed:
@@ -274,7 +298,7 @@ class _DamageIsNamed:
         ):
             raise ShardError(
                 f"{self._path}: cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                "run verify-shards, remove the named files and run precompute-logits again: it fills the gap"
+                "run verify-shards with --repair, then precompute-logits again: it fills the gap"
             ) from error
 
 

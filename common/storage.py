@@ -129,6 +129,26 @@ def publish_new(location: Location, data: bytes) -> bool:
     return True
 
 
+def move(source: Location, destination: Location) -> None:
+    """Gives a file another name in the same file system or bucket; of an object, copies it and then deletes it.
+
+    Raises:
+        StorageError: not moved; of an object there may be a copy already.
+    """
+    if not isinstance(source, Path):
+        assert not isinstance(destination, Path)
+        object_store.move(source, destination)
+        return
+    assert isinstance(destination, Path)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(destination)
+        for directory in (destination.parent, source.parent):
+            _sync_directory(directory)
+    except OSError as error:
+        raise StorageError(f"{source}: could not be moved to {destination} ({error.strerror})") from error
+
+
 def read_bytes(location: Location) -> bytes:
     """A whole file.
 

@@ -1,13 +1,14 @@
 """Named checks with their counts and problems, as a table and as JSON."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.manifest import Manifest
 from common.storage import Location
 
 # Kept of each check; the others are counted.
@@ -24,23 +25,28 @@ class Problem:
 
 @dataclass
 class Check:
-    """One thing that was looked at, `num_checked` times. Only the first problems are kept, all are counted."""
+    """One thing that was looked at, `num_checked` times.
+
+    Only the first problems are kept; all are counted, and `files` has the names of all files that have one.
+    """
 
     name: str
     meaning: str
     num_checked: int = 0
     num_problems: int = 0
     problems: list[Problem] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)
 
     def passed(self, count: int = 1) -> None:
         """Counts `count` more things that were looked at."""
         self.num_checked += count
 
     def failed(self, path: Location, what: str) -> None:
-        """Notes a problem."""
+        """Notes a problem. An error that names the file itself does not name it twice."""
         self.num_problems += 1
+        self.files.add(path.name)
         if len(self.problems) < MAX_LISTED:
-            self.problems.append(Problem(str(path), what))
+            self.problems.append(Problem(str(path), what.removeprefix(f"{path}: ")))
 
     @property
     def ok(self) -> bool:
@@ -50,7 +56,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """Outcome of `verify`. A check that looked at nothing was not reached, or has nothing to look at."""
+    """Outcome of `verify`. A check that looked at nothing was not reached, or has nothing to look at.
+
+    `listing` has the names and sizes of the output's files as they were looked at. `restored` is None unless
+    manifest.json is broken and the shards say what it was.
+    """
 
     output: Location
     checks: tuple[Check, ...]
@@ -59,6 +69,8 @@ class Report:
     num_scored_tokens: int
     num_bytes: int
     num_skipped: int
+    listing: dict[str, int]
+    restored: Manifest | None
 
     @property
     def ok(self) -> bool:
@@ -67,10 +79,22 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report as one JSON object."""
-        body = asdict(self) | {"output": str(self.output), "ok": self.ok}
-        for check, entry in zip(self.checks, body["checks"], strict=True):
-            entry["ok"] = check.ok
-        return json.dumps(body, indent=1)
+        totals = {
+            name: getattr(self, name)
+            for name in ("num_shards", "num_rows", "num_scored_tokens", "num_bytes", "num_skipped")
+        }
+        checks = [
+            {
+                "name": check.name,
+                "meaning": check.meaning,
+                "num_checked": check.num_checked,
+                "num_problems": check.num_problems,
+                "problems": [asdict(problem) for problem in check.problems],
+                "ok": check.ok,
+            }
+            for check in self.checks
+        ]
+        return json.dumps({"output": str(self.output), "checks": checks, **totals, "ok": self.ok}, indent=1)
 
     def render(self) -> RenderableType:
         """A table of the checks, the problems below it, and the totals."""
@@ -95,3 +119,14 @@ class Report:
                 yield Text(f"{check.name}: {problem.path}: {problem.what}", style="red")
             if more := check.num_problems - len(check.problems):
                 yield Text(f"{check.name}: and {more:,} more", style="red")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as "0-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,12 +1,12 @@
 """`verify-shards`: whether an output is whole and what it claims to be. Needs neither torch nor vLLM.
 
-    manifest ─> for each shard: receipt ─> SHA-256 ─> columns ─> pages ─> rows ─> totals and coverage
+    manifest ─> for each shard: receipt ─> SHA-256 ─> columns ─> footer ─> pages ─> rows ─> totals and coverage
 
 Nothing that a file holds makes this crash: each finding is a problem in the report, and the walk goes on with
 what can still be read. A file whose bytes changed is not parsed.
 """
 
-import re
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -21,14 +21,18 @@ from common.manifest import (
     published_shards,
     read_manifest,
     read_receipt,
+    read_sealed,
     receipt_path,
+    shard_number,
     shard_path,
 )
 from common.samples import Dataset, ImageRef, Sample, prompt_turns
 from common.shards import PREFIXES, ShardFile, ShardRow
 from common.storage import Location, list_files
-from precompute.report import Check, Report
+from precompute.provenance import footer_problems, manifest_of_shards, manifest_problems
+from precompute.report import Check, Report, ranges
 from precompute.row_checks import kept_problems, mass_problems, own_problems, token_problems
+from precompute.sample_checks import image_problems, message_problems
 
 _MEANINGS = {
     "manifest": "manifest.json is what was written",
@@ -38,16 +42,16 @@ _MEANINGS = {
     "checksums": "the bytes of each shard are those that were written",
     "columns": "each shard has the columns of the format",
     "pages": "each page of each shard can be read and matches its checksum",
+    "footers": "footers repeat the manifest, and row groups have the size that readers count on",
     "order": "rows are in dataset order, ids are unique, generated responses are numbered",
+    "messages": "roles, image markers and scored turns are those that the settings allow",
+    "images": "image files are stored and can be opened, or not stored where paths are to do",
     "tokens": "token ids are in the vocabulary, spans inside the sequence",
     "kept": "kept entries are finite, and no more than were asked for",
     "mass": "kept mass is at most 1, adds up to 1 with the rest, and is what was asked for",
     "own": "own log-probs are finite, at most 0, and agree with kept entries and sums",
     "dataset": "every sample is the dataset's, in its order, with the same messages (but generated responses)",
 }
-
-
-_SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
 
 
 def verify(output: Location, dataset: Location | None = None, *, progress: bool = True) -> Report:
@@ -72,8 +76,12 @@ class _Verification:
         self._number = 0
         self._receipts: list[Receipt] = []
         self._files: dict[str, int] = {}
+        self._restored: Manifest | None = None
+        # Shards with rows, by the id of their image token.
+        self._image_tokens: dict[int | None, list[Location]] = {}
 
     def report(self, dataset: Location | None, progress: bool) -> Report:
+        self._files = list_files(self._output)
         manifest = self._read_manifest()
         if manifest is not None:
             self._open_dataset(dataset, manifest)
@@ -83,6 +91,7 @@ class _Verification:
             with tqdm(numbers, desc="verifying", unit=" shards", disable=not progress) as shown:
                 for number in shown:
                     self._check_shard(number, manifest)
+            self._check_image_tokens()
         if dataset is None:
             del self._checks["dataset"]
         return Report(
@@ -93,22 +102,40 @@ class _Verification:
             num_scored_tokens=sum(receipt.num_scored_tokens for receipt in self._receipts),
             num_bytes=sum(receipt.num_bytes for receipt in self._receipts),
             num_skipped=sum(len(receipt.skipped) for receipt in self._receipts),
+            listing=self._files,
+            restored=self._restored,
         )
 
     def _read_manifest(self) -> Manifest | None:
+        """That of the output, or, if it is broken, the one in its shards, so that these can still be checked."""
         check, path = self._checks["manifest"], self._output / MANIFEST_NAME
         check.passed()
         try:
             manifest = read_manifest(self._output)
+            problems = [*manifest_problems(manifest), *self._is_another_outputs(manifest)]
         except StorageError:
             raise
         except DecantError as error:
-            check.failed(path, str(error))
+            problems = [str(error)]
+        if not problems:
+            return manifest
+        for problem in problems:
+            check.failed(path, problem)
+        try:
+            self._restored = manifest_of_shards(self._output)
+        except ShardError as error:
+            check.failed(path, f"nothing else was checked, since the shards do not tell what it was: {error}")
             return None
-        if manifest.samples_per_shard < 1 or manifest.dataset.num_samples < 1:
-            check.failed(path, "has no samples, or shards of none")
-            return None
-        return manifest
+        return None if list(manifest_problems(self._restored)) else self._restored
+
+    def _is_another_outputs(self, manifest: Manifest) -> Iterator[str]:
+        """No receipt belongs to it, while all shards belong together."""
+        numbers = published_shards(self._output)
+        with contextlib.suppress(ShardError):
+            if numbers and read_sealed(receipt_path(self._output, numbers[0]), Receipt).manifest_sha256 != (
+                manifest.sha256
+            ):
+                yield f"is not the manifest of the shards, which all name {manifest_of_shards(self._output).sha256}"
 
     def _open_dataset(self, path: Location | None, manifest: Manifest) -> None:
         if path is None:
@@ -130,8 +157,8 @@ class _Verification:
     def _check_files(self, manifest: Manifest, published: set[int]) -> None:
         """Shards without receipts and the reverse, numbers past the end, and shards that are missing."""
         files, coverage = self._checks["files"], self._checks["coverage"]
-        self._files = list_files(self._output)
-        found = {int(match[1]) for match in map(_SHARD_NAME.fullmatch, self._files) if match}
+        stored = [name for name in self._files if name.endswith(".parquet")]
+        found = {number for name in stored if (number := shard_number(name)) is not None}
         for number in sorted(found | published):
             files.passed()
             if number >= manifest.num_shards:
@@ -145,7 +172,7 @@ class _Verification:
         if missing:
             coverage.failed(
                 self._output,
-                f"{len(missing)} of {manifest.num_shards} shards are missing: {_ranges(missing)}; "
+                f"{len(missing)} of {manifest.num_shards} shards are missing: {ranges(missing)}; "
                 "run precompute-logits again, it writes these alone",
             )
 
@@ -197,18 +224,32 @@ class _Verification:
         check.failed(
             path,
             f"has {size:,} bytes with SHA-256 {sha256}, its receipt says {receipt.num_bytes:,} with {receipt.sha256}; "
-            "remove both files and run precompute-logits again, it fills the gap",
+            "run verify-shards with --repair, then precompute-logits again: it fills the gap",
         )
         return False
 
+    def _check_image_tokens(self) -> None:
+        """The shards of one tokenizer have one; those that differ from most are taken to be wrong."""
+        most = max(map(len, self._image_tokens.values()), default=0)
+        usual = next((token for token, shards in self._image_tokens.items() if len(shards) == most), None)
+        for token, shards in self._image_tokens.items():
+            for path in shards if token != usual else ():
+                self._checks["footers"].failed(path, f"its image token is {token}, in most shards it is {usual}")
+
     def _check_rows(self, shard: ShardFile, number: int, receipt: Receipt, manifest: Manifest) -> None:
+        self._note("footers", shard.path, "footer", footer_problems(shard, manifest))
+        if shard.num_rows:
+            self._image_tokens.setdefault(shard.image_token_id, []).append(shard.path)
         indices: list[int] = []
         num_tokens = 0
+        self._last_index = manifest.shard_range(number).start - 1
         sums = [iter(shard.read_column(prefix + "logprob_sum")) for prefix in PREFIXES[manifest.kind]]
         for row in self._rows(shard):
             indices.append(row.index)
             where = f"row {row.index} ({row.sample.id!r})"
             self._check_order(row, where, shard.path, manifest, manifest.shard_range(number))
+            self._note("messages", shard.path, where, message_problems(row, manifest))
+            self._note("images", shard.path, where, image_problems(row, manifest), len(row.sample.images))
             self._check_against_dataset(row, where, shard.path, manifest)
             for scored, column in zip(row.conversations, sums, strict=True):
                 total = next(column)
@@ -297,6 +338,12 @@ class _Verification:
                 f"{len(indices)} rows with {num_tokens:,} scored tokens, its receipt says {receipt.num_rows} with "
                 f"{receipt.num_scored_tokens:,}",
             )
+        for skipped in receipt.skipped:
+            if skipped.id in self._seen_ids:
+                self._checks["order"].failed(
+                    receipt_path(self._output, receipt.shard), f"lists {skipped.id!r} as skipped; its id occurs twice"
+                )
+            self._seen_ids.add(skipped.id)
         if self._dataset is not None:
             for skipped in receipt.skipped:
                 if not (skipped.index < len(self._dataset) and self._dataset.ids[skipped.index] == skipped.id):
@@ -309,14 +356,3 @@ class _Verification:
 def _without_response(sample: Sample) -> Sample:
     """The sample with its prompts alone."""
     return replace(sample, conversations=tuple(map(prompt_turns, sample.conversations)))
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers as "0-3, 7"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -29,3 +30,19 @@ def store(_running_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
     _running_store.clear()
     yield _running_store
     _running_store.clear()
+
+
+@pytest.fixture
+def record_counts(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Takes a line of what a test counted, which the summary of the whole run shows."""
+    return lambda line: record_property("counts", line)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Shows what tests counted, also where workers ran them and output is captured."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    called = [report for report in reports if getattr(report, "when", None) == "call"]
+    if lines := [str(value) for report in called for name, value in report.user_properties if name == "counts"]:
+        terminalreporter.section("counts")
+        for line in lines:
+            terminalreporter.write_line(line)

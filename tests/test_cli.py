@@ -15,7 +15,7 @@ from common.manifest import shard_path
 from tests.models import tiny_llava, tiny_tokenizer
 from tests.train.runs import LiveTeacher, environment, write_mixed_dataset
 
-COMMANDS = ("precompute-logits", "verify-shards", "plan", "train", "init-student", "export", "demo")
+COMMANDS = ("precompute-logits", "verify-shards", "merge-shards", "plan", "train", "init-student", "export", "demo")
 
 Run = Callable[..., tuple[int, str]]
 

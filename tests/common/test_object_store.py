@@ -22,6 +22,7 @@ from common.storage import (
     file_size,
     is_file,
     list_files,
+    move,
     open_ranged,
     publish,
     publish_new,
@@ -359,3 +360,18 @@ def test_an_image_may_not_leave_a_remote_root(root: Location, path: str) -> None
     ):
         with pytest.raises(DataError, match=r"here: image .* is no plain path below image_root"):
             call()
+
+
+def test_an_object_is_copied_before_it_is_deleted(store: Store, root: UPath) -> None:
+    publish(root / "a", b"12")
+    at_first(store, SLOW_DOWN, 2)
+    move(root / "a", root / "below" / "b")
+    assert store.objects(root.name) == {"below/b": b"12"}
+    publish(root / "a", b"3")
+    store.fault = lambda _, method, key: DENIED if method in ("DELETE", "POST") else None
+    with pytest.raises(StorageError, match="could not delete"):
+        move(root / "a", root / "c")
+    assert store.objects(root.name) == {"below/b": b"12", "a": b"3", "c": b"3"}
+    store.clear()
+    with pytest.raises(StorageError, match="could not be moved, it is gone"):
+        move(root / "nowhere", root / "d")

@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from common.codec import ID_COLUMNS, TokenOrder, pack
+from common.codec import ID_COLUMNS, pack
 from common.manifest import CaptureSettings, GenerateSettings, Manifest, Receipt, Skipped, open_output
 from common.samples import Kind
 from common.scores import TeacherScores, from_rectangle
 from common.shards import ShardFile, schema, write_shard
+from common.token_order import TokenOrder
 from tests.common.builders import make_manifest, make_rows
 
 PAGE = (Path(__file__).parents[2] / "docs" / "shard-format.md").read_text("utf-8")
@@ -62,6 +63,12 @@ def values_of(columns: dict[str, bytes], counts: list[int], rests: list[float], 
     }[form]
     planes = [columns[f"{name}_{plane}"] for plane in range(width)]
     values = (struct.unpack(code, bytes(entry))[0] for entry in zip(*planes, strict=True))
+    if form is None:
+        bits = columns["topk_repeated"]
+        assert len(bits) == -(-sum(counts) // 8)
+        flags = [bits[i // 8] >> i % 8 & 1 for i in range(sum(counts))]
+        values, repeated = iter([next(values) if flag else 1 for flag in flags]), values
+        assert list(repeated) == []
     return [[next(values) for _ in range(count)] for count in counts]
 
 
@@ -91,7 +98,7 @@ def test_the_worked_example_is_right() -> None:
     np.testing.assert_allclose(np.exp([*itertools.chain(*exact)]), [p for row in stated for _, p, _ in row], rtol=1e-6)
     coded = values_of(columns, counts, rests, "q8")
     np.testing.assert_allclose(np.exp([*itertools.chain(*coded)]), [0.3607, 0.4993, 0.64], atol=5e-5)
-    assert values_of(columns, counts, rests, None) == [[300, 2], [302]]
+    assert values_of(columns, counts, rests, None) == [[300, 1], [302]]
 
     # What this program writes of the same entries.
     for form, names in (("q8", ["topk_roots"]), ("fp32", [f"topk_logprobs_{p}" for p in range(4)])):
@@ -233,7 +240,8 @@ def test_drawn_entries_are_found_by_the_page_too(tmp_path: Path) -> None:
 
 
 def test_the_page_names_every_column_type_and_key() -> None:
-    table = dict(re.findall(r"^\| `(\w+)`[^|]* \| ([^|]*?)(?:, (?:[TR]|N bytes(?: each)?))? \|", PAGE, re.MULTILINE))
+    length = r"(?:, (?:[TR]|(?:N|⌈N/8⌉) bytes(?: each)?))?"
+    table = dict(re.findall(rf"^\| `(\w+)`[^|]* \| ([^|]*?){length} \|", PAGE, re.MULTILINE))
     for precision in ("fp32", "fp16", "q8", "q6", None):
         capture = make_manifest(**({"precision": precision} if precision else {"num_draws": 3, "top_k": 0})).capture
         columns = [field.name for field in schema("kd", capture)]

@@ -152,7 +152,8 @@ def test_duckdb_sees_native_columns(tmp_path: Path, kind: Kind, capture: str) ->
     settings, entries = CAPTURES[capture]
     rows = make_rows(kind, 70, **entries)
     write_shard(tmp_path, 0, make_manifest(kind, **settings), rows, ())
-    names = ("topk_draws_0", "topk_draws_1") if capture == "drawn" else [f"topk_logprobs_{p}" for p in range(4)]
+    drawn = ("topk_repeated", "topk_draws_0", "topk_draws_1")
+    names = drawn if capture == "drawn" else [f"topk_logprobs_{p}" for p in range(4)]
     packed = dict.fromkeys(names, "BLOB")
     prefixes = ("",) if kind == "kd" else ("chosen_", "rejected_")
     files = f"read_parquet('{tmp_path}/shard-*.parquet')"

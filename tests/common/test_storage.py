@@ -19,6 +19,7 @@ from common.storage import (
     LocalPath,
     LocationField,
     list_files,
+    move,
     publish,
     publish_new,
     remove_partials,
@@ -214,3 +215,12 @@ def test_files_are_listed_with_their_bytes(tmp_path: Path) -> None:
     publish(tmp_path / "x", b"12")
     (tmp_path / "below").mkdir()
     assert list_files(tmp_path) == {"x": 2}
+
+
+def test_a_file_is_moved_into_a_new_directory(tmp_path: Path) -> None:
+    publish(tmp_path / "x", b"12")
+    move(tmp_path / "x", tmp_path / "below" / "deeper" / "y")
+    assert list_files(tmp_path) == {}
+    assert list_files(tmp_path / "below" / "deeper") == {"y": 2}
+    with pytest.raises(StorageError, match=r"x: could not be moved to .*y \(No such file or directory\)"):
+        move(tmp_path / "x", tmp_path / "y")

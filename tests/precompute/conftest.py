@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from precompute.config import PrecomputeConfig
 from precompute.run import run
 from tests.models import tiny_causal_lm, tiny_llava
+from tests.precompute.runs import NUM_SAMPLES
 from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config
 
 
@@ -31,3 +33,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
 @pytest.fixture
 def output(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole / "out", tmp_path / "out")
+
+
+@pytest.fixture
+def config(tmp_path: Path, llava_dir: Path) -> PrecomputeConfig:
+    return make_config(tmp_path, llava_dir, conversation_records(tmp_path, NUM_SAMPLES))

@@ -12,10 +12,11 @@ import zstandard
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from common.codec import TokenOrder, pack
+from common.codec import pack
 from common.errors import DataError, ModelError
 from common.figures import Figure, show
 from common.scores import from_draws, from_rectangle
+from common.token_order import TokenOrder
 from precompute.estimate import (
     ENTRY_BYTES,
     GPUS,

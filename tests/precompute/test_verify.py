@@ -11,8 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -21,7 +21,6 @@ from common.manifest import (
     GenerateSettings,
     Receipt,
     Skipped,
-    file_sha256,
     read_manifest,
     read_receipt,
     receipt_path,
@@ -29,26 +28,19 @@ from common.manifest import (
     write_sealed,
 )
 from common.samples import Sample, Turn
-from common.shards import ShardFile, ShardRow, write_shard
+from common.scores import TeacherScores
+from common.shards import ScoredConversation, ShardFile, ShardRow, write_shard
 from precompute.report import MAX_LISTED
 from precompute.run import run
 from precompute.verify import verify
 from tests.common.builders import read_table
-from tests.precompute.outputs import failed, rows_of
+from tests.precompute.outputs import failed, flip, rows_of, sign_again, with_sample
 from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config, preference_records
 from tests.real_weights import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
 Damage = Callable[[Path], None]
-
-
-def sign_again(output: Path, number: int) -> None:
-    """Makes a receipt that fits whatever the shard's bytes are now, so that later checks are reached."""
-    receipt = read_receipt(output, number, read_manifest(output))
-    path = shard_path(output, number)
-    changed = {"sha256": file_sha256(path), "num_bytes": path.stat().st_size}
-    write_sealed(receipt_path(output, number), receipt.model_copy(update=changed))
 
 
 def test_a_whole_output_passes_every_check(whole: Path) -> None:
@@ -63,12 +55,6 @@ def test_preference_pairs_pass_every_check(tmp_path: Path, llava_dir: Path) -> N
     config = make_config(tmp_path, llava_dir, preference_records(tmp_path, 6), kind="dpo", top_k=0)
     run(config, progress=False, start_teacher=StandInTeacher)
     assert verify(config.output, config.dataset, progress=False).ok
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0x10
-    path.write_bytes(data)
 
 
 FILE_DAMAGE: dict[str, tuple[Damage, str, str]] = {
@@ -106,7 +92,7 @@ FILE_DAMAGE: dict[str, tuple[Damage, str, str]] = {
     "cut short": (
         lambda out: shard_path(out, 1).write_bytes(shard_path(out, 1).read_bytes()[:-100]),
         "checksums",
-        "remove both files and run precompute-logits again",
+        "run verify-shards with --repair, then precompute-logits again",
     ),
     "emptied": (lambda out: shard_path(out, 1).write_bytes(b""), "checksums", "has 0 bytes"),
 }
@@ -182,7 +168,9 @@ def test_rows_and_skipped_samples_together_cover_the_range(output: Path, whole: 
     write_shard(output, 1, read_manifest(output), rows, [Skipped(index=4, id="s4", reason="too long")])
     assert "coverage" in failed(verify(output, progress=False))
     write_shard(output, 1, read_manifest(output), rows[1:], [Skipped(index=4, id="s5", reason="too long")])
-    assert "another sample" in failed(verify(output, whole / "data.jsonl", progress=False))["dataset"]
+    found = failed(verify(output, whole / "data.jsonl", progress=False))
+    assert "another sample" in found["dataset"]
+    assert "lists 's5' as skipped; its id occurs twice" in found["order"]
 
 
 def test_a_receipt_with_other_counts_is_found(output: Path) -> None:
@@ -238,13 +226,21 @@ def generated_output(output: Path, num_samples: int) -> Callable[[int, list[Shar
 
 
 def response(row: ShardRow, number: int) -> ShardRow:
-    """The row with another text of the last turn, as response `number` to its sample."""
+    """The row with another text of the last turn, which alone is scored, as response `number` to its sample."""
     turns = (*row.sample.conversations[0][:-1], Turn("assistant", f"written by the teacher {number}"))
-    return with_sample(row, id=f"{row.sample.id}#{number}", conversations=(turns,))
-
-
-def with_sample(row: ShardRow, **changes: Any) -> ShardRow:
-    return dataclasses.replace(row, sample=dataclasses.replace(row.sample, **changes))
+    (scored,) = row.conversations
+    start, stop = scored.encoded.spans[-1]
+    encoded = dataclasses.replace(
+        scored.encoded, input_ids=scored.encoded.input_ids[:stop], spans=np.array([[start, stop]], np.int32)
+    )
+    before = scored.scores.num_rows - int(stop - start)
+    num_entries = int(scored.scores.counts[:before].sum())
+    cut = {name: getattr(scored.scores, name)[before:] for name in ("own_logprobs", "rest_mass", "counts")}
+    entries = {name: getattr(scored.scores, name)[num_entries:] for name in ("ids", "logprobs")}
+    last = ScoredConversation(encoded, TeacherScores(**cut, **entries))
+    return with_sample(
+        dataclasses.replace(row, conversations=(last,)), id=f"{row.sample.id}#{number}", conversations=(turns,)
+    )
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])

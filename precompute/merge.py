@@ -1,0 +1,279 @@
+"""`merge-shards`: outputs that were made apart become one.
+
+    outputs of one manifest ─> for each shard: the first whole copy ─> its bytes, then its receipt
+    with --samples-per-shard: rows of all shards ─> new shards under a manifest that differs in that number alone
+
+Every file is checked against its receipt before it is used. A merge that was interrupted goes on where it ended: the
+shards that are complete stay.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from common.errors import ConfigError, ProvenanceError, ShardError
+from common.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Receipt,
+    Skipped,
+    list_differences,
+    open_output,
+    read_manifest,
+    read_receipts,
+    receipt_path,
+    shard_path,
+    write_sealed,
+)
+from common.shards import ShardFile, ShardRow, write_shard
+from common.storage import LOCK_NAME, Location, exclusive, list_files, publish, read_bytes, remove_partials
+from precompute.plan import is_complete
+from precompute.report import ranges
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What the merged output holds. `notes` say which copy of a shard was taken where copies differ."""
+
+    out: Location
+    num_shards: int
+    num_new_shards: int
+    missing: tuple[int, ...]
+    num_rows: int
+    num_scored_tokens: int
+    num_bytes: int
+    notes: tuple[str, ...]
+
+    def render(self) -> RenderableType:
+        """Totals, notes, and what is missing."""
+        table = Table(show_header=False, box=None)
+        there = self.num_shards - len(self.missing)
+        table.add_row("output", str(self.out))
+        table.add_row("shards", f"{there:,} of {self.num_shards:,}, {self.num_new_shards:,} new")
+        table.add_row("rows", f"{self.num_rows:,}")
+        table.add_row("scored tokens", f"{self.num_scored_tokens:,} in {self.num_bytes:,} bytes")
+        verdict = Text("complete", style="green")
+        if self.missing:
+            verdict = Text(
+                f"incomplete: shards {ranges(self.missing)} are in none of the outputs; precompute-logits with this "
+                "output writes them, or merge again with the outputs that have them",
+                style="bold red",
+            )
+        return Group(table, *map(Text, self.notes), verdict)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A shard in one of the outputs."""
+
+    output: Location
+    receipt: Receipt
+
+    @property
+    def path(self) -> Location:
+        return shard_path(self.output, self.receipt.shard)
+
+    def read(self) -> bytes | None:
+        """The shard's bytes; None if they are gone or not those that its receipt names."""
+        try:
+            data = read_bytes(self.path)
+        except OSError:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == self.receipt.sha256 else None
+
+
+def merge(
+    outputs: Sequence[Location], out: Location, samples_per_shard: int | None = None, *, progress: bool = True
+) -> Merged:
+    """Joins outputs of one manifest into `out`; with `samples_per_shard` rows are written into shards of that size.
+
+    Raises:
+        ConfigError: `out` is one of `outputs`, or holds other things.
+        ProvenanceError: the outputs, or what `out` was begun with, differ; every difference is listed.
+        ShardError: no copy of a shard is whole, copies contradict each other, or, with `samples_per_shard`, some are
+            missing. StorageError: the disk or the store refused. Shards that are written stay.
+    """
+    before = _common_manifest(outputs)
+    manifest = before.model_copy(update={"samples_per_shard": samples_per_shard or before.samples_per_shard})
+    _check_destination(outputs, out)
+    copies, notes = _copies(outputs, before)
+    missing = sorted(set(range(before.num_shards)) - copies.keys())
+    if missing and manifest != before:
+        raise ShardError(
+            f"{len(missing)} of {before.num_shards} shards are in none of the outputs: {ranges(missing)}; shards of "
+            "another size need all of them: write them with precompute-logits, or merge without --samples-per-shard"
+        )
+    with exclusive(out):
+        open_output(out, manifest)
+        remove_partials(out)
+        numbers = sorted(copies) if manifest == before else range(manifest.num_shards)
+        todo = [number for number in numbers if not is_complete(out, number, manifest)]
+        rows = _Rows(copies, before)
+        for number in tqdm(todo, desc="merging", unit=" shards", disable=not progress):
+            if manifest == before:
+                notes += _copy(copies[number], out)
+            else:
+                _write(number, manifest, rows, out)
+    receipts = read_receipts(out, manifest)
+    return Merged(
+        out=out,
+        num_shards=manifest.num_shards,
+        num_new_shards=len(todo),
+        missing=tuple(sorted(set(range(manifest.num_shards)) - {receipt.shard for receipt in receipts})),
+        num_rows=sum(receipt.num_rows for receipt in receipts),
+        num_scored_tokens=sum(receipt.num_scored_tokens for receipt in receipts),
+        num_bytes=sum(receipt.num_bytes for receipt in receipts),
+        notes=tuple(notes),
+    )
+
+
+def _common_manifest(outputs: Sequence[Location]) -> Manifest:
+    first, *others = ((output, read_manifest(output)) for output in outputs)
+    lines = []
+    for output, manifest in others:
+        names = (str(first[0]), str(output))
+        lines += list_differences(first[1].model_dump(), manifest.model_dump(), names=names)
+    if lines:
+        hint = ""
+        if all(line.startswith("samples_per_shard:") for line in lines):
+            hint = "; write one of them in shards of the other's size first: merge-shards ONE --samples-per-shard N"
+        raise ProvenanceError(
+            "the outputs were not made alike; nothing was written\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + f"\nonly outputs of one teacher, dataset and setting can be joined{hint}"
+        )
+    return first[1]
+
+
+def _check_destination(outputs: Sequence[Location], out: Location) -> None:
+    if str(out) in map(str, outputs):
+        raise ConfigError(f"--out {out}: is one of the outputs that are merged; give another directory")
+    found = list_files(out).keys() - {LOCK_NAME}
+    if found and MANIFEST_NAME not in found:
+        raise ConfigError(
+            f"--out {out}: holds {len(found)} files ({min(found)} ...) and no {MANIFEST_NAME}; give an empty "
+            "directory, or the one of a merge that was interrupted"
+        )
+
+
+def _copies(outputs: Sequence[Location], manifest: Manifest) -> tuple[dict[int, list[_Copy]], list[str]]:
+    """The copies of each shard in the order of the outputs, and notes on those that are not byte for byte alike.
+
+    Raises:
+        ShardError: two copies of a shard hold different samples.
+    """
+    copies: dict[int, list[_Copy]] = {}
+    for output in outputs:
+        for receipt in read_receipts(output, manifest):
+            copies.setdefault(receipt.shard, []).append(_Copy(output, receipt))
+    notes = []
+    for number, (first, *others) in sorted(copies.items()):
+        for other in others:
+            if _contents(first.receipt) != _contents(other.receipt):
+                raise ShardError(
+                    f"shard {number}: {first.output} has {_describe(first.receipt)}, {other.output} has "
+                    f"{_describe(other.receipt)}; one of them is wrong: run verify-shards on both"
+                )
+            if other.receipt.sha256 == first.receipt.sha256:
+                continue
+            notes.append(
+                f"shard {number} was scored twice: {first.output} and {other.output} hold the same samples in other "
+                "bytes, as two runs may; the first is taken"
+            )
+    return copies, notes
+
+
+def _contents(receipt: Receipt) -> tuple[int, int, tuple[int, ...]]:
+    return receipt.num_rows, receipt.num_scored_tokens, tuple(skipped.index for skipped in receipt.skipped)
+
+
+def _describe(receipt: Receipt) -> str:
+    return (
+        f"{receipt.num_rows:,} rows with {receipt.num_scored_tokens:,} scored tokens and {len(receipt.skipped)} skipped"
+    )
+
+
+def _copy(copies: Sequence[_Copy], out: Location) -> list[str]:
+    """Writes the first copy that is whole; returns notes on those before it."""
+    notes: list[str] = []
+    for copy in copies:
+        data = copy.read()
+        if data is not None:
+            publish(shard_path(out, copy.receipt.shard), data)
+            write_sealed(receipt_path(out, copy.receipt.shard), copy.receipt)
+            return notes
+        notes.append(f"{copy.path}: is gone or not what its receipt names; another output's copy is taken")
+    raise _no_whole_copy(copies)
+
+
+def _no_whole_copy(copies: Sequence[_Copy]) -> ShardError:
+    where = ", ".join(str(copy.path) for copy in copies)
+    return ShardError(
+        f"{where}: gone, or not the bytes that the receipt names; run verify-shards --repair on the output, then "
+        "precompute-logits: it fills the gap"
+    )
+
+
+def _write(number: int, manifest: Manifest, rows: "_Rows", out: Location) -> None:
+    """One shard of the new size, with the codes of its log-probs as they were."""
+    expected = manifest.shard_range(number)
+    found, skipped = list(rows.between(expected)), rows.skipped(expected)
+    rows_each = 1 if manifest.capture.generate is None else manifest.capture.generate.num_samples
+    covered = Counter(row.index for row in found) + Counter({entry.index: rows_each for entry in skipped})
+    if covered != Counter(dict.fromkeys(expected, rows_each)):
+        raise ShardError(
+            f"the samples {expected.start} to {expected.stop - 1} have {len(found)} rows and {len(skipped)} are "
+            "skipped, which is not each of them once; run verify-shards on the outputs"
+        )
+    if len({scored.encoded.image_token_id for row in found for scored in row.conversations}) > 1:
+        raise ShardError(
+            f"the samples {expected.start} to {expected.stop - 1} were written with different image tokens; run "
+            "verify-shards on the outputs"
+        )
+    write_shard(out, number, manifest, found, skipped)
+
+
+class _Rows:
+    """The rows of all shards by their place in the dataset; those of a row group are read at a time."""
+
+    def __init__(self, copies: dict[int, list[_Copy]], manifest: Manifest) -> None:
+        self._copies = copies
+        self._manifest = manifest
+        self._whole: dict[int, _Copy] = {}
+
+    def between(self, indices: range) -> Iterator[ShardRow]:
+        for number in self._numbers(indices):
+            path = self._whole_copy(number).path
+            with closing(ShardFile(path, self._manifest, number, keep_codes=True)) as shard:
+                stored, start = shard.read_column("index"), 0
+                for group in range(shard.num_groups):
+                    stop = start + shard.group_rows(group)
+                    if any(index in indices for index in stored[start:stop]):
+                        yield from (row for row in shard.read_group(group) if row.index in indices)
+                    start = stop
+
+    def skipped(self, indices: range) -> list[Skipped]:
+        receipts = (self._whole_copy(number).receipt for number in self._numbers(indices))
+        entries = chain.from_iterable(receipt.skipped for receipt in receipts)
+        return [entry for entry in entries if entry.index in indices]
+
+    def _numbers(self, indices: range) -> range:
+        size = self._manifest.samples_per_shard
+        return range(indices.start // size, (indices.stop - 1) // size + 1)
+
+    def _whole_copy(self, number: int) -> _Copy:
+        """The first whose bytes are right; each is read once for that, before its rows are."""
+        if number not in self._whole:
+            whole = next((copy for copy in self._copies[number] if copy.read() is not None), None)
+            if whole is None:
+                raise _no_whole_copy(self._copies[number])
+            self._whole[number] = whole
+        return self._whole[number]
