@@ -1,6 +1,6 @@
 """How good a model is on held-out images: what it says, and what it believes.
 
-Legend: B sequences, T positions, R scored tokens, V vocabulary.
+Legend: B sequences, T positions, R scored tokens.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from common.samples import Dataset, Sample
 from demo.answers import MAX_NEW_TOKENS
 from demo.data import contradicts, named_digit, read_lines
 from train.batch import Collator
-from train.losses import distillation_loss, own_logprobs
+from train.fused import FusedOutput
+from train.losses import distillation_loss
 from train.stream import ShardSource
 from train.student import load_student
 
@@ -74,23 +75,17 @@ def evaluate(model_dir: Path, questions: Path, scores: Path) -> Evaluation:
 def _belief(model: PreTrainedModel, encoder: Encoder, collator: Collator, source: ShardSource) -> tuple[float, float]:
     """Mean negative log-likelihood of the responses, and mean KL(teacher || model), a response token."""
     nll, kl, count = 0.0, 0.0, 0
+    output = FusedOutput(model, encoder.vocab_size)
     for start in range(0, len(source), BATCH_SIZE):
         batch = collator([source[i] for i in range(start, min(start + BATCH_SIZE, len(source)))])
-        hidden = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
-        ).logits
-        logits_RV = hidden.flatten(0, 1)[batch.rows]
-        assert batch.topk_ids is not None
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        with output.scoring(batch, kept=True):
+            logits = output.read(model(**inputs, pixel_values=batch.pixel_values).logits)
         assert batch.topk_logprobs is not None
         assert batch.rest_mass is not None
-        nll -= float(own_logprobs(logits_RV, batch.targets, vocab_size=encoder.vocab_size).double().sum())
-        kl += float(
-            distillation_loss(
-                logits_RV, batch.topk_ids, batch.topk_logprobs, batch.rest_mass, vocab_size=encoder.vocab_size
-            )
-            .double()
-            .sum()
-        )
+        kl_R = distillation_loss(logits, batch.topk_logprobs, batch.rest_mass, vocab_size=encoder.vocab_size)
+        nll -= float(logits.own_logprobs.double().sum())
+        kl += float(kl_R.double().sum())
         count += batch.num_rows
     return nll / count, kl / count
 

@@ -18,10 +18,15 @@ _log = logging.getLogger(__name__)
 MARKER = "complete.json"
 
 
-def mark_complete(checkpoint: Path, step: int) -> None:
+def mark_complete(checkpoint: Path, step: int, *, num_ranks: int) -> None:
     """Writes the marker that tells a whole checkpoint from a damaged one: the size of each of its files."""
     sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-    publish(checkpoint / MARKER, json.dumps({"step": step, "files": sizes}, indent=1).encode())
+    publish(checkpoint / MARKER, json.dumps({"step": step, "num_ranks": num_ranks, "files": sizes}, indent=1).encode())
+
+
+def num_ranks_of(checkpoint: Path) -> int:
+    """How many ranks wrote a whole checkpoint."""
+    return int(json.loads((checkpoint / MARKER).read_bytes())["num_ranks"])
 
 
 def newest_complete(output: Path) -> tuple[Path, int] | None:
@@ -43,6 +48,8 @@ def _problem(checkpoint: Path, step: int) -> str | None:
         marker = json.loads((checkpoint / MARKER).read_bytes())
         if marker["step"] != step:
             return f"holds step {marker['step']}, not the one of its name"
+        if marker["num_ranks"] < 1:
+            return "does not say how many ranks wrote it"
         for name, size in marker["files"].items():
             found = (checkpoint / name).stat().st_size
             if found != size:

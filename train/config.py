@@ -111,18 +111,23 @@ class DataConfig(Strict):
 class LossConfig(Strict):
     """Weights of the terms of the objective, and the form of each.
 
-    `tail` absent is "bucket" for best entries of the teacher, and "ignore" for entries drawn from its distribution,
-    which take no other.
+    `divergence` is that of the distillation term, over the teacher's kept entries and what `tail` makes of the others;
+    a `temperature` other than 1 needs tail "renormalise". `tail` absent is "bucket" for best entries of the teacher,
+    and "ignore" for entries drawn from its distribution, which take no other, nor another divergence or temperature.
+    `length_normalised` compares log-probs a token in place of whole responses' sums; "ipo" always does.
     """
 
     distillation: float = Field(0.0, ge=0.0)
     cross_entropy: float = Field(0.0, ge=0.0)
     balance: float = Field(0.0, ge=0.0)
     preference: float = Field(0.0, ge=0.0)
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"] = "forward_kl"
+    temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False)
     tail: Literal["bucket", "renormalise", "ignore"] | None = None
     preference_type: Literal["sigmoid", "ipo", "hinge", "kto_pair"] = "sigmoid"
     beta: float = Field(0.1, gt=0.0)
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+    length_normalised: bool = False
 
     @model_validator(mode="after")
     def _something_to_optimise(self) -> "LossConfig":
@@ -130,6 +135,19 @@ class LossConfig(Strict):
             raise ValueError("every weight is 0; set distillation, cross_entropy or preference")
         if self.preference and (self.distillation or self.cross_entropy):
             raise ValueError("preference needs pairs, distillation and cross_entropy need conversations; set one kind")
+        if self.temperature != 1.0 and self.tail != "renormalise":
+            raise ValueError(
+                f"temperature {self.temperature}: how much mass the teacher has outside its kept entries is known at "
+                'temperature 1 alone; add tail = "renormalise", which compares the kept entries (with top_k = "all" '
+                "that is everything), or leave temperature at 1"
+            )
+        if self.divergence != "forward_kl" and self.tail == "ignore":
+            raise ValueError(
+                f'divergence "{self.divergence}" with tail "ignore", which is defined for forward_kl alone; '
+                'use tail = "bucket" or "renormalise"'
+            )
+        if self.label_smoothing and self.preference_type != "sigmoid":
+            raise ValueError(f'label_smoothing is for preference_type "sigmoid", found "{self.preference_type}"')
         return self
 
 
@@ -154,6 +172,9 @@ class RunConfig(Strict):
     `resume` "auto" continues from the output's newest whole checkpoint; "never" refuses an output that has one.
     `deepspeed` is a DeepSpeed JSON file whose settings are laid over the ones made from this configuration;
     `training_arguments` go to Hugging Face's `TrainingArguments` and may not name what this file sets.
+    `report_to` names where metrics go beside `metrics.jsonl`; W&B and trackio are packages of their own.
+    A loss that is no number always stops the run; one above `max_loss_ratio` times the median of the 50 steps before
+    it does too (a median counts as 0.1 at least; nothing is compared before there are 50). 0 allows any finite loss.
     """
 
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -164,6 +185,8 @@ class RunConfig(Strict):
     eval_steps: int = Field(500, ge=1)
     log_steps: int = Field(1, ge=1)
     resume: Literal["auto", "never"] = "auto"
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    max_loss_ratio: float = Field(10.0, ge=0.0, allow_inf_nan=False)
     deepspeed: LocalPath | None = None
     training_arguments: dict[str, Any] = {}
 

@@ -6,6 +6,9 @@ Workers get items in turn and their batches come back in the order of the items,
 neither.
 """
 
+import functools
+import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -76,6 +79,22 @@ class Packed:
             start += _aligned(num_bytes)
 
 
+def _outlive_signals(rank_pid: int, _worker: int) -> None:
+    """Keeps a worker at work when a launcher or a terminal sends SIGTERM or SIGINT to all processes of a run.
+
+    The rank then finishes its step, saves, and ends its workers itself: its own SIGTERM they obey. All threads
+    of a worker were started with SIGTERM blocked, so that it comes to the one that waits for it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank_pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
@@ -132,6 +151,8 @@ class Loader:
             sampler=items,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
+            # Not the parent: a worker may be the child of a server that forks them.
+            worker_init_fn=functools.partial(_outlive_signals, os.getpid()),
             # Workers draw their base seed from this generator, so the global one, and dropout, stay as they are.
             generator=torch.Generator().manual_seed(0),
         )
@@ -143,7 +164,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         # Workers are started here: a process with running threads should not fork.
-        batches = iter(self._loader)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            batches = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with ThreadPoolExecutor(1, "batches") as thread:
             pending = deque(thread.submit(next, batches, None) for _ in range(_READY))
             try:

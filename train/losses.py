@@ -1,11 +1,12 @@
 """Training losses as pure functions; each gives one value a row, sequence or pair, and the caller normalises.
 
-Axes: R scored tokens, K kept teacher entries, V student's output layer, B sequences, P preference pairs,
-L mixture-of-experts layers, T positions, E experts.
+Axes: R scored tokens, K kept teacher entries, S kept entries and rest, B sequences, P preference pairs,
+L mixture-of-experts layers, T positions, E experts. The student's whole output is seen in train.fused alone.
 
 Everything is accumulated in float32, whatever the input dtype, except that float64 input stays float64.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"]
 Tail = Literal["bucket", "renormalise", "ignore"]
 PreferenceLossType = Literal["sigmoid", "ipo", "hinge", "kto_pair"]
 
@@ -21,100 +23,125 @@ PreferenceLossType = Literal["sigmoid", "ipo", "hinge", "kto_pair"]
 # a row consists of nothing else.
 NEGLIGIBLE_LOGIT = -1e30
 
+# The smallest rest mass that captures store as other than 0.
+_LEAST_REST = 2e-6
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Float32, but float64 for a float64 tensor."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class RowLogits:
+    """The student's output at R rows as far as losses need it; float32 (float64 from float64 models).
+
+    `kept_RK` are its logits at the teacher's kept ids, NEGLIGIBLE_LOGIT in an empty slot, K = 0 where none are wanted;
+    `own_R` those of the scored tokens; `rest_lse_R` the logsumexp over the ids below the tokenizer's size that are not
+    kept.
+    """
+
+    kept_RK: Tensor
+    own_R: Tensor
+    rest_lse_R: Tensor
+
+    @property
+    def full_lse(self) -> Tensor:
+        """[R]: logsumexp over all ids below the tokenizer's size."""
+        return torch.logaddexp(self.kept_RK.logsumexp(1), self.rest_lse_R) if self.kept_RK.shape[1] else self.rest_lse_R
+
+    @property
+    def own_logprobs(self) -> Tensor:
+        """[R]: log-probability log p_S of each scored token, in nats; its negative is the cross-entropy."""
+        return self.own_R - self.full_lse
+
 
 def distillation_loss(
-    logits_RV: Tensor,
-    topk_ids_RK: Tensor,
+    logits: RowLogits,
     topk_logprobs_RK: Tensor,
     rest_mass_R: Tensor,
     *,
     vocab_size: int,
+    divergence: Divergence = "forward_kl",
     tail: Tail = "bucket",
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Forward KL(p_T || p_S) of each row from the teacher's kept entries, in nats.
+    """Divergence of each row between teacher and student over the teacher's kept entries, in nats.
 
     With the kept ids A, the teacher's p_T and its rest mass rest_T = 1 - sum_A p_T, the student's p_S over
-    the ids below `vocab_size`, and rest_S = the sum of p_S outside A:
+    the ids below `vocab_size`, and rest_S = the sum of p_S outside A, compared are
 
-        bucket:       sum_A p_T (log p_T - log p_S) + rest_T (log rest_T - log rest_S)
-        renormalise:  sum_A q_T (log q_T - log q_S),  q = p / sum_A p, on both sides over the same A
-        ignore:       sum_A p_T (log p_T - log p_S)
+        bucket:       p_T, rest_T and p_S, rest_S: A and "any other id"
+        renormalise:  q_T and q_S over A, where q = p^(1/t) / sum_A p^(1/t) with the temperature t
+        ignore:       p_T and p_S over A
 
-    "bucket" is the KL between two distributions over A and "any other id": never negative, zero with a zero
-    gradient where the student agrees, and the full KL when A is the whole vocabulary (mass that the teacher gives to
-    padding ids is then divided out). "renormalise" says
-    nothing of the mass outside A. "ignore" is no KL unless rest_T = 0: it can be negative, and its minimum
-    puts all of the student's mass on A.
+    by
+
+        forward_kl:       sum p_T (log p_T - log p_S)
+        reverse_kl:       sum p_S (log p_S - log p_T)
+        jensen_shannon:   sum p_T (log p_T - log m) / 2 + sum p_S (log p_S - log m) / 2,  m = (p_T + p_S) / 2
+        total_variation:  sum |p_T - p_S| / 2, no nats but a probability
+
+    "bucket" compares two distributions: never negative, zero with a zero gradient where the student agrees, a lower
+    bound of the divergence over all ids, and that divergence when A is the whole vocabulary (mass that the teacher
+    gives to padding ids is then divided out). "renormalise" says nothing of the mass outside A. "ignore" is no
+    divergence unless rest_T = 0: it can be negative, and its minimum puts all of the student's mass on A; it is
+    defined for the forward KL alone.
+
+    Temperature (Hinton et al., arXiv 1503.02531): p^(1/t) normalised is the softmax of the logits over t, and the loss
+    is multiplied with t^2, so that gradients keep their size. The mass of the teacher's rest at another temperature
+    than 1 cannot be known from its mass at 1; so it takes "renormalise", which is exact, and with every id kept the
+    divergence over all of them.
+
+    The reverse KL of a bucket is infinite where the teacher has no rest. Rests below 2e-6 are stored as 0, since they
+    cannot be told from rounding; so the teacher's rest counts as at least 2e-6 in its logarithm.
 
     Entries drawn from the teacher's distribution with replacement, id i in draws_i of n draws, want "ignore" with
     log p_T(i) = log(draws_i / n): -sum_A draws_i / n log p_S is then an unbiased estimate of the cross-entropy of
     p_S under p_T, and its gradient one of the KL's (Sparse Logit Sampling, arXiv 2503.16870). The constant beside it
     makes the value the KL of the observed frequencies, on average larger than that of p_T.
 
-    The word-level distillation of Hinton et al. (arXiv 1503.02531) and Kim & Rush (arXiv 1606.07947) at
-    temperature 1, as the forward KL over response tokens of LLaVA-MoD (arXiv 2408.15881).
+    The word-level distillation of Kim & Rush (arXiv 1606.07947), as the forward KL over response tokens of LLaVA-MoD
+    (arXiv 2408.15881); the other divergences as in GKD (arXiv 2306.13649) and f-distill (arXiv 2307.15190).
 
     Args:
-        logits_RV: [R, V] float, the student's; columns from `vocab_size` on are padding and take no part.
-        topk_ids_RK: [R, K] int64, below `vocab_size` and distinct within a row; 0 in an empty slot.
+        logits: the student's.
         topk_logprobs_RK: [R, K] float, at temperature 1 over the teacher's whole vocabulary, or the logarithm of
             an id's share of the draws; -inf in an empty slot.
         rest_mass_R: [R] float, the teacher's mass outside the kept ids; below 0, by rounding, counts as 0.
-        vocab_size: the number of ids that the tokenizer knows, at most V.
-        tail: what becomes of the rest mass, see above.
+        vocab_size: the number of ids that the tokenizer knows.
+        divergence, tail, temperature: see above.
 
     Returns:
-        [R] float32 (float64 for float64 logits), differentiable in `logits_RV`. For "bucket" and "ignore" the
-        backward pass holds one [R, vocab_size] copy in that dtype.
-
-    Raises:
-        ValueError: `vocab_size` exceeds V.
+        [R] in the dtype of `logits`, differentiable in them.
     """
-    logits_RV = _without_padding(logits_RV, vocab_size)
-    dtype = _accumulation_dtype(logits_RV)
+    # train.config refuses these with a reason.
+    assert temperature == 1.0 or tail == "renormalise"
+    assert divergence == "forward_kl" or tail != "ignore"
     kept_RK = topk_logprobs_RK > -torch.inf
-    teacher_RK = topk_logprobs_RK.to(dtype).masked_fill(~kept_RK, NEGLIGIBLE_LOGIT)
-    student_RK = logits_RV.gather(1, topk_ids_RK).to(dtype).masked_fill(~kept_RK, NEGLIGIBLE_LOGIT)
-    kept_lse_R = student_RK.logsumexp(1)
+    teacher_RK = topk_logprobs_RK.to(logits.kept_RK.dtype).masked_fill(~kept_RK, NEGLIGIBLE_LOGIT)
     if tail == "renormalise":
+        teacher_RK, student_RK = teacher_RK / temperature, logits.kept_RK / temperature
         teacher_RK = teacher_RK - teacher_RK.logsumexp(1, keepdim=True)
-        return _divergence(teacher_RK, student_RK, kept_lse_R)
-
-    # An empty slot adds 0 to id 0. Overwriting instead of adding would strike out id 0 where it is not kept.
-    suppression_RK = kept_RK.to(dtype) * NEGLIGIBLE_LOGIT
-    rest_lse_R = logits_RV.to(dtype).scatter_add(1, topk_ids_RK, suppression_RK).logsumexp(1)
-    full_lse_R = torch.logaddexp(kept_lse_R, rest_lse_R)
+        student_RK = student_RK - student_RK.logsumexp(1, keepdim=True)
+        return temperature**2 * _divergence(teacher_RK, student_RK, divergence)
+    full_lse_R = logits.full_lse
+    student_RK = logits.kept_RK - full_lse_R[:, None]
     if tail == "ignore":
-        return _divergence(teacher_RK, student_RK, full_lse_R)
-    if tail == "bucket":
-        # With every id kept the student has no rest, and what the teacher has left, by rounding or on padding ids
-        # that the student lacks, would cost 1e30 nats: such a row compares the teacher over the kept ids alone.
-        has_rest_R = kept_RK.sum(1) < vocab_size
-        teacher_lse_R = teacher_RK.logsumexp(1).masked_fill(has_rest_R, 0.0)
-        rest_R = rest_mass_R.to(dtype).clamp(min=0) * has_rest_R
-        kept_terms_R = _divergence(teacher_RK - teacher_lse_R[:, None], student_RK, full_lse_R)
-        # log(1 - sum) would be -inf as soon as the kept ids hold all but 6e-8 of the student's mass.
-        return kept_terms_R + torch.xlogy(rest_R, rest_R) - rest_R * (rest_lse_R - full_lse_R)
-    assert_never(tail)
-
-
-def own_logprobs(logits_RV: Tensor, ids_R: Tensor, *, vocab_size: int) -> Tensor:
-    """Log-probability log p_S of one given id per row, in nats; its negative is the cross-entropy.
-
-    Args:
-        logits_RV: [R, V] float; columns from `vocab_size` on are padding and take no part.
-        ids_R: [R] int64, below `vocab_size`.
-        vocab_size: the number of ids that the tokenizer knows, at most V.
-
-    Returns:
-        [R] float32 (float64 for float64 logits).
-
-    Raises:
-        ValueError: `vocab_size` exceeds V.
-    """
-    logits_RV = _without_padding(logits_RV, vocab_size)
-    dtype = _accumulation_dtype(logits_RV)
-    return logits_RV.gather(1, ids_R[:, None]).squeeze(1).to(dtype) - logits_RV.to(dtype).logsumexp(1)
+        return _divergence(teacher_RK, student_RK, divergence)
+    # With every id kept the student has no rest, and what the teacher has left, by rounding or on padding ids
+    # that the student lacks, would cost 1e30 nats: such a row compares the teacher over the kept ids alone.
+    has_rest_R = kept_RK.sum(1) < vocab_size
+    teacher_lse_R = teacher_RK.logsumexp(1).masked_fill(has_rest_R, 0.0)
+    floor = _LEAST_REST if divergence == "reverse_kl" else 0.0
+    rest_R = rest_mass_R.to(teacher_RK.dtype).clamp(min=floor).log().clamp(min=NEGLIGIBLE_LOGIT)
+    # log(1 - sum) would be -inf as soon as the kept ids hold all but 6e-8 of the student's mass.
+    student_rest_R = logits.rest_lse_R - full_lse_R
+    return _divergence(
+        torch.cat([teacher_RK - teacher_lse_R[:, None], rest_R.masked_fill(~has_rest_R, NEGLIGIBLE_LOGIT)[:, None]], 1),
+        torch.cat([student_RK, student_rest_R.masked_fill(~has_rest_R, NEGLIGIBLE_LOGIT)[:, None]], 1),
+        divergence,
+    )
 
 
 def sequence_logprobs(own_logprobs_R: Tensor, sequence_R: Tensor, num_sequences: int) -> Tensor:
@@ -128,21 +155,9 @@ def sequence_logprobs(own_logprobs_R: Tensor, sequence_R: Tensor, num_sequences:
     Returns:
         [B] float32 (float64 for float64 input); 0 for a sequence without tokens.
     """
-    dtype = _accumulation_dtype(own_logprobs_R)
+    dtype = accumulation_dtype(own_logprobs_R)
     sums_B = own_logprobs_R.new_zeros(num_sequences, dtype=dtype)
     return sums_B.index_add(0, sequence_R, own_logprobs_R.to(dtype))
-
-
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """What one micro-batch of P preference pairs gives; each [P] float32 (float64 for float64 input).
-
-    `loss_P` carries the gradient. The rewards, beta (log p_S - log p_T) of each response, are detached.
-    """
-
-    loss_P: Tensor
-    chosen_reward_P: Tensor
-    rejected_reward_P: Tensor
 
 
 def preference_loss(
@@ -154,7 +169,7 @@ def preference_loss(
     loss_type: PreferenceLossType,
     beta: float,
     label_smoothing: float = 0.0,
-) -> PreferenceLoss:
+) -> Tensor:
     """Preference loss of each pair from the log-probabilities of its two responses, in nats.
 
     With c and r the log-ratios policy - reference of the chosen and the rejected response, and d = c - r:
@@ -166,10 +181,10 @@ def preference_loss(
         kto_pair:  [sigma(-beta (c - max(0, mean r))) + sigma(-beta (max(0, mean c) - r))] / 2: KTO (arXiv
                    2402.01306) on pairs, as TRL had it up to 0.9
 
-    What to pass: log-probabilities summed over each response. To get the "ipo" of TRL 1.x, pass instead, for
-    policy and reference alike, the sum divided by the response's number of tokens, which is not known here.
-    The paper's equation has the sums, but with them the loss grows with the response's length, and TRL says
-    that the paper's authors confirmed the means. The rewards are then per token too; TRL logs them summed.
+    What to pass: log-probabilities summed over each response, or, for policy and reference alike, such a sum divided
+    by the response's number of tokens, which is not known here. Then no response counts for more because it is longer:
+    "sigmoid" becomes TRL's sigmoid_norm, "ipo" TRL's ipo. The IPO paper's equation has the sums, but TRL says that its
+    authors confirmed the means.
 
     kto_pair: TRL returned the two halves as 2P losses; one mean a pair makes the mean over P pairs equal to
     TRL's over 2P. Each half is measured against the mean log-ratio of the other responses, an estimate of
@@ -184,6 +199,9 @@ def preference_loss(
         beta: strength of the pull to the reference, positive; "ipo" calls it tau.
         label_smoothing: probability that a preference is the wrong way round, in [0, 0.5); "sigmoid" only.
 
+    Returns:
+        [P] float32 (float64 for float64 input).
+
     Raises:
         ValueError: `label_smoothing` is out of range, or not 0 with another loss than "sigmoid".
     """
@@ -194,7 +212,7 @@ def preference_loss(
             f"label_smoothing is {label_smoothing} with the loss {loss_type!r}, which does not define it: "
             "set it to 0 or choose the loss 'sigmoid'"
         )
-    dtype = _accumulation_dtype(policy_chosen_P)
+    dtype = accumulation_dtype(policy_chosen_P)
     chosen_P = policy_chosen_P.to(dtype) - reference_chosen_P.to(dtype)
     rejected_P = policy_rejected_P.to(dtype) - reference_rejected_P.to(dtype)
     margin_P = chosen_P - rejected_P
@@ -212,7 +230,7 @@ def preference_loss(
             loss_P = (chosen_half_P + rejected_half_P) / 2
         case _:
             assert_never(loss_type)
-    return PreferenceLoss(loss_P, beta * chosen_P.detach(), beta * rejected_P.detach())
+    return loss_P
 
 
 def load_balancing_loss(router_logits_LTE: Sequence[Tensor], mask_T: Tensor, *, top_k: int) -> Tensor:
@@ -235,7 +253,7 @@ def load_balancing_loss(router_logits_LTE: Sequence[Tensor], mask_T: Tensor, *, 
         Scalar float32 (float64 for float64 logits); 0 if every position is masked.
     """
     logits_LTE = torch.stack(list(router_logits_LTE))
-    probs_LTE = logits_LTE.softmax(-1, dtype=_accumulation_dtype(logits_LTE))
+    probs_LTE = logits_LTE.softmax(-1, dtype=accumulation_dtype(logits_LTE))
     num_layers, _, num_experts = probs_LTE.shape
     chosen_LTE = torch.zeros_like(probs_LTE).scatter(-1, probs_LTE.topk(top_k).indices, 1.0)
     mask_T = mask_T.to(probs_LTE.dtype)
@@ -245,19 +263,18 @@ def load_balancing_loss(router_logits_LTE: Sequence[Tensor], mask_T: Tensor, *, 
     return num_experts * (frequency_E * mean_prob_E).sum()
 
 
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _without_padding(logits_RV: Tensor, vocab_size: int) -> Tensor:
-    if vocab_size > logits_RV.shape[1]:
-        raise ValueError(
-            f"the student's output layer has {logits_RV.shape[1]} ids, the tokenizer {vocab_size}: "
-            "the student belongs to another tokenizer, or its output layer has to be resized"
-        )
-    return logits_RV[:, :vocab_size]
-
-
-def _divergence(teacher_RK: Tensor, student_RK: Tensor, student_lse_R: Tensor) -> Tensor:
-    """Sum of p_T (log p_T - log p_S) over the slots; an empty one has p_T = 0 and finite logarithms."""
-    return (teacher_RK.exp() * (teacher_RK - student_RK + student_lse_R[:, None])).sum(1)
+def _divergence(teacher_RS: Tensor, student_RS: Tensor, divergence: Divergence) -> Tensor:
+    """Of log-probabilities over S slots; where one is empty both are finite, and equal or with no mass."""
+    match divergence:
+        case "forward_kl":
+            terms_RS = teacher_RS.exp() * (teacher_RS - student_RS)
+        case "reverse_kl":
+            terms_RS = student_RS.exp() * (student_RS - teacher_RS)
+        case "jensen_shannon":
+            mean_RS = torch.logaddexp(teacher_RS, student_RS) - math.log(2)
+            terms_RS = (teacher_RS.exp() * (teacher_RS - mean_RS) + student_RS.exp() * (student_RS - mean_RS)) / 2
+        case "total_variation":
+            terms_RS = (teacher_RS.exp() - student_RS.exp()).abs() / 2
+        case _:
+            assert_never(divergence)
+    return terms_RS.sum(1)

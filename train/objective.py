@@ -1,6 +1,6 @@
 """The objective of a micro-batch: a weighted sum of terms, each a sum and a count.
 
-    logits at the scored rows, router logits, Batch ── compute_terms ──> {name: Term}
+    RowLogits, router logits, Batch ── compute_terms ──> {name: Term}
     {name: Term}, counts over the whole global step ── step_loss ──> scalar to differentiate
 
 A term is never averaged here: the sums of all micro-batches and ranks are divided once by the count of the whole
@@ -15,13 +15,7 @@ from torch import Tensor
 
 from train.batch import Batch
 from train.config import LossConfig
-from train.losses import (
-    distillation_loss,
-    load_balancing_loss,
-    own_logprobs,
-    preference_loss,
-    sequence_logprobs,
-)
+from train.losses import RowLogits, distillation_loss, load_balancing_loss, preference_loss, sequence_logprobs
 
 # What a term is counted in.
 UNITS = ("rows", "pairs", "tokens")
@@ -42,7 +36,7 @@ def unit_counts(batch: Batch) -> dict[str, int]:
 
 
 def compute_terms(
-    logits_RV: Tensor,
+    logits: RowLogits,
     batch: Batch,
     config: LossConfig,
     *,
@@ -53,7 +47,7 @@ def compute_terms(
     """All terms and metrics of a micro-batch.
 
     Args:
-        logits_RV: [R, V], the student's output at `batch.rows`.
+        logits: the student's at `batch.rows`, with the teacher's kept ids where `config` distils.
         router_logits: one [B * T, E] a sparse layer.
         vocab_size: the tokenizer's size; the student's ids from there on are padding.
 
@@ -62,22 +56,21 @@ def compute_terms(
     same terms, all 0: every rank has to know the same names, and its graph has to reach every parameter.
     """
     terms: dict[str, Term] = {}
-    own_R = own_logprobs(logits_RV, batch.targets, vocab_size=vocab_size)
     if config.preference:
-        terms |= _preference_terms(own_R, batch, config)
+        terms |= _preference_terms(logits.own_logprobs, batch, config)
     else:
-        terms["cross_entropy"] = Term(-own_R.sum(), "rows", config.cross_entropy)
+        terms["cross_entropy"] = Term(-logits.own_logprobs.sum(), "rows", config.cross_entropy)
     if config.distillation:
-        assert batch.topk_ids is not None
         assert batch.topk_logprobs is not None
         assert batch.rest_mass is not None
         loss_R = distillation_loss(
-            logits_RV,
-            batch.topk_ids,
+            logits,
             batch.topk_logprobs,
             batch.rest_mass,
             vocab_size=vocab_size,
+            divergence=config.divergence,
             tail=config.tail or "bucket",
+            temperature=config.temperature,
         )
         terms["distillation"] = Term(loss_R.sum(), "rows", config.distillation)
     if router_logits:
@@ -97,26 +90,29 @@ def _preference_terms(own_R: Tensor, batch: Batch, config: LossConfig) -> dict[s
     assert batch.reference_logprobs is not None
     policy_S = sequence_logprobs(own_R, batch.row_sequence, batch.num_sequences)
     reference_S = batch.reference_logprobs.to(policy_S.dtype)
-    if config.preference_type == "ipo":
+    pairs_2P = slice(2 * batch.num_pairs)
+    # What is logged is that of whole responses whatever the loss compares, as TRL does.
+    rewards = config.beta * (policy_S - reference_S).detach()[pairs_2P]
+    logps = policy_S.detach()[pairs_2P]
+    if config.length_normalised or config.preference_type == "ipo":
         lengths_S = torch.bincount(batch.row_sequence, minlength=batch.num_sequences).clamp(min=1)
         policy_S, reference_S = policy_S / lengths_S, reference_S / lengths_S
-    num = batch.num_pairs
-    result = preference_loss(
-        policy_S[:num],
-        policy_S[num : 2 * num],
-        reference_S[:num],
-        reference_S[num : 2 * num],
+    loss_P = preference_loss(
+        *policy_S[pairs_2P].chunk(2),
+        *reference_S[pairs_2P].chunk(2),
         loss_type=config.preference_type,
         beta=config.beta,
         label_smoothing=config.label_smoothing,
     )
-    margins = result.chosen_reward_P - result.rejected_reward_P
+    chosen_reward_P, rejected_reward_P = rewards.chunk(2)
+    chosen_logp_P, rejected_logp_P = logps.chunk(2)
+    margin_P = chosen_reward_P - rejected_reward_P
     return {
-        "preference": Term(result.loss_P.sum(), "pairs", config.preference),
-        "rewards/chosen": Term(result.chosen_reward_P.sum(), "pairs"),
-        "rewards/rejected": Term(result.rejected_reward_P.sum(), "pairs"),
-        "rewards/margins": Term(margins.sum(), "pairs"),
-        "rewards/accuracies": Term((margins > 0).to(margins.dtype).sum(), "pairs"),
-        "logps/chosen": Term(policy_S[:num].detach().sum(), "pairs"),
-        "logps/rejected": Term(policy_S[num : 2 * num].detach().sum(), "pairs"),
+        "preference": Term(loss_P.sum(), "pairs", config.preference),
+        "rewards/chosen": Term(chosen_reward_P.sum(), "pairs"),
+        "rewards/rejected": Term(rejected_reward_P.sum(), "pairs"),
+        "rewards/margins": Term(margin_P.sum(), "pairs"),
+        "rewards/accuracies": Term((margin_P > 0).to(margin_P.dtype).sum(), "pairs"),
+        "logps/chosen": Term(chosen_logp_P.sum(), "pairs"),
+        "logps/rejected": Term(rejected_logp_P.sum(), "pairs"),
     }

@@ -1,7 +1,7 @@
 """Runs one stage: from a configuration to a trained student in `output/final`.
 
     output/
-      config.json, versions.json       what was asked for, and what ran it
+      config.json, starts.json         what was asked for, and what ran it, start by start
       metrics.jsonl, tensorboard/      one line and one point a log
       checkpoints/checkpoint-<step>/   DeepSpeed state, whole or not there
       final/                           the student as a plain Hugging Face directory
@@ -9,7 +9,7 @@
 The only module that starts DeepSpeed.
 """
 
-import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -21,29 +21,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import AutoImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import is_flash_attn_2_available
 
-from common.config import digest
 from common.encoding import Encoder
-from common.errors import ConfigError, ProvenanceError
+from common.errors import ConfigError, StorageError
 from common.images import ImageSpec
-from common.manifest import list_differences
 from common.samples import Kind
-from common.storage import publish
 from train.batch import Collator
 from train.callbacks import MetricsFile, Progress
-from train.checkpoint import newest_complete
+from train.checkpoint import newest_complete, num_ranks_of
 from train.config import LossConfig, SetConfig, TrainConfig
 from train.moe import is_sparse, router_logits_hook, upcycle
 from train.order import SampleSet, StepPlan, split_validation
+from train.record import append_start, check_continuation, device_name, write_config
 from train.stream import MixedSource, ShardSource, Source, open_set
 from train.student import freeze, is_multimodal, load_student, text_config
 from train.trainer import StudentTrainer, accumulation_steps
+from train.universal import to_universal
+from train.watch import LossWatch, StopRequest
 
 _log = logging.getLogger(__name__)
-
-_PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,10 @@ def train(config: TrainConfig) -> StageResult:
     Raises:
         ConfigError, DataError, ModelError, ProvenanceError, ShardError, StorageError: before the first step as
             far as it can be known then.
+        DivergedError: a step's loss or gradient is no number, or its loss exploded; on every rank.
+        Interrupted: SIGTERM or Ctrl-C came, and a checkpoint of the step that was under way is saved.
     """
+    _check_reports(config)
     _join_launcher()
     main = os.environ["RANK"] == "0"
     num_ranks = int(os.environ["WORLD_SIZE"])
@@ -73,7 +75,10 @@ def train(config: TrainConfig) -> StageResult:
     source, plan, validation = _data(config, encoder)
     loss = _with_tail(config, source, validation[0] if validation else source)
     resume = newest_complete(config.output)
-    _begin(config, source, resume is not None, main)
+    if resume:
+        check_continuation(config, source)
+    elif main:
+        write_config(config, source)
     max_steps = config.optim.max_steps or plan.steps_per_epoch * config.optim.epochs
     start_step = resume[1] if resume else 0
     final = config.output / "final"
@@ -83,9 +88,19 @@ def train(config: TrainConfig) -> StageResult:
 
     # Before the training arguments: from then on ZeRO-3 partitions what is loaded, and upcycling needs it whole.
     model = _student(config)
-    args = _training_arguments(config, accumulation, max_steps)
+    deepspeed = _deepspeed(config)
+    other_ranks = resume is not None and num_ranks_of(resume[0]) != num_ranks
+    # Without ZeRO every rank has all of the states, and any number of them loads one rank's.
+    convert = other_ranks and deepspeed["zero_optimization"]["stage"] > 0
+    if convert:
+        deepspeed["checkpoint"] = {**deepspeed.get("checkpoint", {}), "load_universal": True}
+    args = _training_arguments(config, deepspeed, accumulation, max_steps)
+    checkpoint = resume[0] if resume else None
+    if checkpoint is not None and convert:
+        checkpoint = _convert(checkpoint, num_ranks, main)
     set_seed(config.seed)
     num_trainable = freeze(model, config.groups)
+    stop = StopRequest()
     trainer = StudentTrainer(
         model,
         args,
@@ -100,10 +115,14 @@ def train(config: TrainConfig) -> StageResult:
         start_step=start_step,
         num_workers=config.data.num_workers,
         keep_checkpoints=config.run.keep_checkpoints,
+        other_ranks=other_ranks,
+        watch=LossWatch(config.run.max_loss_ratio),
+        stop=stop,
         assets_from=config.model.path,
         callbacks=[Progress(config.stage), MetricsFile(config.output / "metrics.jsonl")] if main else [],
     )
     if main:
+        append_start(config, source, step=start_step, num_ranks=num_ranks, device=device_name(args.device))
         _log.info(
             "%s: %s, %.1fM parameters, %.1fM trained (%s); %s, %s, ZeRO %d, attention %s, %d rank(s) x %d x %d; "
             "steps %d to %d",
@@ -127,7 +146,9 @@ def train(config: TrainConfig) -> StageResult:
                 "bf16 with zero_stage 0: DeepSpeed's bf16 optimiser starts Adam at another step there, and losses "
                 "differ from those of stages 1 to 3; prefer zero_stage 1, which costs nothing on one rank"
             )
-    trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
+    with stop:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # From here on a signal ends the process: the last step is saved, and the next start goes on from here.
     metrics = trainer.evaluate()
     partial = config.output / ".final.partial"
     trainer.save_model(str(partial))
@@ -205,6 +226,11 @@ def _with_tail(config: TrainConfig, source: Source, validation: Source) -> LossC
                 "fit: they are not its best ones, so a bucket for the rest, or dividing by their mass, would bias "
                 'the loss; use tail = "ignore", whose gradient is right on average, or leave the key out'
             )
+        if sampled and loss.divergence != "forward_kl":
+            raise ConfigError(
+                f"{path}: {name} holds ids drawn from the teacher's distribution, which give an unbiased gradient for "
+                f'the forward KL alone, found loss.divergence "{loss.divergence}"; use "forward_kl"'
+            )
     return loss.model_copy(update={"tail": tail})
 
 
@@ -242,43 +268,34 @@ def _collator(config: TrainConfig, model: PreTrainedModel, encoder: Encoder) -> 
     )
 
 
-def _begin(config: TrainConfig, source: Source, resuming: bool, main: bool) -> None:
-    """Records what this run is, or refuses to continue another one's output."""
-    record: dict[str, Any] = {
-        "config": config.model_dump(mode="json"),
-        "config_sha256": digest(config),
-        "data_sha256": source.sha256,
-        "num_samples": len(source),
-    }
-    path = config.output / "config.json"
-    if resuming:
-        if config.run.resume == "never":
-            raise ConfigError(
-                f'{config.output}: holds checkpoints of an earlier run, and run.resume is "never"; choose another '
-                "output, or remove this one"
-            )
-        before = json.loads(path.read_text("utf-8"))
-        for side in (before, record):
-            settings = side["config"]
-            side.pop("config_sha256", None)
-            # May change between a run and its continuation: they do not change what is computed.
-            for free in ("save_steps", "keep_checkpoints", "eval_steps", "log_steps", "resume"):
-                settings["run"].pop(free, None)
-            settings["data"].pop("num_workers", None)
-        if differences := list_differences(before, record):
-            raise ProvenanceError(
-                f"{config.output}: holds a run with other settings\n"
-                + "\n".join(f"  {line}" for line in differences)
-                + "\nchoose another output, or remove this one"
-            )
-        return
+def _check_reports(config: TrainConfig) -> None:
+    missing = [name for name in config.run.report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"run.report_to: {', '.join(missing)} is not installed; leave it out, or run: pip install "
+            + " ".join(missing)
+        )
+
+
+def _convert(checkpoint: Path, num_ranks: int, main: bool) -> Path:
+    """The checkpoint for this number of ranks, made by the first of them while the others wait."""
+    outcome: list[Any] = [None]
     if main:
-        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-        publish(path, json.dumps(record, indent=1).encode())
-        publish(config.output / "versions.json", json.dumps(versions, indent=1).encode())
+        _log.info("%s: converting from %d to %d rank(s)", checkpoint, num_ranks_of(checkpoint), num_ranks)
+        try:
+            outcome = [to_universal(checkpoint)]
+        except StorageError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], StorageError):
+        raise outcome[0]
+    found: Path = outcome[0]
+    return found
 
 
-def _training_arguments(config: TrainConfig, accumulation: int, max_steps: int) -> TrainingArguments:
+def _training_arguments(
+    config: TrainConfig, deepspeed: dict[str, Any], accumulation: int, max_steps: int
+) -> TrainingArguments:
     run, optim = config.run, config.optim
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.output / "tensorboard")
     ours: dict[str, Any] = {
@@ -294,7 +311,7 @@ def _training_arguments(config: TrainConfig, accumulation: int, max_steps: int) 
         "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": run.activation_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "deepspeed": _deepspeed(config),
+        "deepspeed": deepspeed,
         "logging_steps": run.log_steps,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
@@ -305,10 +322,10 @@ def _training_arguments(config: TrainConfig, accumulation: int, max_steps: int) 
         "data_seed": config.seed,
         "ignore_data_skip": True,
         "disable_tqdm": True,
-        "report_to": ["tensorboard"],
+        "report_to": list(run.report_to),
         "remove_unused_columns": False,
     }
-    if clash := sorted(set(ours) & set(run.training_arguments) - {"report_to"}):
+    if clash := sorted(set(ours) & set(run.training_arguments)):
         raise ConfigError(f"run.training_arguments: {', '.join(clash)} follow from other settings of this file")
     try:
         return TrainingArguments(**{**ours, **run.training_arguments})

@@ -196,7 +196,7 @@ class MixedSource:
             )
         self.sampled = sources[0].sampled
         self.sha256 = hashlib.sha256(" ".join(source.sha256 for source in sources).encode()).hexdigest()
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
         self._image_roots = tuple(image_roots)
         self._first = np.concatenate([[0], np.cumsum([len(source) for source in sources])])
 
@@ -205,7 +205,7 @@ class MixedSource:
 
     def __getitem__(self, index: int) -> Example:
         number = int(np.searchsorted(self._first, index, side="right")) - 1
-        example = self._sources[number][index - int(self._first[number])]
+        example = self.sources[number][index - int(self._first[number])]
         return replace(example, image_root=self._image_roots[number])
 
 

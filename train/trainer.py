@@ -8,7 +8,10 @@ visible, and validation.
 """
 
 import itertools
+import json
+import math
 import shutil
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,37 +21,27 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from common.errors import ConfigError, DataError, DecantError, StorageError
+from common.storage import publish
 from train.batch import Batch, Collator
 from train.checkpoint import mark_complete
 from train.config import LossConfig, OptimConfig
+from train.fused import FusedOutput
 from train.loader import Loader, MicroBatches
 from train.moe import RouterLogits
 from train.objective import UNITS, Term, compute_terms, step_loss, unit_counts
 from train.order import StepPlan
 from train.stream import Source
 from train.student import save_student, text_config
+from train.universal import remove_universal
+from train.watch import DivergedError, Interrupted, LossWatch, StopRequest
 
-
-class RowSelector:
-    """Makes the output layer see the scored rows alone: [B, T, H] becomes [1, R, H] before the product with V.
-
-    A hook, so that the model stays the vanilla class and ZeRO-3 gathers the layer's weights as always.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.rows: Tensor | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._select)
-
-    def _select(self, _module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self.rows is None:
-            return None
-        hidden = args[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[self.rows].unsqueeze(0),)
+# Samples that a message names.
+_NAMED = 32
 
 
 class StudentTrainer(Trainer):
@@ -75,6 +68,9 @@ class StudentTrainer(Trainer):
         start_step: int,
         num_workers: int,
         keep_checkpoints: int,
+        other_ranks: bool,
+        watch: LossWatch,
+        stop: StopRequest,
         assets_from: Path,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
@@ -92,8 +88,15 @@ class StudentTrainer(Trainer):
         self._start_step = start_step
         self._num_workers = num_workers
         self._keep_checkpoints = keep_checkpoints
+        self._saved_step = start_step
+        self._other_ranks = other_ranks
+        self._watch = watch
+        self._stop = stop
+        # Micro-batches of the step that has not been judged yet, and whether its gradient is finite.
+        self._unjudged: list[tuple[tuple[str, ...], Tensor]] = []
+        self._finite_gradient = True
         self._assets_from = assets_from
-        self._selector = RowSelector(model)
+        self._output = FusedOutput(model, vocab_size)
         self._step_counts: dict[str, float] = {}
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._units: dict[str, str] = {}
@@ -116,7 +119,10 @@ class StudentTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """Collects a step's micro-batches and counts its rows, pairs and tokens over all ranks."""
+        """Collects a step's micro-batches and counts its rows, pairs and tokens over all ranks.
+
+        The same reduction tells all ranks whether the step before went well and whether one of them is to stop.
+        """
         started = time.monotonic()
         batches: list[Batch] = []
         failure: DecantError | None = None
@@ -127,12 +133,20 @@ class StudentTrainer(Trainer):
             failure = error
         self._waited_s += time.monotonic() - started
         counts = [unit_counts(batch) for batch in batches]
-        sums = [*(sum(c[unit] for c in counts) for unit in UNITS), failure is not None]
+        sums = [
+            *(sum(c[unit] for c in counts) for unit in UNITS),
+            failure is not None,
+            self._stop.signum == signal.SIGTERM,
+            self._stop.signum == signal.SIGINT,
+        ]
         local = torch.tensor(sums, dtype=torch.float64, device=device)
-        total = self.accelerator.reduce(local, "sum")
-        *totals, num_failures = total.tolist()
+        total = self.accelerator.reduce(torch.cat([local, self._step_state()]), "sum")
+        *totals, num_failures, num_terminated, num_interrupted, loss, num_bad_gradients = total.tolist()
         if num_failures:
             self._stop_on_every_rank(failure)
+        self._judge(loss, num_bad_gradients)
+        if num_terminated or num_interrupted:
+            self._save_and_leave(signal.SIGTERM if num_terminated else signal.SIGINT)
         self._step_counts = dict(zip(UNITS, totals, strict=True))
         for unit, count in self._step_counts.items():
             self._sums[unit] += count
@@ -142,6 +156,68 @@ class StudentTrainer(Trainer):
         """A rank that stopped alone would leave the others waiting for it; so all name what stopped one of them."""
         reasons = gather_object([None if failure is None else str(failure)])
         raise failure or DataError(next(f"rank {n}: {reason}" for n, reason in enumerate(reasons) if reason))
+
+    def _save_and_leave(self, signum: signal.Signals) -> NoReturn:
+        step = self.state.global_step
+        if step > self._saved_step:
+            self._save_checkpoint(self.model_wrapped, None)
+        # Bars and metric writers are closed.
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        raise Interrupted(
+            f"{self.args.output_dir}: stopped by {signum.name} after step {step} of {self.state.max_steps}, which is "
+            "saved; the same command continues from there",
+            signum,
+        )
+
+    # The loss of each step
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """Keeps each micro-batch's loss, unread, beside the ids of its samples until the step is judged."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._unjudged.append((inputs.sample_ids, loss))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # DeepSpeed says -1 for a norm that is no number.
+        self._finite_gradient = norm is None or (math.isfinite(norm) and norm >= 0)
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """No broken step is validated or saved."""
+        if self.control.should_save or self.control.should_evaluate:
+            self._judge(*self.accelerator.reduce(self._step_state(), "sum").tolist())
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _step_state(self) -> Tensor:
+        """This rank's part of what `_judge` takes, float64 [2]."""
+        losses = [loss.double() for _, loss in self._unjudged]
+        bad = torch.tensor(float(not self._finite_gradient), dtype=torch.float64, device=self.args.device)
+        return torch.stack([sum(losses, torch.zeros_like(bad)), bad])
+
+    def _judge(self, loss: float, num_bad_gradients: float) -> None:
+        """Stops every rank if the latest step broke; the arguments are sums over all ranks."""
+        if not self._unjudged:
+            return
+        batches, self._unjudged = self._unjudged, []
+        problem = self._watch.judge(loss / self.args.world_size, finite_gradient=not num_bad_gradients)
+        if problem is None:
+            return
+        found = gather_object([(self.args.process_index, list(ids), loss.item()) for ids, loss in batches])
+        broken = [ids for _, ids, loss in found if not math.isfinite(loss)] or [ids for _, ids, _ in found]
+        ids = [name for micro_batch in broken for name in micro_batch]
+        record = Path(self.args.output_dir) / "broken-step.json"
+        if self.args.should_save:
+            shares = [{"rank": rank, "loss": repr(loss), "sample_ids": names} for rank, names, loss in found]
+            content = {"step": self.state.global_step, "problem": problem, "micro_batches": shares}
+            publish(record, json.dumps(content, indent=1).encode())
+        raise DivergedError(
+            f"step {self.state.global_step}: {problem}. Its samples: {', '.join(map(repr, ids[:_NAMED]))}"
+            + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+            + f" (all micro-batches: {record}). Nothing of this step was saved. Look at these samples first; lower "
+            "optim.learning_rate or leave samples out, which makes it another run, or raise run.max_loss_ratio if the "
+            "loss is no surprise: the same command continues from the newest checkpoint"
+        )
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return inputs.to(self.args.device)
@@ -162,14 +238,12 @@ class StudentTrainer(Trainer):
         return step_loss(terms, self._step_counts) * self.args.world_size
 
     def _terms(self, model: Any, batch: Batch) -> dict[str, Term]:
-        self._selector.rows = batch.rows
         images = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
-        try:
+        with self._output.scoring(batch, kept=self._loss.distillation > 0):
             output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **images)
-        finally:
-            self._selector.rows = None
+            logits = self._output.read(output.logits)
         return compute_terms(
-            output.logits[0],
+            logits,
             batch,
             self._loss,
             vocab_size=self._vocab_size,
@@ -187,9 +261,9 @@ class StudentTrainer(Trainer):
                 {"params": matrices, "weight_decay": self._optim.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
             ]
-            self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]], lr=self._optim.learning_rate, betas=self._optim.betas
-            )
+            groups = [group for group in groups if group["params"]]
+            self._decays = [group["weight_decay"] for group in groups]
+            self.optimizer = torch.optim.AdamW(groups, lr=self._optim.learning_rate, betas=self._optim.betas)
         return self.optimizer
 
     # Logs and validation
@@ -264,12 +338,36 @@ class StudentTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             written = partial / f"checkpoint-{self.state.global_step}"
-            mark_complete(written, self.state.global_step)
+            mark_complete(written, self.state.global_step, num_ranks=self.args.world_size)
             final = partial.parent / written.name
             shutil.rmtree(final, ignore_errors=True)
             written.rename(final)
             rotate_checkpoints(str(partial.parent), save_total_limit=self._keep_checkpoints, use_mtime=False)
+            remove_universal(partial.parent)
+        self._saved_step = self.state.global_step
         self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Mends what DeepSpeed's universal form leaves wrong in the optimiser under ZeRO-3.
+
+        All groups get the weight decay of the first, and all partitions share one step counter, a tensor that each
+        of them then counts up.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self._other_ranks:
+            return
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+        for group, decay in zip(self.optimizer.param_groups, self._decays, strict=True):
+            group["weight_decay"] = decay
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Random states belong to ranks; other ranks draw anew, from the seed and the step."""
+        if self._other_ranks:
+            set_seed((self.args.seed + 1_000_003 * self._start_step) % 2**32)
+        else:
+            super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes the student as transformers and vLLM load it, with its tokenizer and image processor."""

@@ -19,8 +19,32 @@ def full_kl(teacher_probs: ArrayLike, student_probs: ArrayLike) -> float:
     return math.fsum(p * math.log(p / q) for p, q in pairs if p > 0)
 
 
+def divergence_of(p: list[float], q: list[float], divergence: str) -> float:
+    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    match divergence:
+        case "forward_kl":
+            return full_kl(p, q)
+        case "reverse_kl":
+            return full_kl(q, p)
+        case "jensen_shannon":
+            return (full_kl(p, middle) + full_kl(q, middle)) / 2
+        case "total_variation":
+            return (
+                math.fsum(max(a - b, 0.0) for a, b in zip(p, q, strict=True)) / 2
+                + math.fsum(max(b - a, 0.0) for a, b in zip(p, q, strict=True)) / 2
+            )
+    raise AssertionError(divergence)
+
+
 def distillation(
-    logits: ArrayLike, ids: ArrayLike, logprobs: ArrayLike, rest_mass: ArrayLike, vocab_size: int, tail: str
+    logits: ArrayLike,
+    ids: ArrayLike,
+    logprobs: ArrayLike,
+    rest_mass: ArrayLike,
+    vocab_size: int,
+    tail: str,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
 ) -> Array:
     rows = zip(*(np.asarray(column) for column in (logits, ids, logprobs, rest_mass)), strict=True)
     losses = []
@@ -31,12 +55,13 @@ def distillation(
         p = list(teacher.values())
         q = [student[i] for i in teacher]
         if tail == "renormalise":
+            p, q = [value ** (1 / temperature) for value in p], [value ** (1 / temperature) for value in q]
             p = [value / math.fsum(p) for value in p]
             q = [value / math.fsum(q) for value in q]
         if tail == "bucket" and rest > 0:
             p.append(float(rest))
             q.append(math.fsum(student[i] for i in range(vocab_size) if i not in teacher))
-        losses.append(full_kl(p, q))
+        losses.append(temperature**2 * divergence_of(p, q, divergence))
     return np.array(losses)
 
 

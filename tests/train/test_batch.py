@@ -13,10 +13,11 @@ from common.encoding import Encoder
 from common.errors import DataError
 from common.images import ImageSpec
 from tests.models import tiny_llava
+from tests.train.fused_rows import row_logits
 from tests.train.runs import LiveTeacher, write_mixed_dataset
 from train.batch import Batch, Collator
 from train.config import LossConfig
-from train.objective import compute_terms, step_loss, unit_counts
+from train.objective import Term, compute_terms, step_loss, unit_counts
 from train.stream import DatasetSource, ShardSource
 
 
@@ -57,6 +58,12 @@ def logits(root: Path, batch: Batch) -> torch.Tensor:
     return out.flatten(0, 1)[batch.rows]
 
 
+def terms_of(logits_RV: torch.Tensor, batch: Batch, config: LossConfig, vocab_size: int) -> dict[str, Term]:
+    kept = (batch.topk_ids, batch.topk_logprobs > -torch.inf) if config.distillation else ()  # type: ignore[operator]
+    rows = row_logits(logits_RV, batch.targets, *kept, vocab_size=vocab_size)
+    return compute_terms(rows, batch, config, vocab_size=vocab_size)
+
+
 def test_each_row_stands_right_before_its_token(root: Path) -> None:
     examples = [source(root, "kd")[i] for i in range(8)]
     batch = collator(root)(examples)
@@ -81,12 +88,12 @@ def test_the_student_that_is_the_teacher_has_no_distillation_loss(root: Path) ->
     vocab_size = Encoder.load(root / "model").vocab_size
     config = LossConfig(distillation=1.0, cross_entropy=0.5)
     # The teacher's padding rows hold mass that the student's masked ones do not: a small constant remains.
-    terms = compute_terms(logits(root, batch), batch, config, vocab_size=vocab_size)
+    terms = terms_of(logits(root, batch), batch, config, vocab_size=vocab_size)
     unpadded = logits(root, batch).clone()
     unpadded[:, vocab_size:] = -1e9
-    masked = compute_terms(unpadded, batch, config, vocab_size=vocab_size)
+    masked = terms_of(unpadded, batch, config, vocab_size=vocab_size)
     assert float(terms["distillation"].total) == pytest.approx(float(masked["distillation"].total), rel=1e-4)
-    other = compute_terms(logits(root, batch).roll(1, 0), batch, config, vocab_size=vocab_size)
+    other = terms_of(logits(root, batch).roll(1, 0), batch, config, vocab_size=vocab_size)
     assert float(terms["distillation"].total) < 0.02 * float(other["distillation"].total)
 
 
@@ -100,7 +107,7 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(
 
     def loss(batches: list[Batch]) -> float:
         counts = {unit: sum(unit_counts(batch)[unit] for batch in batches) for unit in ("rows", "pairs", "tokens")}
-        terms = [compute_terms(logits(root, batch), batch, config, vocab_size=293) for batch in batches]
+        terms = [terms_of(logits(root, batch), batch, config, vocab_size=293) for batch in batches]
         return sum(float(step_loss(t, counts)) for t in terms)
 
     assert loss(parts(examples[:cut], examples[cut:], [])) == pytest.approx(loss(parts(examples)), rel=1e-6)
@@ -123,8 +130,8 @@ def test_a_rank_without_a_pair_has_the_same_terms_and_a_graph(root: Path, loss_t
     config = LossConfig(preference=1.0, preference_type=loss_type)  # type: ignore[arg-type]
     full, empty = make([source(root, "dpo")[0]]), make([])
     logits_RV = torch.randn(0, 306, requires_grad=True)
-    terms = compute_terms(logits_RV, empty, config, vocab_size=293)
-    assert terms.keys() == compute_terms(logits(root, full), full, config, vocab_size=293).keys()
+    terms = terms_of(logits_RV, empty, config, vocab_size=293)
+    assert terms.keys() == terms_of(logits(root, full), full, config, vocab_size=293).keys()
     loss = step_loss(terms, {"rows": 4, "pairs": 2, "tokens": 9})
     assert float(loss) == 0.0
     loss.backward()
@@ -137,12 +144,12 @@ def test_preference_terms_are_those_of_the_summed_log_probs(root: Path) -> None:
     assert batch.num_pairs == 8
     assert batch.reference_logprobs is not None
     config = LossConfig(preference=1.0, beta=0.3)
-    terms = compute_terms(logits(root, batch), batch, config, vocab_size=293 + 13)
+    terms = terms_of(logits(root, batch), batch, config, vocab_size=293 + 13)
     # Policy and reference are one model, so every reward is 0 and the loss is log 2.
     assert float(terms["preference"].total) == pytest.approx(8 * np.log(2), rel=1e-5)
     assert float(terms["rewards/margins"].total) == pytest.approx(0.0, abs=1e-3)
     shifted = replace(batch, reference_logprobs=batch.reference_logprobs - torch.tensor([1.0] * 8 + [0.0] * 8))
-    terms = compute_terms(logits(root, shifted), shifted, config, vocab_size=293 + 13)
+    terms = terms_of(logits(root, shifted), shifted, config, vocab_size=293 + 13)
     assert float(terms["rewards/chosen"].total) == pytest.approx(8 * 0.3, rel=1e-4)
     assert float(terms["preference"].total) == pytest.approx(8 * np.log1p(np.exp(-0.3)), rel=1e-4)
     assert float(terms["rewards/accuracies"].total) == 8

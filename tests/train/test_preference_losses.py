@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.reference import losses as reference
-from train.losses import preference_loss
+from train.batch import Batch
+from train.config import LossConfig
+from train.losses import RowLogits, preference_loss
+from train.objective import compute_terms
 
 PREFERENCES = [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0), ("kto_pair", 0.0)]
 SHIFTS = [6.0, -6.0]  # means of the log-ratios on both sides of the clamp at 0
@@ -32,9 +35,9 @@ def test_preference_losses_agree_with_the_float64_reference(
     expected = reference.preference(*pairs, loss_type, 0.1, label_smoothing)
     if loss_type == "kto_pair":
         expected = expected.reshape(2, -1).mean(0)  # so that the mean over pairs is the one over both halves
-    result = preference_loss(*pairs, loss_type=loss_type, beta=0.1, label_smoothing=label_smoothing)
-    assert result.loss_P.dtype == torch.float32
-    np.testing.assert_allclose(result.loss_P, expected, rtol=2e-6, atol=1e-6)
+    loss_P = preference_loss(*pairs, loss_type=loss_type, beta=0.1, label_smoothing=label_smoothing)
+    assert loss_P.dtype == torch.float32
+    np.testing.assert_allclose(loss_P, expected, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -48,7 +51,7 @@ def test_preference_gradients_agree_with_finite_differences(
     def mean_loss(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
         return preference_loss(
             chosen_P, rejected_P, *references, loss_type=loss_type, beta=0.1, label_smoothing=label_smoothing
-        ).loss_P
+        )
 
     assert torch.autograd.gradcheck(mean_loss, (chosen_P.requires_grad_(), rejected_P.requires_grad_()))
 
@@ -56,29 +59,17 @@ def test_preference_gradients_agree_with_finite_differences(
 @pytest.mark.parametrize(
     ("loss_type", "expected"), [("sigmoid", math.log(2)), ("ipo", 25.0), ("hinge", 1.0), ("kto_pair", 0.5)]
 )
-def test_the_policy_that_equals_the_reference_has_the_known_loss_and_no_reward(loss_type: str, expected: float) -> None:
+def test_the_policy_that_equals_the_reference_has_the_known_loss(loss_type: str, expected: float) -> None:
     chosen_P, rejected_P, _, _ = random_pairs()
-    result = preference_loss(chosen_P, rejected_P, chosen_P, rejected_P, loss_type=loss_type, beta=0.1)
-    torch.testing.assert_close(result.loss_P, torch.full_like(chosen_P, expected))
-    assert (result.chosen_reward_P == 0).all()
-    assert (result.rejected_reward_P == 0).all()
-
-
-def test_rewards_are_detached_and_the_loss_is_not() -> None:
-    chosen_P, rejected_P, *references = (values_P.requires_grad_() for values_P in random_pairs())
-    result = preference_loss(chosen_P, rejected_P, *references, loss_type="sigmoid", beta=0.3)
-    torch.testing.assert_close(result.chosen_reward_P, (0.3 * (chosen_P - references[0])).detach())
-    torch.testing.assert_close(result.rejected_reward_P, (0.3 * (rejected_P - references[1])).detach())
-    assert not result.chosen_reward_P.requires_grad
-    assert not result.rejected_reward_P.requires_grad
-    assert result.loss_P.requires_grad
+    loss_P = preference_loss(chosen_P, rejected_P, chosen_P, rejected_P, loss_type=loss_type, beta=0.1)
+    torch.testing.assert_close(loss_P, torch.full_like(chosen_P, expected))
 
 
 def test_bf16_sequence_logprobs_are_subtracted_in_float32() -> None:
     """-1000 + 0.25 is not a bf16 number: subtracting in bf16 would lose the quarter."""
     policy_P, reference_P = torch.tensor([-1000.0]).bfloat16(), torch.tensor([-0.25]).bfloat16()
-    result = preference_loss(policy_P, reference_P, reference_P, reference_P, loss_type="hinge", beta=1.0)
-    assert result.chosen_reward_P.tolist() == [-999.75]
+    loss_P = preference_loss(policy_P, reference_P, reference_P, reference_P, loss_type="hinge", beta=1.0)
+    assert loss_P.tolist() == [1000.75]
 
 
 @pytest.mark.parametrize(
@@ -136,27 +127,63 @@ def trl_preference(
 
 
 @pytest.mark.slow  # importing trl
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize(
+    ("loss_type", "trl_type", "length_normalised"),
+    [
+        ("sigmoid", "sigmoid", False),
+        ("hinge", "hinge", False),
+        ("ipo", "ipo", False),
+        ("ipo", "ipo", True),
+        ("sigmoid", "sigmoid_norm", True),
+    ],
+)
 @pytest.mark.parametrize("num_pairs", [1, 5])
-def test_preference_losses_and_rewards_agree_with_trl(loss_type: str, num_pairs: int) -> None:
+def test_preference_losses_and_metrics_agree_with_trl(
+    loss_type: str, trl_type: str, length_normalised: bool, num_pairs: int
+) -> None:
     generator = torch.Generator().manual_seed(2)
     num_tokens, prompt_tokens, beta = 12, 3, 0.2
     logps_2PT = -3 * torch.rand(2 * num_pairs, num_tokens, generator=generator)
     ends_2P = torch.randint(prompt_tokens + 1, num_tokens + 1, (2 * num_pairs,), generator=generator)
     positions_T = torch.arange(num_tokens)
     mask_2PT = ((positions_T >= prompt_tokens) & (positions_T < ends_2P[:, None])).long()
-    policy_2P = (logps_2PT * mask_2PT).sum(1)
-    reference_2P = policy_2P + 6 * torch.randn(2 * num_pairs, generator=generator)
-    expected, metrics = trl_preference(logps_2PT, reference_2P, mask_2PT, loss_type, beta)
+    reference_2P = (logps_2PT * mask_2PT).sum(1) + 6 * torch.randn(2 * num_pairs, generator=generator)
+    expected, metrics = trl_preference(logps_2PT, reference_2P, mask_2PT, trl_type, beta)
 
-    lengths_2P = mask_2PT.sum(1) if loss_type == "ipo" else torch.ones(2 * num_pairs)
-    pairs = (*(policy_2P / lengths_2P).chunk(2), *(reference_2P / lengths_2P).chunk(2))
-    result = preference_loss(*pairs, loss_type=loss_type, beta=beta)
-    assert result.loss_P.mean().item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    config = LossConfig(
+        preference=1.0,
+        preference_type=loss_type,
+        beta=beta,
+        length_normalised=length_normalised,  # type: ignore[arg-type]
+    )
+    terms = compute_terms(*scored_pairs(logps_2PT, mask_2PT, reference_2P), config, vocab_size=9)
+    found = {name: term.total.item() / num_pairs for name, term in terms.items()}
+    assert found.pop("preference") == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    logged = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    assert found == pytest.approx({name: metrics[name][0] for name in (*logged, "logps/chosen", "logps/rejected")})
 
-    chosen_lengths_P, rejected_lengths_P = lengths_2P.chunk(2)
-    chosen_P = result.chosen_reward_P * chosen_lengths_P
-    rejected_P = result.rejected_reward_P * rejected_lengths_P
-    assert metrics["rewards/chosen"] == [pytest.approx(chosen_P.mean().item(), rel=1e-6, abs=1e-6)]
-    assert metrics["rewards/rejected"] == [pytest.approx(rejected_P.mean().item(), rel=1e-6, abs=1e-6)]
-    assert metrics["rewards/accuracies"] == [pytest.approx((chosen_P > rejected_P).float().mean().item())]
+
+def scored_pairs(logps_BT: Tensor, mask_BT: Tensor, reference_B: Tensor) -> tuple[RowLogits, Batch]:
+    """What a student that gives these log-probs hands to the objective, the masked tokens being those scored."""
+    rows_R = mask_BT.flatten().nonzero().flatten()
+    own_R = logps_BT.flatten()[rows_R]
+    batch = Batch(
+        sample_ids=(),
+        num_pairs=len(logps_BT) // 2,
+        input_ids=torch.zeros_like(mask_BT),
+        attention_mask=torch.ones_like(mask_BT),
+        token_mask=torch.ones_like(mask_BT).bool(),
+        rows=rows_R,
+        targets=torch.zeros_like(rows_R),
+        row_sequence=rows_R // logps_BT.shape[1],
+        reference_logprobs=reference_B.double(),
+    )
+    return RowLogits(own_R.new_zeros(len(own_R), 0), own_R, torch.zeros_like(own_R)), batch
+
+
+def test_metrics_are_detached_and_the_loss_is_not() -> None:
+    logps_BT = (-torch.rand(6, 4)).requires_grad_()
+    logits, batch = scored_pairs(logps_BT, torch.ones(6, 4).long(), torch.zeros(6))
+    terms = compute_terms(logits, batch, LossConfig(preference=1.0), vocab_size=9)
+    assert [name for name, term in terms.items() if term.total.requires_grad] == ["preference"]
+    assert [name for name, term in terms.items() if term.weight] == ["preference"]

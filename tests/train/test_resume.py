@@ -81,7 +81,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pyte
         checkpoint = tmp_path / "checkpoints" / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "weights").write_bytes(b"1234")
-        (checkpoint / MARKER).write_text(json.dumps({"step": step, "files": {"weights": 4}}))
+        (checkpoint / MARKER).write_text(json.dumps({"step": step, "num_ranks": 1, "files": {"weights": 4}}))
     assert newest_complete(tmp_path) == (tmp_path / "checkpoints" / "checkpoint-10", 10)
     (tmp_path / "checkpoints" / "checkpoint-10" / "weights").write_bytes(b"123")
     with caplog.at_level("WARNING"):

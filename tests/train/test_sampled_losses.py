@@ -14,7 +14,7 @@ from torch import Tensor
 from common.scores import TeacherScores, from_draws, from_rectangle
 from tests.reference import losses as reference
 from tests.train.accumulation import assert_accumulated
-from train.losses import distillation_loss
+from tests.train.fused_rows import distillation_loss
 
 VOCAB, TEACHER_OUTPUT, STUDENT_OUTPUT = 23, 26, 29
 NUM_DRAWS, NUM_TRIALS = 12, 40_000

@@ -50,15 +50,16 @@ def test_training_from_draws_lowers_their_loss_and_the_kl_to_the_teacher(root: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
-def test_a_tail_that_would_bias_the_loss_of_draws_is_refused(
-    root: Path, monkeypatch: pytest.MonkeyPatch, tail: str
-) -> None:
+def test_what_would_bias_the_loss_of_draws_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch, tail: str) -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in alone.items():
         monkeypatch.setenv(name, value)
     config = settings(root, tail, shards=str(root / "drawn"))
     config["loss"] = {"distillation": 1.0, "tail": tail}
     with pytest.raises(ConfigError, match=rf'data\.shards holds ids drawn .* loss\.tail "{tail}" does not fit'):
+        train(TrainConfig.model_validate(config))
+    config["loss"] = {"distillation": 1.0, "divergence": "reverse_kl"}
+    with pytest.raises(ConfigError, match=r'data\.shards holds ids drawn .* found loss\.divergence "reverse_kl"'):
         train(TrainConfig.model_validate(config))
     other = settings(root, tail, shards=str(root / "whole"), validation=str(root / "drawn"))
     with pytest.raises(ConfigError, match=r'data\.validation holds ids drawn .* loss\.tail "bucket"'):

@@ -4,16 +4,27 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
 from train.config import TrainConfig
 from train.stage import train
+from train.watch import Interrupted
 
-if __name__ == "__main__":
-    for settings in json.loads(Path(sys.argv[1]).read_text()):
-        train(TrainConfig.model_validate(settings))
+
+def run(stages: list[dict[str, Any]]) -> None:
+    for settings in stages:
+        try:
+            train(TrainConfig.model_validate(settings))
+        except Interrupted as interrupt:
+            print(interrupt, file=sys.stderr)  # noqa: T201
+            sys.exit(interrupt.exit_code)
         # The next stage has its own DeepSpeed configuration.
         gc.collect()
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
+
+
+if __name__ == "__main__":
+    run(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,157 @@
+"""Time and memory of the distillation loss with its output layer, forward and backward: fused, dense and gathered.
+
+    python -m benchmarks.loss
+
+1,024 tokens x hidden size 1,024 x vocabulary 151,936 in bfloat16, k = 64. `dense` is the formula as LLaVA-MoD writes
+it: softmax of the teacher's whole logits, log-softmax of the student's, -(p_T * log p_S).sum over the vocabulary.
+`gather` is the log-softmax of the student's whole logits at the kept ids. Each has a process of its own, and they take
+turns; seconds are medians over turns. Peak memory is the highest resident set (VmHWM, set back before) of the first
+turn, less what was resident before it, weights and inputs, and less the weight's gradient. `grad_error_vs_twin` is how
+far the fused gradients are from those of float64, relative to those of autograd on whole bfloat16 logits, for the same
+loss on 128 tokens: the larger of the ratios for hidden states and for the weight.
+"""
+
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.reference import unfused
+from train.fused import picked_logits, read_rows
+from train.losses import distillation_loss
+
+NUM_TOKENS, HIDDEN, VOCAB_SIZE, TOP_K = 1024, 1024, 151_936, 64
+WAYS = ("fused", "dense", "gather")
+NUM_TURNS = 3
+TWIN_TOKENS = 128
+
+
+def main() -> None:
+    """Prints one JSON line."""
+    command = [sys.executable, "-m", "benchmarks.loss"]
+    error = float(subprocess.run([*command, "error"], check=True, capture_output=True, text=True).stdout)
+    children = {
+        way: subprocess.Popen([*command, way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for way in WAYS
+    }
+    readings: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    for _ in range(NUM_TURNS):
+        for way, child in children.items():
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write("\n")
+            child.stdin.flush()
+            seconds, mib = child.stdout.readline().split()
+            readings[way].append((float(seconds), float(mib)))
+    for child in children.values():
+        child.communicate()
+    seconds_of = {way: statistics.median(seconds for seconds, _ in turns) for way, turns in readings.items()}
+    peak = {way: turns[0][1] for way, turns in readings.items()}
+    result = {
+        "speedup_vs_dense": round(seconds_of["dense"] / seconds_of["fused"], 2),
+        "speedup_vs_gather": round(seconds_of["gather"] / seconds_of["fused"], 2),
+        "peak_vs_dense": round(peak["fused"] / peak["dense"], 4),
+        "grad_error_vs_twin": round(error, 3),
+        "seconds": {way: round(value, 2) for way, value in seconds_of.items()},
+        "peak_mib": {way: round(value, 1) for way, value in peak.items()},
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    print(json.dumps(result))
+
+
+def _take_turns(way: str) -> None:
+    """Measures once for each line that comes in: seconds and MiB."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    # What the libraries allocate once is not the loss's.
+    small = _Problem(8, 32, 512)
+    small.loss(way).backward()
+    problem = _Problem(NUM_TOKENS, HIDDEN, VOCAB_SIZE)
+    for _ in sys.stdin:
+        problem.hidden_RH.grad = problem.weight_VH.grad = None
+        # What the allocator keeps of earlier work would hide what the loss takes.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        resting_mib = _status_mib("VmRSS")
+        started = time.perf_counter()
+        problem.loss(way).backward()
+        seconds = time.perf_counter() - started
+        peak_mib = _status_mib("VmHWM") - resting_mib - problem.weight_VH.nbytes / 2**20
+        print(seconds, peak_mib, flush=True)
+
+
+class _Problem:
+    """Random inputs; the kept entries are the best of the teacher's whole logits."""
+
+    def __init__(self, num_tokens: int, hidden: int, vocab_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.hidden_RH = torch.randn(num_tokens, hidden, generator=generator).bfloat16().requires_grad_()
+        weight_VH = torch.randn(vocab_size, hidden, generator=generator).mul_(2 / hidden**0.5)
+        self.weight_VH = weight_VH.bfloat16().requires_grad_()
+        self.teacher_RV = torch.randn(num_tokens, vocab_size, generator=generator).mul_(3).bfloat16()
+        parts = [row.float().log_softmax(0).topk(min(TOP_K, vocab_size)) for row in self.teacher_RV]
+        self.topk_logprobs_RK = torch.stack([part.values for part in parts])
+        self.ids_RK = torch.stack([part.indices for part in parts])
+        self.rest_R = 1 - self.topk_logprobs_RK.exp().sum(1)
+        self.vocab_size = vocab_size
+
+    def loss(self, way: str) -> Tensor:
+        """Mean over tokens."""
+        if way == "fused":
+            return self.fused().mean()
+        logits_RV = self.hidden_RH @ self.weight_VH.T
+        logprobs_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
+        if way == "gather":
+            return -(self.topk_logprobs_RK.exp() * logprobs_RV.gather(1, self.ids_RK)).sum(-1).mean()
+        assert way == "dense"
+        teacher_RV = self.teacher_RV.softmax(-1, dtype=torch.float32)
+        return -(teacher_RV * logprobs_RV).sum(-1).mean()
+
+    def fused(self) -> Tensor:
+        """The loss of the stages of distillation, with the scored token's logit in the same pass."""
+        own_R1 = self.ids_RK[:, :1]
+        ids_RJ = torch.cat([self.ids_RK, own_R1], 1)
+        struck_RJ = torch.cat([torch.ones_like(self.ids_RK), torch.zeros_like(own_R1)], 1).bool()
+        picked_RJ1 = picked_logits(self.hidden_RH, self.weight_VH, None, ids_RJ, struck_RJ, vocab_size=self.vocab_size)
+        rows = read_rows(picked_RJ1, struck_RJ)
+        return distillation_loss(rows, self.topk_logprobs_RK, self.rest_R, vocab_size=self.vocab_size)
+
+
+def _gradient_error() -> float:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    problem = _Problem(TWIN_TOKENS, HIDDEN, VOCAB_SIZE)
+    kept = problem.ids_RK, problem.topk_logprobs_RK, problem.rest_R
+    operands = problem.hidden_RH, problem.weight_VH
+    exact_operands = [operand.detach().double().requires_grad_() for operand in operands]
+
+    def twin(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
+        return unfused.distillation_loss(hidden_RH @ weight_VH.T, *kept, vocab_size=VOCAB_SIZE).mean()
+
+    exact = torch.autograd.grad(twin(*exact_operands), exact_operands)
+    unfused_bf16 = torch.autograd.grad(twin(*operands), operands)
+    fused = torch.autograd.grad(problem.fused().mean(), operands)
+
+    def distance(found: Tensor, truth: Tensor) -> float:
+        return float((found.double() - truth).norm())
+
+    return max(distance(f, e) / distance(u, e) for f, u, e in zip(fused, unfused_bf16, exact, strict=True))
+
+
+def _status_mib(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case []:
+            main()
+        case ["error"]:
+            print(_gradient_error())
+        case [way]:
+            _take_turns(way)
