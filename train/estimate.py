@@ -153,7 +153,7 @@ def estimate(
         f"bytes a parameter: weight {each.weight}, and if trained gradient {each.gradient}, Adam {each.optimiser} "
         + ("(float32 master copy and two moments)" if precision == "bf16" else "(two moments)"),
         "with teacher: what loading it beside the student would add, whole on each GPU, split under ZeRO 3",
-        "not counted: activations, logits, communication buffers; settings of run.deepspeed are not read",
+        "not counted: activations, communication buffers; settings of run.deepspeed are not read",
     )
     return TrainerEstimate(parameters, memory, notes)
 
