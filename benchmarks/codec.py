@@ -34,7 +34,7 @@ from tests.common.builders import make_manifest
 NUM_TOKENS = 32_768
 TOKENS_A_SAMPLE = 256
 # So many draws are 12 different ids on average here.
-NUM_DRAWS = 34
+NUM_DRAWS = 37
 REPEATS = 9
 
 

@@ -191,7 +191,9 @@ def _pack_batch(
     values, value_ends = _entries(keys_RK, counts_R), ends
     if form is None:
         # Most ids are drawn once.
-        is_repeated_N = (values & ((1 << 8 * num_bytes) - 1)) > 1
+        draws_N = values & ((1 << 8 * num_bytes) - 1)
+        assert draws_N.min(initial=1) >= 1
+        is_repeated_N = draws_N > 1
         values, value_ends = values[is_repeated_N], np.concatenate([[0], np.cumsum(is_repeated_N)])[ends]
         streams.append((_pack_bits(is_repeated_N, ends), _bytes_of_bits(np.diff(ends))))
     streams += [((values >> 8 * plane).astype(np.uint8), np.diff(value_ends)) for plane in range(num_bytes)]
@@ -319,6 +321,9 @@ def _with_single_draws(
             f"{where}: {[len(plane) for plane in planes]} bytes of draws for {len(repeated):,} entries that were drawn "
             "more than once; the shard is damaged"
         )
+    low, high = planes
+    if ((low < 2) & (high == 0)).any():
+        raise ShardError(f"{where}: fewer than 2 draws of what was drawn more than once; the shard is damaged")
     whole = [np.full(ends[-1], value, np.uint8) for value in (1, 0)]
     for one, plane in zip(whole, planes, strict=True):
         one[repeated] = plane

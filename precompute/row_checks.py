@@ -41,16 +41,15 @@ def token_problems(encoded: Encoded, num_images: int, manifest: Manifest) -> Ite
 
 
 def kept_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
-    """At most as many entries a row as asked for, finite, drawn.
+    """At most as many entries a row as asked for, finite.
 
-    That they are different tokens of the vocabulary, in the promised order, is how they are read.
+    That they are different tokens of the vocabulary, each drawn at least once, in the promised order, is how they are
+    read.
     """
     counts_R, logprobs_N, max_kept = scores.counts, scores.logprobs, manifest.capture.max_kept
     if counts_R.size and not 0 <= counts_R.min() <= counts_R.max() <= max_kept:
         yield f"rows of {counts_R.min()} to {counts_R.max()} kept entries, expected at most {max_kept}"
-    if scores.draws is not None and (scores.draws < 1).any():
-        yield f"{int((scores.draws < 1).sum())} kept entries were never drawn"
-    elif not np.isfinite(logprobs_N).all():
+    if not np.isfinite(logprobs_N).all():
         yield f"{int((~np.isfinite(logprobs_N)).sum())} kept log-probs are not finite"
     if (logprobs_N > _LOGPROB_TOLERANCE).any():
         yield f"a kept log-prob of {logprobs_N.max()}, expected at most 0"

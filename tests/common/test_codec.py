@@ -115,6 +115,7 @@ def test_streams_of_draws_that_do_not_fit_are_named() -> None:
         ("topk_repeated", [3], "for 2 entries that were drawn more than once"),
         ("topk_draws_1", [0, 0], "for 1 entries"),
         ("topk_draws_0", [5], "value of 5, expected at most 4"),
+        ("topk_draws_0", [1], "fewer than 2 draws"),
     ):
         changed = Packed(np.array(data, np.uint8), np.array([0, len(data)]))
         with pytest.raises(ShardError, match=f"here.*{found}"):

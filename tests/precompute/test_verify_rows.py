@@ -267,16 +267,10 @@ def draw_once_less(row: ShardRow) -> ShardRow:
     return with_draws(row, start, -1)
 
 
-def never_drawn(row: ShardRow) -> ShardRow:
-    start, draws = first_row_where(row, lambda draws: draws[-1] == 1)
-    return with_draws(row, start + len(draws) - 1, -1)
-
-
 DRAW_DAMAGE: dict[str, tuple[Callable[[ShardRow], ShardRow], str, str]] = {
     "one draw less": (draw_once_less, "mass", "expected a sum of 1"),
     "one draw too many": (lambda row: with_draws(row, 0, 1), "mass", "expected (at most|a sum of) 1"),
     "more draws than there were": (lambda row: with_draws(row, 0, 30), "pages", "expected at most 30"),
-    "never drawn": (never_drawn, "kept", "1 kept entries were never drawn"),
     "rest mass off": (
         lambda row: with_scores(row, rest_mass=put(scores_of(row).rest_mass, 2, 0.5)),
         "mass",

@@ -18,7 +18,8 @@ from train.batch import Collator
 from train.config import SetConfig, TrainConfig
 from train.loader import Loader, MicroBatches
 from train.order import SampleSet, StepPlan, samples_per_epoch
-from train.stage import _begin, _data
+from train.record import check_continuation, write_config
+from train.stage import _data
 from train.stream import DatasetSource, MixedSource, open_set
 
 
@@ -254,13 +255,13 @@ def test_a_run_with_another_weight_or_other_sets_is_another_run(outputs: Path, t
     before = config(outputs, both(outputs, 2.0, 1.0)).model_copy(update={"output": tmp_path})
     sources = [open_set(each, "kd", encoder, "pad") for each in before.data.sets]
     source = MixedSource(sources, [None, None])
-    _begin(before, source, resuming=False, main=True)
-    _begin(before, source, resuming=True, main=True)
+    write_config(before, source)
+    check_continuation(before, source)
     after = config(outputs, both(outputs, 3.0, 1.0)).model_copy(update={"output": tmp_path})
     with pytest.raises(ProvenanceError, match=r"weight.*2\.0.*3\.0"):
-        _begin(after, source, resuming=True, main=True)
+        check_continuation(after, source)
     with pytest.raises(ProvenanceError, match="data_sha256"):
-        _begin(before, MixedSource(sources[::-1], [None, None]), resuming=True, main=True)
+        check_continuation(before, MixedSource(sources[::-1], [None, None]))
 
 
 def test_dataset_files_mix_without_a_teacher(outputs: Path) -> None:
