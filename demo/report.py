@@ -108,7 +108,8 @@ def _table(rows: dict[str, Evaluation]) -> Table:
             f"{row.accuracy:.1%}",
             f"{row.hallucination_rate:.1%}",
             f"{row.nll:.4f}",
-            f"{row.kl_to_teacher:.4f}",
+            # A rounding error below 0 is no -0.0000.
+            f"{round(row.kl_to_teacher, 4) + 0.0:.4f}",
         )
     return table
 
