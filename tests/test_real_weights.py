@@ -30,7 +30,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory, engine_in_this_process: Non
     teacher = smollm2_dir(tmp_path_factory.getbasetemp())
     engine = {"dtype": "float32", "kv_cache_gib": 1, "max_num_seqs": 8, "enforce_eager": True}
     records = real_conversations(22)
-    config = make_config(root, teacher, records, top_k=TOP_K, samples_per_shard=8, max_tokens=1024, engine=engine)
+    settings = {"top_k": TOP_K, "precision": "fp32", "samples_per_shard": 8, "max_tokens": 1024, "engine": engine}
+    config = make_config(root, teacher, records, **settings)
     run(config, progress=False)
     return config, teacher
 

@@ -211,7 +211,8 @@ def test_an_actor_with_another_teacher_is_refused(config: PrecomputeConfig, tmp_
 
 @pytest.mark.vllm
 def test_the_engine_in_an_actor_scores_as_it_does_here(cluster: Cluster, llava_dir: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 9), engine=ENGINE, top_k=TOP_K)
+    records = conversation_records(tmp_path, 9)
+    config = make_config(tmp_path, llava_dir, records, engine=ENGINE, top_k=TOP_K, precision="fp32")
     local = config.model_copy(update={"output": tmp_path / "local"})
     assert run(config, progress=False, engine="ray").complete
     assert run(local, progress=False).complete

@@ -36,7 +36,7 @@ class Reused:
 
 
 def configure(root: Path, teacher: Path, records: list[dict[str, Any]], **settings: Any) -> PrecomputeConfig:
-    return make_config(root, teacher, records, engine=ENGINE, **{"top_k": TOP_K, **settings})
+    return make_config(root, teacher, records, engine=ENGINE, **{"top_k": TOP_K, "precision": "fp32", **settings})
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def test_the_whole_vocabulary_of_a_text_model_sums_to_one(
     text_dir: Path, tmp_path: Path, engine_in_this_process: None
 ) -> None:
     records = [record for record in conversation_records(tmp_path, 9) if "image" not in record]
-    config = make_config(tmp_path, text_dir, records, top_k="all", engine=ENGINE)
+    config = make_config(tmp_path, text_dir, records, top_k="all", precision="fp32", engine=ENGINE)
     run(config, progress=False)
     assert verify(config.output, config.dataset, progress=False).ok
     model = AutoModelForCausalLM.from_pretrained(text_dir, dtype=torch.float32)
@@ -88,7 +88,7 @@ def test_engines_in_processes_of_their_own_give_the_scores_of_transformers(
     """One, and two that share the model by tensor parallelism and gather the logits."""
     records = conversation_records(tmp_path, NUM_SAMPLES)
     engine = {**ENGINE, "tensor_parallel_size": num_ranks, "capture": "in-engine"}
-    config = make_config(tmp_path, llava_dir, records, top_k=TOP_K, engine=engine)
+    config = make_config(tmp_path, llava_dir, records, top_k=TOP_K, precision="fp32", engine=engine)
     script = tmp_path / "separate.py"
     script.write_text(SEPARATE)
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
