@@ -33,6 +33,9 @@ from common.storage import (
 from tests.common.builders import make_manifest, make_rows
 from tests.object_store import BUCKET, DENIED, SLOW_DOWN, Fault, Store
 
+# A server is started, and every second test waits for tries that fail.
+pytestmark = pytest.mark.slow
+
 PASSING: list[Fault] = [SLOW_DOWN, (500, "InternalError"), (429, "TooManyRequests"), "drop", "drop answer"]
 
 

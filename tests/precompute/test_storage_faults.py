@@ -26,6 +26,9 @@ from tests.object_store import BUCKET, DENIED, SLOW_DOWN, Fault, Store
 from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config
 from train.stream import ShardSource
 
+# A server is started.
+pytestmark = pytest.mark.slow
+
 NUM_SAMPLES = 6
 
 
@@ -114,7 +117,6 @@ def test_a_run_that_is_repeated_finds_its_shards_in_the_store(remote: Precompute
     assert not store.count("PUT", ".parquet")
 
 
-@pytest.mark.slow
 def test_each_call_to_a_store_fails_in_turn_and_a_rerun_completes(
     local: PrecomputeConfig, tmp_path: Path, store: Store
 ) -> None:
@@ -224,7 +226,6 @@ class FullDisk:
         return call
 
 
-@pytest.mark.slow
 def test_a_disk_is_full_at_each_write_in_turn_and_a_rerun_completes(
     local: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def test_an_error_comes_in_the_place_of_its_batch(
         next(batches)
 
 
+@pytest.mark.slow
 def test_a_loader_that_is_left_early_leaves_no_thread(root: Path) -> None:
     batches = iter(Loader(micro_batches(root), range(12), 0))
     next(batches)
