@@ -1,8 +1,9 @@
 """A real S3 server on loopback (moto's), behind a proxy that counts requests and can make each of them fail."""
 
 import http.client
-import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,16 +70,31 @@ class Store:
         return {key.removeprefix(f"{BUCKET}/{prefix}/"): data for key, data in found.items()}
 
 
+# In a process of its own: Flask's stand-ins for the current request, once imported, make torch fail where it looks
+# through all loaded modules, as it does when vLLM starts. It ends when its input does, so with this process.
+_SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
 @contextmanager
 def running_store() -> Iterator[Store]:
     """Starts server and proxy, points the environment at them and makes the bucket `BUCKET`."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert server.stdout is not None
     store = Store()
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(store, *server.get_host_and_port()))
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(store, "127.0.0.1", int(server.stdout.readline())))
     proxy.daemon_threads = True
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()
@@ -101,7 +117,8 @@ def running_store() -> Iterator[Store]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         proxy.shutdown()
         proxy.server_close()
-        server.stop()
+        server.kill()
+        server.wait()
 
 
 def _handler(store: Store, host: str, port: int) -> type[BaseHTTPRequestHandler]:
