@@ -227,11 +227,12 @@ def _unpack_batch(
         )
     h[is_high] = np.frombuffer(high.tobytes(), "<u2")
     steps_N = symbols_N.astype(np.int32)
-    steps_N[far] = _LITERALS + (h << 8) + low
-    # Damaged steps may add up to more than 32 bits hold.
-    steps_N = np.minimum(steps_N, MAX_VOCAB_SIZE) + 1
+    # What is damaged may be larger than any difference.
+    steps_N[far] = _LITERALS + (np.minimum(h, MAX_VOCAB_SIZE >> 8) << 8) + low
+    steps_N += 1
+    # Damaged ones may add up to more than 32 bits hold.
     width = int(counts_R.max(initial=0))
-    wide_enough: type[np.signedinteger] = np.int32 if width * (MAX_VOCAB_SIZE + 1) < 2**31 else np.int64
+    wide_enough: type[np.signedinteger] = np.int32 if width * (MAX_VOCAB_SIZE + 512) < 2**31 else np.int64
     ranks_RK = np.cumsum(_rows(steps_N, counts_R, 0), axis=1, dtype=wide_enough) - 1
     if ranks_RK.max(initial=0) >= len(order.ids):
         raise ShardError(
@@ -254,10 +255,11 @@ def _unpack_batch(
         return Kept(ids_N, share_logprobs(draws_N, num_draws), draws_N, None)
     weights = _WEIGHTS[LEVELS[form] :: -1]
     # Integers below 2^24, and so are their sums: float32 is exact.
-    sums_R = _rows(weights.take(keys_N, mode="clip"), counts_R, 0).sum(axis=1).astype(np.float64)
+    index_N = keys_N.astype(np.intp)
+    sums_R = _rows(weights.take(index_N, mode="clip"), counts_R, 0).sum(axis=1).astype(np.float64)
     mass_R = np.maximum(1.0 - rest_R.astype(np.float64), _LEAST_MASS)
     scale_R = np.log(mass_R) - np.log(np.maximum(sums_R, 1))
-    logprobs_N = np.log(weights.astype(np.float64)).astype(np.float32).take(keys_N, mode="clip")
+    logprobs_N = np.log(weights.astype(np.float64)).astype(np.float32).take(index_N, mode="clip")
     logprobs_N += np.repeat(scale_R.astype(np.float32), counts_R)
     # A row's one entry of probability 1 may be rounded to just above 0.
     np.minimum(logprobs_N, np.float32(0), out=logprobs_N)
