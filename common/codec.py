@@ -40,6 +40,7 @@ _VALUE_COLUMNS: dict[Form, tuple[str, ...]] = {
 LEVELS: dict[Form, int] = {"q8": 255, "q6": 63}
 # p of a code in sixteenths of a squared step: its square, but code 0 stands for a quarter of a step.
 _WEIGHTS = np.maximum(16 * np.arange(256) ** 2, 1).astype(np.float32)
+_LOG_WEIGHTS = np.log(_WEIGHTS.astype(np.float64)).astype(np.float32)
 # What a kept mass is taken for that float32 rounds to 0: half the distance from 1 to the float32 below it.
 _LEAST_MASS = 2.0**-25
 
@@ -148,14 +149,13 @@ def unpack(
         if counts_R.min(initial=0) < 0:
             raise ShardError(f"{where}: a row keeps {counts_R.min()} entries; the shard is damaged")
         ends = np.cumsum([0, *sizes[start:stop]])
-        kept = _unpack_batch(parts, ends, counts_R, rest_R, order, form, num_draws, where)
-        codes_N = kept.codes if keep_codes else None
+        kept = _unpack_batch(parts, ends, counts_R, rest_R, order, form, num_draws, where, keep_codes)
         for part in map(slice, ends[:-1], ends[1:]):
             yield Kept(
                 kept.ids[part].copy(),
                 kept.logprobs[part].copy(),
                 None if kept.draws is None else kept.draws[part].copy(),
-                None if codes_N is None else codes_N[part].copy(),
+                None if kept.codes is None else kept.codes[part].copy(),
             )
 
 
@@ -209,6 +209,7 @@ def _unpack_batch(
     form: Form,
     num_draws: int | None,
     where: str,
+    keep_codes: bool,
 ) -> Kept:
     """The entries of all rows, each row by descending log-prob, ties by ascending id; `ends` are conversations'."""
     symbols_N, low, high, *planes = (columns[name] for name in columns_of(form))
@@ -245,7 +246,8 @@ def _unpack_batch(
     keys_RK |= order.ids.take(ranks_RK, mode="clip").astype(keys_N.dtype)
     keys_RK.sort(axis=1)
     keys_N = _entries(keys_RK, counts_R)
-    ids_N = (keys_N & ((1 << _ID_BITS) - 1)).astype(np.int32)
+    # Where a key has 32 bits, an id's bits are those of its int32 already.
+    ids_N = (keys_N & ((1 << _ID_BITS) - 1)).astype(np.uint32, copy=False).view(np.int32)
     keys_N >>= _ID_BITS
     if form in ("fp32", "fp16"):
         return Kept(ids_N, from_descending_keys(keys_N.astype(np.uint32)), None, None)
@@ -253,17 +255,16 @@ def _unpack_batch(
         assert num_draws is not None
         draws_N = num_draws - keys_N.astype(np.int32)
         return Kept(ids_N, share_logprobs(draws_N, num_draws), draws_N, None)
-    weights = _WEIGHTS[LEVELS[form] :: -1]
+    codes_N = np.subtract(LEVELS[form], keys_N, dtype=np.uint32).astype(np.intp)
     # Integers below 2^24, and so are their sums: float32 is exact.
-    index_N = keys_N.astype(np.intp)
-    sums_R = _rows(weights.take(index_N, mode="clip"), counts_R, 0).sum(axis=1).astype(np.float64)
+    sums_R = np.einsum("rk->r", _rows(_WEIGHTS.take(codes_N, mode="clip"), counts_R, 0)).astype(np.float64)
     mass_R = np.maximum(1.0 - rest_R.astype(np.float64), _LEAST_MASS)
     scale_R = np.log(mass_R) - np.log(np.maximum(sums_R, 1))
-    logprobs_N = np.log(weights.astype(np.float64)).astype(np.float32).take(index_N, mode="clip")
+    logprobs_N = _LOG_WEIGHTS.take(codes_N, mode="clip")
     logprobs_N += np.repeat(scale_R.astype(np.float32), counts_R)
     # A row's one entry of probability 1 may be rounded to just above 0.
     np.minimum(logprobs_N, np.float32(0), out=logprobs_N)
-    return Kept(ids_N, logprobs_N, None, (LEVELS[form] - keys_N).astype(np.uint8))
+    return Kept(ids_N, logprobs_N, None, codes_N.astype(np.uint8) if keep_codes else None)
 
 
 def _sort_keys(

@@ -68,6 +68,34 @@ def expand_placeholders(
     return np.repeat(input_ids, widths).astype(np.int32), np.cumsum(widths, dtype=np.int64) - 1
 
 
+def load_tokenizer(model_dir: Path) -> Any:
+    """The fast tokenizer of a local model directory; offsets of tokens need a fast one.
+
+    Raises:
+        ModelError: none there, a slow one, or transformers is not installed.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ModelError(
+            f"{model_dir}: its tokenizer needs transformers, which is not installed; install precompute or train"
+        ) from error
+    if not model_dir.is_dir():
+        raise ModelError(f"{model_dir}: no such model directory; models are local Hugging Face directories")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{model_dir}: its tokenizer cannot be loaded ({error})") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{model_dir}: has no fast tokenizer (tokenizer.json); token offsets need one")
+    return tokenizer
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Fingerprint of what a fast tokenizer does, whatever files it came from."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
 class Encoder:
     """A tokenizer with its chat template: turns samples into token ids.
 
@@ -80,7 +108,7 @@ class Encoder:
         self.score: Score = score
         self.vocab_size = len(tokenizer)
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest()
-        self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        self.tokenizer_sha256 = tokenizer_sha256(tokenizer)
         image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
         self.image_token_id = None if image_id in (None, tokenizer.unk_token_id) else int(image_id)
         tokenizer.chat_template = template
@@ -95,19 +123,10 @@ class Encoder:
         """Loads the tokenizer of a local model directory; the template may come from a file instead.
 
         Raises:
-            ModelError: no tokenizer there, or a slow one (offsets are needed).
+            ModelError: see `load_tokenizer`.
             ConfigError: no chat template, neither with the model nor given.
         """
-        from transformers import AutoTokenizer
-
-        if not model_dir.is_dir():
-            raise ModelError(f"{model_dir}: no such model directory; models are local Hugging Face directories")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{model_dir}: its tokenizer cannot be loaded ({error})") from error
-        if not tokenizer.is_fast:
-            raise ModelError(f"{model_dir}: has no fast tokenizer (tokenizer.json); token offsets need one")
+        tokenizer = load_tokenizer(model_dir)
         template = _read_template(chat_template) if chat_template else _own_template(model_dir, tokenizer)
         return cls(tokenizer, score, template)
 

@@ -3,14 +3,14 @@
 Legend: R scored tokens, K kept entries of one row.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import ModelError, ProvenanceError
+from common.encoding import load_tokenizer, tokenizer_sha256
+from common.errors import ProvenanceError
 from common.manifest import Manifest
 from common.samples import ImageRef, Turn
 from common.shards import PREFIXES, ScoredConversation, ShardRow
@@ -95,24 +95,11 @@ def load_token_text(directory: Path, manifest: Manifest) -> TokenText:
     """Token texts of a local model directory's tokenizer, which must be the one that the shards were made with.
 
     Raises:
-        ModelError: no tokenizer there, or transformers is not installed.
+        ModelError: no fast tokenizer there, or transformers is not installed.
         ProvenanceError: it is another tokenizer.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ModelError(
-            "--tokenizer needs transformers; install it, or leave --tokenizer out to see token ids"
-        ) from error
-    if not directory.is_dir():
-        raise ModelError(f"{directory}: no such directory; --tokenizer takes a local Hugging Face model directory")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{directory}: its tokenizer cannot be loaded ({error})") from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"{directory}: has no fast tokenizer (tokenizer.json), which the shards were made with")
-    found = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    tokenizer = load_tokenizer(directory)
+    found = tokenizer_sha256(tokenizer)
     if found != manifest.tokenizer.sha256:
         raise ProvenanceError(
             f"{directory}: its tokenizer has SHA-256 {found}, the shards were made with {manifest.tokenizer.sha256}; "

@@ -315,7 +315,7 @@ def test_token_texts_come_from_the_tokenizer_of_the_shards_alone(tmp_path: Path)
     write_known_output(tmp_path / "other")
     with pytest.raises(ProvenanceError, match=sha256):
         look(tmp_path / "other", tokenizer=tmp_path / "tokenizer")
-    with pytest.raises(ModelError, match="no such directory"):
+    with pytest.raises(ModelError, match="no such model directory"):
         look(tmp_path / "out", tokenizer=tmp_path / "nowhere")
 
 

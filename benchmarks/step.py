@@ -1,0 +1,189 @@
+"""A whole training step of a 100M student: cross-entropy, distillation from shards, distillation beside its teacher.
+
+    python -m benchmarks.step
+
+`ce` is plain fine-tuning on the dataset with the fused output layer. `offline` distils from shards, k = 64, which it
+reads and decodes meanwhile. `online` runs a live teacher of four times the student's parameters in each step and
+distils from the same k = 64 entries, computed then, with the same fused loss. All use the real trainer: stream,
+collation, forward, backward, AdamW, in float32, with a thread that makes batches in the same process. The student has
+SmolLM2's shape with 20 layers; the teacher, random like it, has hidden size 960 and 35 layers. The text is real.
+
+Each has a process of its own, and they take turns, step by step. Times are medians over steps, from the moment a batch
+is asked for to the next. Memory is the highest resident set (VmHWM) of the whole run, less what was resident before the
+student was loaded: weights, gradients, optimiser states, activations, batches, and the live teacher where there is one.
+`loss_difference`: largest relative difference of a step's loss between offline and online, which see the same entries.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import train.stage
+import train.trainer
+from tests.real_weights import real_conversations, smollm2_dir, write_jsonl
+from tests.train.runs import LiveTeacher, losses, stage
+from train.batch import Batch
+from train.config import TrainConfig
+from train.loader import Loader
+from train.objective import Term
+from train.student import load_student
+from train.trainer import StudentTrainer
+
+WAYS = ("ce", "offline", "online")
+NUM_STEPS = 9
+# The first steps compile, allocate, and make the optimiser's states.
+NUM_WARM = 2
+BATCH = 8
+TOP_K = 64
+STUDENT = {"num_hidden_layers": 20}
+TEACHER = {
+    "num_hidden_layers": 35,
+    "hidden_size": 960,
+    "intermediate_size": 2560,
+    "num_attention_heads": 15,
+    "num_key_value_heads": 5,
+}
+
+
+def main() -> None:
+    """Prints one JSON line."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        parameters = _build(root)
+        command = [sys.executable, "-m", "benchmarks.step", directory]
+        children = {
+            way: subprocess.Popen(
+                [*command, way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment()
+            )
+            for way in WAYS
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for _ in range(NUM_STEPS):
+            for way, child in children.items():
+                seconds[way].append(float(_answer(child)))
+        # The last step ends the run.
+        memory = {way: float(_answer(child)) for way, child in children.items()}
+        for child in children.values():
+            child.communicate()
+        offline, online = (losses(root / way) for way in ("offline", "online"))
+    seconds_of = {way: statistics.median(turns[NUM_WARM:]) for way, turns in seconds.items()}
+    result = {
+        "time_vs_ce": round(seconds_of["offline"] / seconds_of["ce"], 3),
+        "memory_vs_ce": round(memory["offline"] / memory["ce"], 3),
+        "online_time_vs_offline": round(seconds_of["online"] / seconds_of["offline"], 2),
+        "online_memory_vs_offline": round(memory["online"] / memory["offline"], 2),
+        "loss_difference": float(f"{max(abs(a / b - 1) for a, b in zip(offline, online, strict=True)):.2g}"),
+        "seconds": {way: round(value, 2) for way, value in seconds_of.items()},
+        "memory_mib": {way: round(value) for way, value in memory.items()},
+        **parameters,
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    print(json.dumps(result))
+
+
+def _build(root: Path) -> dict[str, int]:
+    """Student, teacher, text and the teacher's scores; returns the models' sizes."""
+    real = smollm2_dir(root)
+    sizes = {}
+    for seed, (name, shape) in enumerate({"student": STUDENT, "teacher": TEACHER}.items()):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(real, **shape))
+        model.save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(real).save_pretrained(root / name)
+        sizes[f"{name}_parameters"] = sum(p.numel() for p in model.parameters())
+    dataset = write_jsonl(root / "text.jsonl", real_conversations(BATCH * (NUM_STEPS + 1), max_chars=600))
+    LiveTeacher(root / "teacher", None).write_output(root / "scores", dataset, "kd", top_k=TOP_K, shard=BATCH * 4)
+    return sizes
+
+
+def _config(root: Path, way: str) -> TrainConfig:
+    source = {"dataset": str(root / "text.jsonl")} if way == "ce" else {"shards": str(root / "scores")}
+    return TrainConfig.model_validate(
+        stage(
+            root / way,
+            root / "student",
+            trainable=["language_model"],
+            data={**source, "num_workers": 0},
+            loss={"cross_entropy": 1.0} if way == "ce" else {"distillation": 1.0},
+            optim={"global_batch_size": BATCH, "micro_batch_size": BATCH, "max_steps": NUM_STEPS + 1},
+            run={"zero_stage": 1, "report_to": []},
+        )
+    )
+
+
+def _train(root: Path, way: str) -> None:
+    """Trains one step for each line that comes in, and answers with its seconds; at the end with the peak, in MiB."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = _config(root, way)
+    resting_mib = _status_mib("VmRSS")
+    train.trainer.Loader = _TakesTurns  # type: ignore[attr-defined]
+    if way == "online":
+        _Online.teacher = load_student(root / "teacher", dtype=torch.float32).eval()
+        train.stage.StudentTrainer = _Online  # type: ignore[attr-defined]
+    train.stage.train(config)
+    print(_status_mib("VmHWM") - resting_mib, flush=True)
+
+
+class _TakesTurns(Loader):
+    """Hands over a batch when a line comes in, and tells how long it was until the next one was asked for."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = super().__iter__()
+        for _ in range(len(self)):
+            sys.stdin.readline()
+            started = time.perf_counter()
+            yield next(batches)
+            print(time.perf_counter() - started, flush=True)
+
+
+class _Online(StudentTrainer):
+    """Computes what a shard would hold, in each step."""
+
+    teacher: Any
+
+    def _terms(self, model: Any, batch: Batch) -> dict[str, Term]:
+        with torch.no_grad():
+            output = self.teacher(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            logprobs_RV: Tensor = output.logits.flatten(0, 1)[batch.rows].log_softmax(-1)
+            best = logprobs_RV.topk(TOP_K)
+        kept = {"topk_ids": best.indices, "topk_logprobs": best.values, "rest_mass": 1 - best.values.exp().sum(1)}
+        return super()._terms(model, dataclasses.replace(batch, **kept))
+
+
+def _environment() -> dict[str, str]:
+    # Accelerate sets the threads itself where the variable does not.
+    threads = str(len(os.sched_getaffinity(0)))
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": threads}
+
+
+def _answer(child: subprocess.Popen[str]) -> str:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+    return child.stdout.readline()
+
+
+def _status_mib(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case []:
+            main()
+        case [directory, way]:
+            _train(Path(directory), way)
