@@ -16,7 +16,7 @@ import typer
 
 from common.console import JsonOption, hide_loading_bars, on_this_machine, resumable, show
 from common.errors import DecantError
-from precompute import commands
+from precompute import commands, feature_commands
 
 app = typer.Typer(
     name="decant",
@@ -75,6 +75,7 @@ def precompute_logits(
         raise typer.Exit(130)
 
 
+app.command("precompute-features")(feature_commands.precompute_features)
 app.command("verify-shards")(commands.verify_shards)
 app.command("inspect-shards")(commands.inspect_shards)
 app.command("merge-shards")(commands.merge_shards)
@@ -186,18 +187,21 @@ def init_student(
     layers: Annotated[
         str, typer.Option(help="Sparse layers: every-second, first-half, second-half, all or indices such as 1,3.")
     ] = "every-second",
-    seed: Annotated[int, typer.Option(help="Of the fresh adapter or routers.")] = 0,
+    noise: Annotated[
+        float, typer.Option(min=0.0, help="Gaussian noise on each expert, in standard deviations of its dense weight.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the fresh adapter, or of routers and noise.")] = 0,
 ) -> None:
     """Make a student: from a vision tower, a language model and a fresh adapter, or by sparse upcycling of a dense one.
 
-    The upcycled student gives the same outputs as the dense one it comes from.
+    Without --noise the upcycled student gives the same outputs as the dense one it comes from.
     """
     from common.errors import ConfigError
 
     if (dense is None) == (vision is None and language is None) or (dense is None and not (vision and language)):
         raise typer.BadParameter("give --vision and --language, or --dense alone")
     if dense is None:
-        from train.student import compose_student
+        from train.compose import compose_student
 
         hide_loading_bars()
         assert vision is not None
@@ -216,7 +220,7 @@ def init_student(
     hide_loading_bars()
     try:
         pattern = tuple(int(i) for i in layers.split(",")) if layers[:1].isdigit() else layers
-        moe = MoEConfig.model_validate({"num_experts": experts, "top_k": top_k, "layers": pattern})
+        moe = MoEConfig.model_validate({"num_experts": experts, "top_k": top_k, "layers": pattern, "noise": noise})
     except (ValueError, ValidationError) as error:
         raise ConfigError(f"--layers {layers} --experts {experts} --top-k {top_k}: {error}") from error
     num_parameters = upcycle_directory(dense, out, moe, seed=seed)

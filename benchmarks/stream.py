@@ -39,10 +39,10 @@ from demo.run import CONFIGS
 from tests.real_weights import real_conversations, smollm2_dir, write_jsonl
 from tests.train.runs import LiveTeacher, stage
 from train.batch import Batch
+from train.compose import compose_student
 from train.config import TrainConfig
 from train.loader import Loader
 from train.stage import train as run_stage
-from train.student import compose_student
 
 ROUNDS = 3
 TOP_K = 64

@@ -5,6 +5,8 @@
       shard-00042.parquet the rows of samples [42 S, 43 S) of the dataset
       shard-00042.json    its receipt: rows, tokens, bytes, SHA-256, skipped samples
 
+A feature cache has the same form; its items are images (common/features.py).
+
 The receipt is published last and is the commit: a shard without one does not exist. There is no list of shards
 to update, so any number of processes can work on one output without a coordinator. Both kinds of JSON carry a
 SHA-256 of their own content, so a changed bit in them is found too.
@@ -14,7 +16,7 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -25,6 +27,7 @@ from common.samples import Kind
 from common.storage import Location, list_files, open_ranged, publish, publish_new, read_bytes
 
 SCHEMA_VERSION = 3
+FEATURE_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 # Receipts that are read at once.
@@ -112,8 +115,59 @@ class EngineIdentity(Strict):
     dtype: str
 
 
-class Manifest(Strict):
-    """Provenance of all shards of one output."""
+class EncoderIdentity(Strict):
+    """What made features of an image: the frozen vision tower, and what of its output is taken.
+
+    `weights_sha256` covers the tower's tensors by name, in bfloat16, in which `dtype` says they computed; not how files
+    hold them. `layers` are numbers of hidden states from 0, the embeddings; several stand side by side in the channels.
+    """
+
+    architecture: str
+    weights_sha256: str
+    config_sha256: str
+    layers: tuple[int, ...]
+    select_strategy: Literal["default", "full"]
+    processor_sha256: str
+    aspect_ratio: Literal["pad", "keep"]
+    dtype: Literal["bfloat16"]
+    tokens_per_image: int
+    num_channels: int
+
+
+class ShardedManifest(Strict):
+    """What any output is: shard n holds items [n S, (n + 1) S) of a sequence that is known from the start.
+
+    `command` writes such outputs.
+    """
+
+    command: ClassVar[str]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many items there are, and S."""
+        raise NotImplementedError
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards a complete output has."""
+        num_items, each = self.extent
+        return -(-num_items // each)
+
+    @property
+    def sha256(self) -> str:
+        """Digest that every shard and receipt of this output carries."""
+        return digest(self)
+
+    def shard_range(self, number: int) -> range:
+        """Positions of the items of shard `number`."""
+        num_items, each = self.extent
+        return range(number * each, min((number + 1) * each, num_items))
+
+
+class Manifest(ShardedManifest):
+    """Provenance of all shards of one output of `precompute-logits`; its items are the dataset's samples."""
+
+    command: ClassVar[str] = "precompute-logits"
 
     schema_version: int = SCHEMA_VERSION
     kind: Kind
@@ -126,19 +180,35 @@ class Manifest(Strict):
     samples_per_shard: int
 
     @property
-    def num_shards(self) -> int:
-        """How many shards a complete output has."""
-        return -(-self.dataset.num_samples // self.samples_per_shard)
+    def extent(self) -> tuple[int, int]:
+        """Samples of the dataset, and of a shard."""
+        return self.dataset.num_samples, self.samples_per_shard
+
+
+class FeatureManifest(ShardedManifest):
+    """Provenance of a feature cache; its items are the dataset's distinct images, in the order of their appearance.
+
+    `images_sha256` stands for the list of them (common/features.py). `form`: how features are stored. A row group
+    holds `images_per_group` images.
+    """
+
+    command: ClassVar[str] = "precompute-features"
+
+    schema_version: int = FEATURE_SCHEMA_VERSION
+    kind: Literal["features"] = "features"
+    encoder: EncoderIdentity
+    dataset: DatasetIdentity
+    engine: EngineIdentity
+    num_images: int
+    images_sha256: str
+    form: Literal["bf16", "q8"]
+    images_per_shard: int
+    images_per_group: int
 
     @property
-    def sha256(self) -> str:
-        """Digest that every shard and receipt of this output carries."""
-        return digest(self)
-
-    def shard_range(self, number: int) -> range:
-        """Dataset positions of shard `number`."""
-        start = number * self.samples_per_shard
-        return range(start, min(start + self.samples_per_shard, self.dataset.num_samples))
+    def extent(self) -> tuple[int, int]:
+        """Distinct images, and those of a shard."""
+        return self.num_images, self.images_per_shard
 
 
 class Skipped(Strict):
@@ -184,14 +254,11 @@ def read_sealed(path: Location, schema: type[SealedT]) -> SealedT:
     try:
         raw: dict[str, Any] = json.loads(read_bytes(path))
         claimed = raw.pop("content_sha256")
-        if raw.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-            raise ShardError(
-                f"{path}: has schema version {raw['schema_version']}, this program reads {SCHEMA_VERSION}; "
-                "use the release that wrote it, or capture again"
-            )
+        _refuse_other_schema(path, raw, schema)
         content = schema.model_validate(raw)
     except FileNotFoundError as error:
-        raise ShardError(f"{path}: does not exist; expected an output of precompute-logits there") from error
+        wanted = schema.command if issubclass(schema, ShardedManifest) else Manifest.command
+        raise ShardError(f"{path}: does not exist; expected an output of {wanted} there") from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
         raise ShardError(f"{path}: is damaged or of another version ({error})") from error
     if claimed != digest(content):
@@ -199,6 +266,23 @@ def read_sealed(path: Location, schema: type[SealedT]) -> SealedT:
             f"{path}: its content does not match its own SHA-256; the file was changed after it was written"
         )
     return content
+
+
+def _refuse_other_schema(path: Location, raw: dict[str, Any], schema: type[Strict]) -> None:
+    """Another version, or a manifest of the other kind of output."""
+    if issubclass(schema, ShardedManifest) and (raw["kind"] == "features") != (schema is FeatureManifest):
+        raise ShardError(
+            f"{path}: belongs to an output of precompute-logits, expected one of precompute-features"
+            if schema is FeatureManifest
+            else f"{path}: belongs to a feature cache, an output of precompute-features, which holds no scores; "
+            "expected one of precompute-logits (verify-shards checks either, data.features trains with a cache)"
+        )
+    version = schema.model_fields.get("schema_version")
+    if version is not None and raw.get("schema_version", version.default) != version.default:
+        raise ShardError(
+            f"{path}: has schema version {raw['schema_version']}, this program reads {version.default}; "
+            "use the release that wrote it, or capture again"
+        )
 
 
 def shard_path(output: Location, number: int) -> Location:
@@ -216,6 +300,11 @@ def read_manifest(output: Location) -> Manifest:
     return read_sealed(output / MANIFEST_NAME, Manifest)
 
 
+def read_feature_manifest(output: Location) -> FeatureManifest:
+    """Reads and checks manifest.json of a feature cache."""
+    return read_sealed(output / MANIFEST_NAME, FeatureManifest)
+
+
 def published_shards(output: Location) -> tuple[int, ...]:
     """Numbers of the shards that have a receipt, ascending."""
     return tuple(
@@ -229,7 +318,7 @@ def shard_number(name: str) -> int | None:
     return int(match[1]) if match and name == f"shard-{int(match[1]):05d}.{match[2]}" else None
 
 
-def read_receipt(output: Location, number: int, manifest: Manifest) -> Receipt:
+def read_receipt(output: Location, number: int, manifest: ShardedManifest) -> Receipt:
     """Reads a shard's receipt and checks that it belongs to this manifest and number."""
     path = receipt_path(output, number)
     receipt = read_sealed(path, Receipt)
@@ -240,14 +329,14 @@ def read_receipt(output: Location, number: int, manifest: Manifest) -> Receipt:
     return receipt
 
 
-def read_receipts(output: Location, manifest: Manifest) -> list[Receipt]:
+def read_receipts(output: Location, manifest: ShardedManifest) -> list[Receipt]:
     """The receipts of the published shards, ascending; several are read at once, since a store takes its time."""
     numbers = [number for number in published_shards(output) if number < manifest.num_shards]
     with ThreadPoolExecutor(NUM_READERS) as pool:
         return list(pool.map(lambda number: read_receipt(output, number, manifest), numbers))
 
 
-def open_output(output: Location, manifest: Manifest) -> None:
+def open_output(output: Location, manifest: ShardedManifest) -> None:
     """Begins an output, or checks that `manifest` is what began it.
 
     Raises:
@@ -255,7 +344,8 @@ def open_output(output: Location, manifest: Manifest) -> None:
     """
     if publish_new(output / MANIFEST_NAME, _sealed(manifest)):
         return
-    differences = list_differences(read_manifest(output).model_dump(), manifest.model_dump())
+    there = read_sealed(output / MANIFEST_NAME, type(manifest))
+    differences = list_differences(there.model_dump(), manifest.model_dump())
     if differences:
         raise ProvenanceError(
             f"{output}: was begun with other settings; nothing was written\n"

@@ -130,6 +130,10 @@ class Dataset:
             conversations=tuple(_with_markers(turns, len(images), where) for turns in conversations),
         )
 
+    def images(self, index: int) -> tuple[ImageRef, ...]:
+        """A sample's images alone, whatever its kind. Raises DataError if its record does not name them properly."""
+        return _image_refs(self._record(index), f"{self.path}: sample {self.ids[index]!r} ({self._place(index)})")
+
     def _record(self, index: int) -> dict[str, Any]:
         entry = self._records[index]
         if isinstance(entry, _Line):

@@ -6,12 +6,10 @@ has each conversation's columns twice, with the prefixes `chosen_` and `rejected
 without a prefix.
 """
 
-import hashlib
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,21 +20,17 @@ import pyarrow.parquet as pq
 from common.codec import Packed, columns_of, pack, unpack
 from common.encoding import Encoded
 from common.errors import ShardError
-from common.manifest import CaptureSettings, Manifest, Receipt, Skipped, receipt_path, shard_path, write_sealed
+from common.manifest import CaptureSettings, Manifest, Receipt, Skipped
+from common.parquet_shard import ZSTD_LEVEL, ParquetShard, footer_of, publish_shard
 from common.samples import ImageRef, Kind, Sample, Turn
 from common.scores import TeacherScores
-from common.storage import Location, open_ranged, publish
+from common.storage import Location
 from common.token_order import TokenOrder
 
 PREFIXES: dict[Kind, tuple[str, ...]] = {"kd": ("",), "dpo": ("chosen_", "rejected_")}
 
 ROWS_PER_GROUP = 64
 
-# Keys of the Parquet footer begin with this; what follows it is a key of `ShardFile.footer`.
-_KEY_PREFIX = b"decant."
-
-# Higher levels save 2% and take several times as long.
-_ZSTD_LEVEL = 3
 _REPEATING = ("messages.list.element.role", "topk_counts.list.element")
 _SPLIT_BYTES = ("input_ids.list.element", "own_logprobs.list.element", "rest_mass.list.element")
 
@@ -103,7 +97,7 @@ def write_shard(
         buffer,
         table_schema,
         compression="zstd",
-        compression_level=_ZSTD_LEVEL,
+        compression_level=ZSTD_LEVEL,
         use_dictionary=[prefix + name for prefix in PREFIXES[manifest.kind] for name in _REPEATING],
         # Bytes of one significance side by side: what repeats in floats and ids are their high bytes.
         column_encoding={
@@ -117,100 +111,67 @@ def write_shard(
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table_schema))
         # Given to the schema it would be written twice, the second time in what Arrow keeps for itself.
         writer.add_key_value_metadata(
-            {
-                _KEY_PREFIX + name: value
-                for name, value in {
-                    b"schema_version": str(manifest.schema_version),
-                    b"manifest": manifest.model_dump_json(),
-                    b"manifest_sha256": manifest.sha256,
-                    b"shard": str(number),
-                    b"image_token_id": "" if image_token_id is None else str(image_token_id),
-                    b"token_classes": order.to_text(),
-                }.items()
-            }
+            footer_of(
+                manifest,
+                number,
+                image_token_id="" if image_token_id is None else str(image_token_id),
+                token_classes=order.to_text(),
+            )
         )
-    data = buffer.getvalue()
-    publish(shard_path(output, number), data)
-    receipt = Receipt(
-        shard=number,
-        manifest_sha256=manifest.sha256,
+    return publish_shard(
+        output,
+        number,
+        manifest,
+        buffer.getvalue(),
         num_rows=len(rows),
         num_scored_tokens=num_scored_tokens(rows),
-        num_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
         skipped=tuple(skipped),
     )
-    write_sealed(receipt_path(output, number), receipt)
-    return receipt
 
 
-class ShardFile:
-    """An open shard: rows by row group, each decoded when it is asked for.
+class ShardFile(ParquetShard):
+    """An open shard of scores, each row group decoded when it is asked for.
 
-    `footer` has what the file says of itself, `image_token_id` a part of that. With `keep_codes` rows keep the codes
-    of their log-probs, so that they can be written again as they are.
+    `image_token_id` is a part of `footer`. With `keep_codes` rows keep the codes of their log-probs, so that they can
+    be written again as they are.
 
     Raises:
         ShardError: on opening or reading, naming the file, if it is not a shard of this manifest or is damaged.
     """
 
     def __init__(self, path: Location, manifest: Manifest, number: int, *, keep_codes: bool = False) -> None:
-        self.path = path
+        what = f"{manifest.kind} shard with {manifest.capture.precision or 'drawn'} entries"
+        super().__init__(path, manifest, number, schema(manifest.kind, manifest.capture), what)
         self._keep_codes = keep_codes
         self._kind = manifest.kind
         self._capture = manifest.capture
-        with self._damage_is_named():
-            # Of an object, a row group's columns in one request.
-            remote = not isinstance(path, Path)
-            source = open_ranged(path) if remote else path
-            self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
-            found = self._file.schema_arrow
-            self.footer = _footer(self._file.metadata)
+        with self.damage_is_named():
             image_token = self.footer.get("image_token_id")
             self.image_token_id = int(image_token) if image_token else None
-        if not found.equals(schema(manifest.kind, manifest.capture)):
-            raise ShardError(
-                f"{path}: its columns are not those of a {manifest.kind} shard with "
-                f"{manifest.capture.precision or 'drawn'} entries:\n{found.to_string(show_schema_metadata=False)}"
-            )
-        if self.footer.get("manifest_sha256") != manifest.sha256:
-            raise ShardError(f"{path}: belongs to an output with another manifest")
-        if self.footer.get("shard") != str(number):
-            raise ShardError(f"{path}: holds shard {self.footer.get('shard')!r}; the file was renamed")
         classes = self.footer.get("token_classes", "")
         self._order = TokenOrder.from_text(classes.encode(), manifest.tokenizer.vocab_size, str(path))
-        self.num_rows: int = self._file.metadata.num_rows
 
-    @property
-    def num_groups(self) -> int:
-        """Number of row groups."""
-        return int(self._file.num_row_groups)
+    def read_sizes(self, group: int) -> npt.NDArray[np.int32]:
+        """Tokens and images of each row of a group, int32 [rows, 2], without decoding the rows.
 
-    def group_rows(self, group: int) -> int:
-        """Number of rows in a row group."""
-        return int(self._file.metadata.row_group(group).num_rows)
-
-    def read_column(self, name: str) -> list[Any]:
-        """All values of one column, or of one part of it, such as images.list.element.path."""
-        with self._damage_is_named():
-            values: list[Any] = self._file.read([name]).column(name.partition(".")[0]).to_pylist()
-        return values
+        Tokens up to the last scored one, an image counting as one; of a pair's conversations the longer one's.
+        """
+        spans = [f"{prefix}response_spans" for prefix in PREFIXES[self._kind]]
+        leaves = [*(f"{name}.list.element.stop" for name in spans), "images.list.element.path"]
+        with self.damage_is_named():
+            table = self._file.read_row_group(group, leaves)
+            last_stops = [[cell[-1]["stop"] for cell in table.column(name).to_pylist()] for name in spans]
+            num_images = [len(cell) for cell in table.column("images").to_pylist()]
+        return np.stack([np.max(last_stops, 0), num_images], 1).astype(np.int32)
 
     def read_group(self, group: int) -> list[ShardRow]:
         """Decodes one row group."""
-        with self._damage_is_named():
+        with self.damage_is_named():
             return self._to_rows(self._file.read_row_group(group), sum(map(self.group_rows, range(group))))
 
     def __iter__(self) -> Iterator[ShardRow]:
         for group in range(self.num_groups):
             yield from self.read_group(group)
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def _damage_is_named(self) -> "_DamageIsNamed":
-        return _DamageIsNamed(self.path)
 
     def _to_rows(self, table: pa.Table, first_row: int) -> list[ShardRow]:
         prefixes = PREFIXES[self._kind]
@@ -261,45 +222,6 @@ class ShardFile:
             )
             for input_ids, spans_, own_, rest_, counts_, entries in columns
         ]
-
-
-def read_footer(path: Location) -> dict[str, str]:
-    """What a shard says of itself, whatever output it belongs to.
-
-    Raises:
-        ShardError: no Parquet file, or a damaged one.
-    """
-    with _DamageIsNamed(path), open_ranged(path) as file:
-        return _footer(pq.read_metadata(file))
-
-
-def _footer(metadata: pq.FileMetaData) -> dict[str, str]:
-    """The keys that this program writes, without their prefix."""
-    return {
-        key.removeprefix(_KEY_PREFIX).decode(errors="replace"): value.decode(errors="replace")
-        for key, value in (metadata.metadata or {}).items()
-        if key.startswith(_KEY_PREFIX)
-    }
-
-
-class _DamageIsNamed:
-    """Turns whatever pyarrow or numpy raises on damaged bytes into a ShardError that names the file."""
-
-    def __init__(self, path: Location) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if isinstance(
-            error,
-            OSError | pa.ArrowException | ValueError | TypeError | KeyError | OverflowError | IndexError,
-        ):
-            raise ShardError(
-                f"{self._path}: cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                "run verify-shards with --repair, then precompute-logits again: it fills the gap"
-            ) from error
 
 
 def _to_columns(rows: Sequence[ShardRow], manifest: Manifest, order: TokenOrder) -> list[pa.Array]:

@@ -12,17 +12,19 @@ from common.console import JsonOption, hide_loading_bars, on_this_machine, resum
 
 
 def verify_shards(
-    path: Annotated[str, typer.Argument(help="Output of precompute-logits: a directory or an address.")],
-    dataset: Annotated[
-        str | None, typer.Option(help="The dataset file: check that every sample of it is covered.")
-    ] = None,
+    path: Annotated[str, typer.Argument(help="Output of precompute-logits or precompute-features.")],
+    dataset: Annotated[str | None, typer.Option(help="The dataset file: check that all of it is covered.")] = None,
     recompute: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Score N random rows again with transformers in float32.")
+        int, typer.Option(min=0, metavar="N", help="Compute N random rows (images) again with transformers.")
     ] = 0,
     teacher: Annotated[
-        Path | None, typer.Option(help="Teacher directory, for --recompute.", callback=on_this_machine)
+        Path | None,
+        typer.Option(help="Teacher, or model with the vision tower, for --recompute.", callback=on_this_machine),
     ] = None,
-    image_root: Annotated[str | None, typer.Option(help="Where image paths start, for --recompute.")] = None,
+    image_root: Annotated[
+        str | None,
+        typer.Option(help="Where image paths start, for --recompute; of a feature cache, checks the files too."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which random rows --recompute takes.")] = 0,
     repair: Annotated[
         bool, typer.Option("--repair", help="Move what is broken to PATH/broken, so that a rerun fills the gap.")
@@ -41,13 +43,26 @@ def verify_shards(
     """
     import json
 
+    from common.features import is_feature_cache
     from common.storage import to_location
-    from precompute.verify import verify
 
     if recompute and teacher is None:
         raise typer.BadParameter("--recompute needs --teacher DIR")
-    output = to_location(path)
-    report = verify(output, dataset=None if dataset is None else to_location(dataset), progress=not as_json)
+    output, root = to_location(path), None if image_root is None else to_location(image_root)
+    data = None if dataset is None else to_location(dataset)
+    has_features = is_feature_cache(output)
+    if has_features:
+        from precompute.feature_checks import verify_features
+
+        if against:
+            raise typer.BadParameter("--against compares scored samples, of which a feature cache has none")
+        if recompute and root is None:
+            raise typer.BadParameter("--recompute of features needs --image-root: the cache holds no image files")
+        report = verify_features(output, data, root, progress=not as_json)
+    else:
+        from precompute.verify import verify
+
+        report = verify(output, dataset=data, progress=not as_json)
     results: dict[str, Any] = {"verify": report}
     if repair:
         from precompute.repair import repair as move_aside
@@ -60,18 +75,17 @@ def verify_shards(
     elif against:
         typer.echo(f"{against} was not compared with the output, which is not what was written", err=True)
     if recompute and report.ok:
-        from precompute.recompute import recompute as score_again
-
         hide_loading_bars()
         assert teacher is not None
-        results["recompute"] = score_again(
-            output,
-            teacher,
-            num_rows=recompute,
-            image_root=None if image_root is None else to_location(image_root),
-            seed=seed,
-            progress=not as_json,
-        )
+        options: dict[str, Any] = {"image_root": root, "seed": seed, "progress": not as_json}
+        if has_features:
+            from precompute.feature_recompute import recompute_features
+
+            results["recompute"] = recompute_features(output, teacher, recompute, **options)
+        else:
+            from precompute.recompute import recompute as score_again
+
+            results["recompute"] = score_again(output, teacher, recompute, **options)
     if as_json:
         typer.echo(json.dumps({name: json.loads(result.to_json()) for name, result in results.items()}, indent=1))
     else:

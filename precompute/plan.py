@@ -28,6 +28,7 @@ from common.manifest import (
     GenerateSettings,
     ImageIdentity,
     Manifest,
+    ShardedManifest,
     Skipped,
     TokenizerIdentity,
     published_shards,
@@ -229,7 +230,7 @@ def stored_as(config: PrecomputeConfig) -> Form:
     return None if config.num_draws else config.precision or "q8"
 
 
-def is_complete(output: Location, number: int, manifest: Manifest) -> bool:
+def is_complete(output: Location, number: int, manifest: ShardedManifest) -> bool:
     """Whether a shard is published. One whose file is gone, or is not of the size that was written, is not.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from common.errors import DecantError, ShardError, StorageError
 from common.manifest import (
@@ -9,14 +10,18 @@ from common.manifest import (
     SCHEMA_VERSION,
     Manifest,
     Receipt,
+    ShardedManifest,
     published_shards,
     read_sealed,
     receipt_path,
     shard_path,
 )
+from common.parquet_shard import read_footer
 from common.scores import MAX_DRAWS, MAX_VOCAB_SIZE
-from common.shards import ROWS_PER_GROUP, ShardFile, read_footer
+from common.shards import ROWS_PER_GROUP, ShardFile
 from common.storage import Location
+
+ManifestT = TypeVar("ManifestT", bound=ShardedManifest)
 
 
 def manifest_problems(manifest: Manifest) -> Iterator[str]:
@@ -52,7 +57,7 @@ def footer_problems(shard: ShardFile, manifest: Manifest) -> Iterator[str]:
     version, image_token_id = shard.footer.get("schema_version"), shard.image_token_id
     if version != str(SCHEMA_VERSION):
         yield f"its footer has schema version {version!r}, expected {SCHEMA_VERSION}"
-    if _manifest_in(shard.footer) != manifest:
+    if manifest_in(shard.footer, Manifest) != manifest:
         yield "the manifest in its footer is not that of the output"
     if image_token_id is not None and not 0 <= image_token_id < manifest.tokenizer.vocab_size:
         yield f"its image token is {image_token_id}, the tokenizer has {manifest.tokenizer.vocab_size}"
@@ -61,7 +66,7 @@ def footer_problems(shard: ShardFile, manifest: Manifest) -> Iterator[str]:
         yield f"its row groups hold {sizes} rows, expected {ROWS_PER_GROUP} each and at most so many in the last"
 
 
-def manifest_of_shards(output: Location) -> Manifest:
+def manifest_of_shards(output: Location, schema: type[ManifestT]) -> ManifestT:
     """The manifest as it stands in the shards: all footers that can be read agree on it, and all receipts name it.
 
     Raises:
@@ -69,7 +74,7 @@ def manifest_of_shards(output: Location) -> Manifest:
     """
     numbers = published_shards(output)
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        manifests = [found for found in pool.map(lambda number: _in_footer(output, number), numbers) if found]
+        manifests = [found for found in pool.map(lambda number: _in_footer(output, number, schema), numbers) if found]
         digests = {found for found in pool.map(lambda number: _in_receipt(output, number), numbers) if found}
     different = digests | {manifest.sha256 for manifest in manifests}
     if not manifests:
@@ -82,9 +87,9 @@ def manifest_of_shards(output: Location) -> Manifest:
     return manifests[0]
 
 
-def _in_footer(output: Location, number: int) -> Manifest | None:
+def _in_footer(output: Location, number: int, schema: type[ManifestT]) -> ManifestT | None:
     try:
-        return _manifest_in(read_footer(shard_path(output, number)))
+        return manifest_in(read_footer(shard_path(output, number)), schema)
     except ShardError:
         return None
 
@@ -98,10 +103,10 @@ def _in_receipt(output: Location, number: int) -> str | None:
         return None
 
 
-def _manifest_in(footer: dict[str, str]) -> Manifest | None:
-    """None unless it is what the digest beside it stands for."""
+def manifest_in(footer: dict[str, str], schema: type[ManifestT]) -> ManifestT | None:
+    """The manifest in a shard's footer; None unless it is what the digest beside it stands for."""
     try:
-        manifest = Manifest.model_validate_json(footer.get("manifest", ""))
+        manifest = schema.model_validate_json(footer.get("manifest", ""))
     except ValueError:
         return None
     return manifest if manifest.sha256 == footer.get("manifest_sha256") else None

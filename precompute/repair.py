@@ -1,6 +1,7 @@
-"""`verify-shards --repair`: what is broken is moved aside, so that a rerun of `precompute-logits` fills the gap.
+"""`verify-shards --repair`: what is broken is moved aside, so that a rerun of the command that wrote it fills the gap.
 
     Report ─> manifest.json, restored from the shards ─> both files of each broken shard ─> OUTPUT/broken/<UTC time>/
+                                                         images.parquet of a feature cache
 
 Nothing is deleted. A receipt is moved before its shard: whatever stops this half way leaves a shard without a receipt,
 which does not exist to readers and is written again.
@@ -14,10 +15,12 @@ from datetime import UTC, datetime
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from common.features import INDEX_NAME
 from common.manifest import (
     MANIFEST_NAME,
+    Manifest,
     published_shards,
-    read_manifest,
+    read_sealed,
     receipt_path,
     shard_number,
     shard_path,
@@ -27,14 +30,14 @@ from common.storage import Location, exclusive, list_files, move
 from precompute.report import Report, ranges
 
 # Their problems are of an output or of its source: no shard is moved for them.
-_OF_NO_SHARD = frozenset({"manifest", "dataset"})
+_OF_NO_SHARD = frozenset({"manifest", "dataset", "sources"})
 
 
 @dataclass(frozen=True)
 class Repair:
     """What was done. `moved` has file names, now in `destination`; `missing` the shards that a rerun is to write.
 
-    `refusal` says why nothing could be done, if so.
+    `command` is what writes them. `refusal` says why nothing could be done, if so.
     """
 
     output: Location
@@ -44,6 +47,7 @@ class Repair:
     missing: tuple[int, ...]
     notes: tuple[str, ...]
     refusal: str | None = None
+    command: str = Manifest.command
 
     @property
     def ok(self) -> bool:
@@ -62,17 +66,17 @@ class Repair:
             lines.append(Text(f"not repaired: {self.refusal}", style="bold red"))
         if self.moved:
             numbers = sorted({number for name in self.moved if (number := shard_number(name)) is not None})
-            what = [f"shards {ranges(numbers)}"] * bool(numbers) + [MANIFEST_NAME] * (MANIFEST_NAME in self.moved)
+            others = [name for name in self.moved if shard_number(name) is None]
+            what = [f"shards {ranges(numbers)}"] * bool(numbers) + others
             lines.append(Text(f"moved {' and '.join(what)} ({len(self.moved)} files) to {self.destination}"))
         if self.restored:
             lines.append(Text(f"{MANIFEST_NAME} was restored from the shards"))
         lines += [Text(note) for note in self.notes]
-        if self.missing:
+        if self.missing or INDEX_NAME in self.moved:
+            options = " --config FILE" if self.command == Manifest.command else ""
+            what_next = f"shards {ranges(self.missing)} and no others" if self.missing else INDEX_NAME
             lines.append(
-                Text(
-                    "run the same precompute-logits again (decant precompute-logits --config FILE): it writes "
-                    f"shards {ranges(self.missing)} and no others"
-                )
+                Text(f"run the same {self.command} again (decant {self.command}{options}): it writes {what_next}")
             )
         return Group(*(lines or [Text("nothing was broken, nothing was moved")]))
 
@@ -89,16 +93,16 @@ def repair(report: Report) -> Repair:
     broken_manifest = not all(check.ok for check in report.checks if check.name == "manifest")
     if broken_manifest and report.restored is None:
         refusal = f"{MANIFEST_NAME} is broken and cannot be restored from the shards (see above); nothing was moved"
-        return Repair(output, None, (), False, (), (), refusal)
+        return Repair(output, None, (), False, (), (), refusal, report.schema.command)
     names = {name for check in report.checks if check.name not in _OF_NO_SHARD for name in check.files}
     numbers = sorted({number for name in names if (number := shard_number(name)) is not None})
     notes = [
         f"the problems of the check {check.name!r} are not the damage of a shard: nothing was moved for them"
         for check in report.checks
-        if check.name == "dataset" and not check.ok
+        if check.name in ("dataset", "sources") and not check.ok
     ]
     moved: list[str] = []
-    with exclusive(output) if numbers or broken_manifest else contextlib.nullcontext():
+    with exclusive(output) if numbers or INDEX_NAME in names or broken_manifest else contextlib.nullcontext():
         destination = _unused(output / "broken")
         now = list_files(output)
         if broken_manifest:
@@ -107,6 +111,9 @@ def repair(report: Report) -> Repair:
                 move(output / MANIFEST_NAME, destination / MANIFEST_NAME)
                 moved.append(MANIFEST_NAME)
             write_sealed(output / MANIFEST_NAME, report.restored)
+        if INDEX_NAME in names and INDEX_NAME in now:
+            move(output / INDEX_NAME, destination / INDEX_NAME)
+            moved.append(INDEX_NAME)
         for number in numbers:
             files = (receipt_path(output, number), shard_path(output, number))
             if any(now.get(path.name) != report.listing.get(path.name) for path in files):
@@ -116,7 +123,8 @@ def repair(report: Report) -> Repair:
                 if path.name in now:
                     move(path, destination / path.name)
                     moved.append(path.name)
-    missing = set(range(read_manifest(output).num_shards)) - set(published_shards(output))
+    manifest = read_sealed(output / MANIFEST_NAME, report.schema)
+    missing = set(range(manifest.num_shards)) - set(published_shards(output))
     return Repair(
         output,
         destination if moved else None,
@@ -124,6 +132,7 @@ def repair(report: Report) -> Repair:
         broken_manifest,
         tuple(sorted(missing)),
         tuple(notes),
+        command=report.schema.command,
     )
 
 

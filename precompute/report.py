@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.manifest import Manifest
+from common.manifest import Manifest, ShardedManifest
 from common.storage import Location
 
 # Kept of each check; the others are counted.
@@ -59,7 +59,7 @@ class Report:
     """Outcome of `verify`. A check that looked at nothing was not reached, or has nothing to look at.
 
     `listing` has the names and sizes of the output's files as they were looked at. `restored` is None unless
-    manifest.json is broken and the shards say what it was.
+    manifest.json is broken and the shards say what it was. `schema` is that of its manifest.
     """
 
     output: Location
@@ -70,7 +70,8 @@ class Report:
     num_bytes: int
     num_skipped: int
     listing: dict[str, int]
-    restored: Manifest | None
+    restored: ShardedManifest | None
+    schema: type[ShardedManifest] = Manifest
 
     @property
     def ok(self) -> bool:
@@ -106,10 +107,9 @@ class Report:
         for check in self.checks:
             style = "red" if not check.ok else "dim" if not check.num_checked else ""
             table.add_row(check.name, check.meaning, f"{check.num_checked:,}", f"{check.num_problems:,}", style=style)
-        totals = (
-            f"{self.num_shards:,} shards, {self.num_rows:,} rows, {self.num_scored_tokens:,} scored tokens, "
-            f"{self.num_bytes:,} bytes, {self.num_skipped:,} samples skipped by choice"
-        )
+        totals = f"{self.num_shards:,} shards, {self.num_rows:,} rows, {self.num_bytes:,} bytes"
+        if self.schema is Manifest:
+            totals += f", {self.num_scored_tokens:,} scored tokens, {self.num_skipped:,} samples skipped by choice"
         verdict = Text("verified", style="green") if self.ok else Text("NOT verified", style="bold red")
         return Group(table, *self._problem_lines(), Text(totals), verdict)
 

@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import cli
 from common.manifest import shard_path
 from tests.models import tiny_llava, tiny_tokenizer
 from tests.train.runs import LiveTeacher, environment, write_mixed_dataset
 
-COMMANDS = ("precompute-logits", "verify-shards", "merge-shards", "plan", "train", "init-student", "export", "demo")
+COMMANDS = (
+    "precompute-logits",
+    "precompute-features",
+    "verify-shards",
+    "merge-shards",
+    "plan",
+    "train",
+    "init-student",
+    "export",
+    "demo",
+)
 
 Run = Callable[..., tuple[int, str]]
 
@@ -178,6 +190,13 @@ def test_an_interrupt_says_that_nothing_is_lost(
     assert "the same command continues from there" in shown
 
 
+def expert_pairs(student: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The three matrices of both experts of its sparse layer."""
+    weights = load_file(student / "model.safetensors")
+    names = [name for name in weights if ".mlp.experts.0." in name]
+    return [(weights[name], weights[name.replace(".experts.0.", ".experts.1.")]) for name in names]
+
+
 def test_init_student_wants_one_way_or_the_other(decant: Run, root: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert decant("init-student", out)[0] == 2
@@ -188,6 +207,11 @@ def test_init_student_wants_one_way_or_the_other(decant: Run, root: Path, tmp_pa
     code, shown = decant("init-student", out, "--dense", str(root / "model"), "--experts", "2", "--top-k", "1")
     assert code == 0, shown
     assert "2 experts, top 1" in shown
+    assert [torch.equal(*pair) for pair in expert_pairs(tmp_path / "out")] == [True] * 3
+    noisy = str(tmp_path / "noisy")
+    code, shown = decant("init-student", noisy, "--dense", str(root / "model"), "--experts", "2", "--noise", "0.01")
+    assert code == 0, shown
+    assert [torch.equal(*pair) for pair in expert_pairs(tmp_path / "noisy")] == [False] * 3
     code, shown = decant("init-student", out, "--dense", str(root / "model"))
     assert code == 1
     assert "not empty" in shown

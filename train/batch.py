@@ -1,9 +1,14 @@
-"""Examples as one padded batch, with the rows of the output layer that are wanted, aligned once.
+"""Examples as one batch, padded or packed, with the rows of the output layer that are wanted, aligned once.
 
-Legend: B sequences, T positions, S own tokens of all sequences, R scored rows of all sequences, K kept entries,
-P preference pairs, I images.
+Legend: B sequences, L lines, T positions of a line, S own tokens of all sequences, N the same with images expanded,
+R scored rows of all sequences, K kept entries, P preference pairs, I images.
 
 A preference batch holds the chosen conversations first, then the rejected ones, so B = 2P.
+
+Padded, each sequence is a line and the longest one sets T. Packed, all sequences stand end to end in the only line, and
+nothing is padding: positions that begin again at 0 say where the next sequence starts, and attention ends there (which
+models do that is in train/packing.py). Rows, targets and all that the losses take are the same in the same order, so
+losses and gradients are too, up to rounding.
 """
 
 from collections.abc import Sequence
@@ -21,6 +26,7 @@ from common.images import AspectRatio, ImageSpec
 from common.samples import Kind
 from common.scores import TeacherScores
 from common.storage import Location
+from train.features import CachedFeatures
 from train.pixels import Images
 from train.stream import Example
 
@@ -29,10 +35,15 @@ from train.stream import Example
 class Batch:
     """One micro-batch.
 
-    input_ids, attention_mask      int64 [B, T], padded on the right
-    pixel_values                   float32 [I, 3, height, width], images in the order of their placeholders
-    token_mask                     bool [B, T]: tokens that count, neither padding nor a stand-in
-    rows                           int64 [R]: position in [B * T] whose output predicts each scored token
+    num_sequences                  B, stand-ins included
+    input_ids                      int64 [L, T], padded on the right; packed, L = 1
+    attention_mask                 int64 [L, T] of 0 and 1, None where packed: with any mask transformers looks for no
+                                   borders
+    position_ids                   int64 [L, T], beginning at 0 with each sequence; None where padded
+    pixel_values                   float32 [I, 3, height, width], images in the order of their placeholders; of cached
+                                   features, [I, patches, channels] in the student's dtype
+    token_mask                     bool [L, T]: tokens that count, neither padding nor a stand-in
+    rows                           int64 [R]: position in [L * T] whose output predicts each scored token
     targets                        int64 [R]: the scored tokens
     row_sequence                   int64 [R]: which of the B sequences a row belongs to, ascending
     topk_ids, topk_logprobs        int64, float32 [R, K]: the teacher's kept entries; empty slots 0, -inf
@@ -42,12 +53,14 @@ class Batch:
 
     sample_ids: tuple[str, ...]
     num_pairs: int
+    num_sequences: int
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     token_mask: Tensor
     rows: Tensor
     targets: Tensor
     row_sequence: Tensor
+    position_ids: Tensor | None = None
     pixel_values: Tensor | None = None
     topk_ids: Tensor | None = None
     topk_logprobs: Tensor | None = None
@@ -65,9 +78,24 @@ class Batch:
         return int(self.token_mask.sum())
 
     @property
-    def num_sequences(self) -> int:
-        """B, stand-ins included."""
-        return len(self.input_ids)
+    def num_padding(self) -> Tensor:
+        """Positions that no sequence fills, float32 scalar; 0 where packed."""
+        if self.attention_mask is None:
+            return self.token_mask.new_zeros((), dtype=torch.float32)
+        return (self.attention_mask == 0).sum().float()
+
+    @property
+    def sequence_inputs(self) -> dict[str, Any]:
+        """What a model's forward takes beside images.
+
+        No cache: with one, which is transformers' default, packed sequences see each other.
+        """
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "use_cache": False,
+        }
 
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on a device."""
@@ -98,14 +126,19 @@ class Collator:
         aspect_ratio: AspectRatio,
         max_tokens: int,
         pad_token_id: int,
+        packed: bool = False,
+        features: CachedFeatures | None = None,
     ) -> None:
         self._kind = kind
         self._spec = image_spec
-        self._images = None if image_spec is None else Images(image_processor, image_spec, aspect_ratio)
+        self._images: Images | CachedFeatures | None = features
+        if features is None and image_spec is not None:
+            self._images = Images(image_processor, image_spec, aspect_ratio)
         self._image_token_id = image_token_id
         self._image_root = image_root
         self._max_tokens = max_tokens
         self._pad = pad_token_id
+        self._packed = packed
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Builds the batch.
@@ -121,31 +154,35 @@ class Collator:
         # All sequences end to end: S own tokens, and where each stands once images are expanded.
         own_lengths_B = np.array([len(e.input_ids) for e in encoded], np.int64)
         own_starts_B = np.cumsum(own_lengths_B) - own_lengths_B
-        expanded, places_S = expand_placeholders(
+        expanded_N, places_S = expand_placeholders(
             _concatenated([e.input_ids for e in encoded]), self._image_token_id, self._tokens_per_image
         )
         lengths_B = np.diff(places_S[own_starts_B + own_lengths_B - 1] + 1, prepend=0)
-        starts_B = np.cumsum(lengths_B) - lengths_B
         self._refuse_too_long(examples, lengths_B)
-        num_real = len(encoded)
-        if num_real == 0 or (self._spec is not None and not any(example.sample.images for example in examples)):
-            expanded = np.concatenate([expanded, self._stand_in()])
-            lengths_B = np.append(lengths_B, len(expanded) - lengths_B.sum())
-        width = int(lengths_B.max())
-        filled_BT = np.arange(width) < lengths_B[:, None]
-        input_ids = np.full(filled_BT.shape, self._pad, np.int64)
-        input_ids[filled_BT] = expanded
-        token_mask = filled_BT.copy()
-        token_mask[num_real:] = False
+        num_real = len(expanded_N)
+        if not encoded or (self._spec is not None and not any(example.sample.images for example in examples)):
+            expanded_N = np.concatenate([expanded_N, self._stand_in()])
+            lengths_B = np.append(lengths_B, len(expanded_N) - num_real)
+        if self._packed:
+            filled_LT = np.ones((1, len(expanded_N)), bool)
+        else:
+            filled_LT = np.arange(lengths_B.max()) < lengths_B[:, None]
+        input_ids = np.full(filled_LT.shape, self._pad, np.int64)
+        input_ids[filled_LT] = expanded_N
+        position_ids = torch.from_numpy(_concatenated([np.arange(n) for n in lengths_B]))[None]
+        token_mask = np.zeros_like(filled_LT)
+        token_mask[filled_LT] = np.arange(len(expanded_N)) < num_real
 
-        sequence_R = np.repeat(np.arange(num_real), [len(e.response_ids) for e in encoded])
+        sequence_R = np.repeat(np.arange(len(encoded)), [len(e.response_ids) for e in encoded])
         scored_R = _concatenated([e.response_positions for e in encoded]) + own_starts_B[sequence_R]
-        rows_R = places_S[predicting_positions(scored_R)] - starts_B[sequence_R] + width * sequence_R
+        rows_R = np.flatnonzero(filled_LT)[places_S[predicting_positions(scored_R)]]
         return Batch(
             sample_ids=tuple(example.sample.id for example in examples),
             num_pairs=len(examples) if self._kind == "dpo" else 0,
+            num_sequences=len(lengths_B),
             input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(filled_BT.astype(np.int64)),
+            attention_mask=None if self._packed else torch.from_numpy(filled_LT.astype(np.int64)),
+            position_ids=position_ids if self._packed else None,
             token_mask=torch.from_numpy(token_mask),
             rows=torch.from_numpy(rows_R),
             targets=torch.from_numpy(_concatenated([e.response_ids for e in encoded])),

@@ -1,10 +1,13 @@
 """Configuration of one training stage. One TOML file a stage; configs/llava-mod/ holds the paper's four."""
 
-from typing import Any, Literal
+import os
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from upath import UPath
 
 from common.config import Strict
+from common.errors import ConfigError
 from common.storage import LocalPath, Location, LocationField
 
 Stage = Literal["init", "dense-to-dense", "dense-to-sparse", "preference", "sft"]
@@ -28,23 +31,37 @@ class ModelConfig(Strict):
 
 
 class MoEConfig(Strict):
-    """Sparse upcycling of a dense student at the start of the stage; a sparse one is left as it is."""
+    """Sparse upcycling of a dense student at the start of the stage; a sparse one is left as it is.
+
+    `noise` tells the experts apart from the first step on: the standard deviation of Gaussian noise on every copy's
+    weights, in standard deviations of the dense weight. With 0 the sparse student starts exactly as the dense one.
+    Much less than 0.01 is lost in the rounding of a bf16 stage.
+    """
 
     num_experts: int = Field(4, ge=2)
     top_k: int = Field(2, ge=1)
     layers: Literal["every-second", "first-half", "second-half", "all"] | tuple[int, ...] = "every-second"
+    noise: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str | os.PathLike | UPath) else value
+
+
+Caches = Annotated[tuple[LocationField, ...], BeforeValidator(_one_or_more)]
 
 
 class SetConfig(Strict):
     """One of several sets to train on: an output of `precompute-logits`, or a dataset file.
 
     `weight` is the set's share of the samples of every stretch of training, relative to the other sets' weights.
-    `image_root` is that of this set alone.
+    `image_root` is that of this set alone, and `features` are the caches of its images.
     """
 
     shards: LocationField | None = None
     dataset: LocationField | None = None
     image_root: LocationField | None = None
+    features: Caches = ()
     weight: float | None = Field(None, gt=0.0, allow_inf_nan=False)
 
     @property
@@ -71,12 +88,23 @@ class DataConfig(Strict):
     samples of each set itself. `max_tokens` counts the student's expanded image tokens.
     `shuffle_window` bounds how far apart on disk the samples of one batch may come from; so many samples are held
     decoded in each worker. `num_workers` processes a rank make batches; with 0 a thread does.
+    `features` names one or several outputs of `precompute-features`: images are taken from there as the frozen vision
+    tower sees them, and neither it nor they are opened.
+    `batching` "packed" puts the samples of a micro-batch end to end into one sequence without padding, across whose
+    borders nothing attends; losses are those of "padded". A micro-batch stays `optim.micro_batch_size` samples and is
+    not filled to a number of tokens, so that steps are a function of seed and epoch: such a sequence has up to that
+    many times `max_tokens` tokens. Without flash-attn its mask takes their square in bytes and attention as much work,
+    so that "padded" with `group_by_length` is faster where samples are long.
+    `group_by_length` deals each step's samples to micro-batches by length, the longest first, so that little of a
+    padded batch is padding, and ranks work on equal lengths at a time. A step keeps its samples and its loss, but for
+    what is defined within a micro-batch: the balance loss and kto_pair. Each worker then reads and holds whole windows.
     """
 
     shards: LocationField | None = None
     dataset: LocationField | None = None
     mix: tuple[SetConfig, ...] = ()
     image_root: LocationField | None = None
+    features: Caches = ()
     image_aspect_ratio: Literal["pad", "keep"] = "pad"
     score: Literal["response", "all"] = "response"
     max_tokens: int = Field(2048, ge=8)
@@ -84,6 +112,8 @@ class DataConfig(Strict):
     validation_fraction: float = Field(0.0, ge=0.0, le=0.5)
     shuffle_window: int = Field(8192, ge=1)
     num_workers: int = Field(2, ge=0)
+    batching: Literal["padded", "packed"] = "padded"
+    group_by_length: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
@@ -97,10 +127,38 @@ class DataConfig(Strict):
             raise ValueError("give validation or validation_fraction, not both")
         return self
 
+    @model_validator(mode="after")
+    def _every_image_has_features(self) -> "DataConfig":
+        if not self.has_features:
+            return self
+        for number, (_, caches) in enumerate(self.feature_caches, 1):
+            if not caches and number <= len(self.sets):
+                raise ValueError(
+                    f"set {number} has no features: data.features is for images below data.image_root; name the "
+                    "caches of its images in features of the set itself"
+                )
+            if not caches and self.validation is not None:
+                raise ValueError("validation has no features: its images are looked for in data.features")
+        return self
+
     @property
     def sets(self) -> tuple[SetConfig, ...]:
         """What is trained on, in order; one set where there is no mix."""
         return self.mix or (SetConfig(shards=self.shards, dataset=self.dataset),)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether images come from feature caches."""
+        return bool(self.features) or any(each.features for each in self.mix)
+
+    @property
+    def feature_caches(self) -> tuple[tuple[Location | None, tuple[Location, ...]], ...]:
+        """(Image root, caches that know the paths below it) of each set in order, then of all others."""
+        own = [
+            (each.image_root or self.image_root, each.features or (() if each.image_root else self.features))
+            for each in self.sets
+        ]
+        return (*own, (self.image_root, self.features))
 
     @property
     def has_scores(self) -> bool:
@@ -114,12 +172,15 @@ class LossConfig(Strict):
     `divergence` is that of the distillation term, over the teacher's kept entries and what `tail` makes of the others;
     a `temperature` other than 1 needs tail "renormalise". `tail` absent is "bucket" for best entries of the teacher,
     and "ignore" for entries drawn from its distribution, which take no other, nor another divergence or temperature.
+    `balance` spreads tokens over the experts of a sparse student; `router_z` keeps its router logits small, which the
+    paper that has it (ST-MoE) weights with 0.001.
     `length_normalised` compares log-probs a token in place of whole responses' sums; "ipo" always does.
     """
 
     distillation: float = Field(0.0, ge=0.0)
     cross_entropy: float = Field(0.0, ge=0.0)
     balance: float = Field(0.0, ge=0.0)
+    router_z: float = Field(0.0, ge=0.0)
     preference: float = Field(0.0, ge=0.0)
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"] = "forward_kl"
     temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False)
@@ -128,6 +189,11 @@ class LossConfig(Strict):
     beta: float = Field(0.1, gt=0.0)
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
     length_normalised: bool = False
+
+    @property
+    def of_routers(self) -> str | None:
+        """The first weight above 0 that a dense student has no use for."""
+        return next((name for name in ("balance", "router_z") if getattr(self, name)), None)
 
     @model_validator(mode="after")
     def _something_to_optimise(self) -> "LossConfig":
@@ -165,11 +231,27 @@ class OptimConfig(Strict):
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, ge=0.0)
 
+    def accumulation_steps(self, num_ranks: int) -> int:
+        """Micro-batches that each rank accumulates for a global step.
+
+        Raises:
+            ConfigError: the global batch cannot be dealt out evenly.
+        """
+        at_once = self.micro_batch_size * num_ranks
+        if self.global_batch_size % at_once:
+            raise ConfigError(
+                f"optim.global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {num_ranks} ranks; change one of them"
+            )
+        return self.global_batch_size // at_once
+
 
 class RunConfig(Strict):
     """Precision, memory, checkpoints, logs.
 
     `resume` "auto" continues from the output's newest whole checkpoint; "never" refuses an output that has one.
+    `expert_parallel_size` ranks share the experts of a sparse student among them, and send each other the tokens; it
+    divides the number of ranks and that of experts.
     `deepspeed` is a DeepSpeed JSON file whose settings are laid over the ones made from this configuration;
     `training_arguments` go to Hugging Face's `TrainingArguments` and may not name what this file sets.
     `report_to` names where metrics go beside `metrics.jsonl`; W&B and trackio are packages of their own.
@@ -179,6 +261,7 @@ class RunConfig(Strict):
 
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
+    expert_parallel_size: int = Field(1, ge=1)
     activation_checkpointing: bool = True
     save_steps: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
@@ -211,8 +294,10 @@ class TrainConfig(Strict):
             raise ValueError("loss.distillation needs data.shards: the teacher's scores come from there")
         if self.loss.preference and not self.data.has_scores:
             raise ValueError("loss.preference needs data.shards of kind dpo: the reference log-probs come from there")
-        if self.loss.balance and self.stage in ("init", "dense-to-dense"):
-            raise ValueError(f"loss.balance is for sparse students; stage {self.stage} trains a dense one")
+        if (weight := self.loss.of_routers) and self.stage in ("init", "dense-to-dense"):
+            raise ValueError(f"loss.{weight} is for sparse students; stage {self.stage} trains a dense one")
+        if self.data.has_features and "vision_tower" in self.groups:
+            raise ValueError("trainable: the vision tower cannot be trained from data.features, what it gave once")
         return self
 
     @property

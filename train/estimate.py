@@ -25,6 +25,7 @@ from common.figures import Figure, Section, show
 from train.config import TRAINABLE, TrainConfig
 from train.moe import is_sparse, upcycle
 from train.student import freeze, is_multimodal
+from train.towerless import without_tower
 
 Precision = Literal["bf16", "fp32"]
 
@@ -110,7 +111,7 @@ def estimate(
             does not have, or a dense student that cannot be upcycled as `config` says.
         ConfigError: the sparse layers or experts that `config` wants do not fit the student.
     """
-    model = student_on_meta(student)
+    model = student_on_meta(student, tower=config is None or not config.data.has_features)
     counted = "counted from config.json"
     groups: frozenset[str] = frozenset(TRAINABLE["dense-to-dense"])
     if not is_multimodal(model):
@@ -158,8 +159,8 @@ def estimate(
     return TrainerEstimate(parameters, memory, notes)
 
 
-def student_on_meta(path: Path) -> PreTrainedModel:
-    """The model that a student's config.json describes, without weights.
+def student_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
+    """The model that a student's config.json describes, without weights, and perhaps without its vision tower.
 
     Raises:
         ModelError: no configuration there, or not that of a LLaVA or a causal language model.
@@ -167,6 +168,7 @@ def student_on_meta(path: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         auto_class: Any = AutoModelForImageTextToText if config.model_type == "llava" else AutoModelForCausalLM
+        config = config if tower else without_tower(config)
         with torch.device("meta"):
             model: PreTrainedModel = auto_class.from_config(config)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -118,7 +118,7 @@ def picked_logits(
         ids_RJ: [R, J] int64, below `vocab_size`.
         struck_RJ: [R, J] bool: ids that the logsumexp leaves out, distinct within a row.
         vocab_size: ids from here on are padding and take no part, at most V.
-        chunk_ids: C; by default what keeps a chunk at 4 MiB.
+        chunk_ids: C; by default what keeps a chunk at 4 MiB, or J if that is more.
 
     Returns:
         [R, J + 1] float32 (float64 for float64 input), the logsumexp in the last column; about -1e30 where all ids are
@@ -132,7 +132,8 @@ def picked_logits(
             f"the student's output layer has {len(weight_VH)} ids, the tokenizer {vocab_size}: "
             "the student belongs to another tokenizer, or its output layer has to be resized"
         )
-    chunk_ids = chunk_ids or max(_CHUNK_ENTRIES // max(1, *hidden_RH.shape), _MIN_CHUNK_IDS)
+    # Each chunk looks at every pick: where these are many, chunks as wide cost no memory that they do not, and are few.
+    chunk_ids = chunk_ids or max(_CHUNK_ENTRIES // max(1, *hidden_RH.shape), _MIN_CHUNK_IDS, ids_RJ.shape[1])
     picked: Tensor = _PickedLogits.apply(hidden_RH, weight_VH, bias_V, ids_RJ, struck_RJ, vocab_size, chunk_ids)
     return picked
 

@@ -106,8 +106,6 @@ def _num_bytes(tensor: Tensor) -> int:
 class MicroBatches(TorchDataset[Packed | DecantError]):
     """The micro-batches of one rank, in the order of training: item step * accumulation + position.
 
-    A rank takes neighbouring micro-batches of a step, which keep to neighbouring row groups.
-
     An error takes the place of its batch and is raised by who reads it: raised in a worker process, its message would
     arrive inside a traceback.
     """
@@ -119,7 +117,7 @@ class MicroBatches(TorchDataset[Packed | DecantError]):
         self._source = source
         self._plan = plan
         self._collator = collator
-        self._rank = rank
+        self._rank = rank, num_ranks
         self._accumulation = accumulation
 
     @property
@@ -130,8 +128,8 @@ class MicroBatches(TorchDataset[Packed | DecantError]):
     def __getitem__(self, item: int) -> Packed | DecantError:
         step, position = divmod(item, self._accumulation)
         with _READING:
-            positions = self._plan.micro_batch(step, self._rank * self._accumulation + position)
             try:
+                positions = self._plan.of_rank(step, *self._rank, position)
                 return Packed.pack(self._collator([self._source[int(i)] for i in positions]))
             except DecantError as error:
                 return error

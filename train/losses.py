@@ -263,6 +263,41 @@ def load_balancing_loss(router_logits_LTE: Sequence[Tensor], mask_T: Tensor, *, 
     return num_experts * (frequency_E * mean_prob_E).sum()
 
 
+def router_z_loss(router_logits_LTE: Sequence[Tensor]) -> Tensor:
+    """Penalty of each position on large router logits, which rounding harms and which stop routers from learning.
+
+        mean_l (log sum_e exp x_le)^2
+
+    with the logits x_le of expert e in layer l. Equation 5 of ST-MoE (arXiv 2202.08906) is the mean of this over the
+    tokens of one layer; the paper adds it up over layers, here it is their mean, so that a weight means the same
+    whatever the number of sparse layers. The paper's weight is 0.001.
+
+    Args:
+        router_logits_LTE: one [T, E] float tensor a layer.
+
+    Returns:
+        [T] float32 (float64 for float64 logits).
+    """
+    logits_LTE = torch.stack(list(router_logits_LTE))
+    return logits_LTE.to(accumulation_dtype(logits_LTE)).logsumexp(-1).square().mean(0)
+
+
+def router_entropy(router_logits_LTE: Sequence[Tensor]) -> Tensor:
+    """Entropy of the router's softmax over the experts at each position, mean over layers, in nats.
+
+    From log(E), when no expert is preferred, down to 0.
+
+    Args:
+        router_logits_LTE: one [T, E] float tensor a layer.
+
+    Returns:
+        [T] float32 (float64 for float64 logits).
+    """
+    logits_LTE = torch.stack(list(router_logits_LTE))
+    logprobs_LTE = logits_LTE.log_softmax(-1, dtype=accumulation_dtype(logits_LTE))
+    return -(logprobs_LTE.exp() * logprobs_LTE).sum(-1).mean(0)
+
+
 def _divergence(teacher_RS: Tensor, student_RS: Tensor, divergence: Divergence) -> Tensor:
     """Of log-probabilities over S slots; where one is empty both are finite, and equal or with no mass."""
     match divergence:

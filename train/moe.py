@@ -1,4 +1,4 @@
-"""Sparse upcycling of a dense student (arXiv 2212.05055), and the router logits of a sparse one.
+"""Sparse upcycling of a dense student (arXiv 2212.05055).
 
 Every chosen feed-forward network is copied into E experts under a fresh router. The router's top-k weights are
 normalised to sum to one, so that equal experts give exactly what the dense network gave: the sparse student
@@ -10,14 +10,18 @@ starts where the dense one stopped.
 | Llama/Mistral | Qwen2-MoE  | the same, and zero biases in q, k and v, which vLLM's class always reads       |
 | Qwen3         | Qwen3-MoE  | nothing                                                                       |
 
-Axes: B batch, T positions, E experts, L sparse layers, H hidden size, I width of a feed-forward network.
+Noise between the copies is a choice, and none is the default: Qwen2's mixture of experts was made with half of each
+expert drawn anew (arXiv 2407.10671), while OLMoE found no gain from such noise (arXiv 2409.02060). Every copy gets it:
+an exact one among noisy ones would start as the best expert, which routers would learn first.
+
+Axes: E experts, H hidden size, I width of a feed-forward network.
 """
 
 import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +40,6 @@ from train.config import MoEConfig
 from train.student import (
     ZERO_SHARED_EXPERT,
     is_multimodal,
-    language_model,
     load_student,
     save_student,
     staged_directory,
@@ -47,6 +50,9 @@ from train.student import (
 SparsePattern = Literal["every-second", "first-half", "second-half", "all"]
 
 ROUTER_STD = 0.02
+
+# Noise is drawn from a stream of its own, so that a seed's routers are the same with and without it.
+_NOISE_STREAM = 0x6E6F697365
 
 # vLLM refuses a shared expert of width 0; 32 suits the kernels of both engines and costs next to nothing.
 _SHARED_EXPERT_WIDTH = 32
@@ -117,12 +123,14 @@ def sparse_layers(pattern: SparsePattern | tuple[int, ...], num_layers: int) -> 
 def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedModel:
     """A new sparse model with the logits of the dense one (float32: to 1e-5); the dense one is left as it is.
 
-    Routers are drawn from normal(0, 0.02) in the order of the layers. Adapter and vision tower are copied.
+    Routers are drawn from normal(0, 0.02) in the order of the layers. Adapter and vision tower are copied. With
+    `moe.noise` each expert's three matrices get independent Gaussian noise of that many standard deviations of the
+    dense matrix they are copies of, and the logits differ accordingly.
 
     Args:
         model: dense, whole (not partitioned by ZeRO-3); a LLaVA or a causal language model.
-        moe: number of experts, experts a token is sent to, sparse layers (see `sparse_layers`).
-        seed: of the routers.
+        moe: number of experts, experts a token is sent to, sparse layers (see `sparse_layers`), noise.
+        seed: of the routers and the noise.
 
     Raises:
         ModelError: the text model's architecture is not in this module's table, or a setting of it has no exact
@@ -148,8 +156,7 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
             upcycled = {"qwen2_moe": Qwen2MoeForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}[sparse.model_type](sparse)
     upcycled.to(model.dtype)
     upcycled.tie_weights()
-    generator = torch.Generator().manual_seed(seed)
-    weights = _sparse_weights(model.state_dict(), frozenset(layers), moe.num_experts, generator)
+    weights = _sparse_weights(model.state_dict(), frozenset(layers), moe, seed)
     if sparse.model_type == "qwen2_moe":
         weights |= _zeros_for_the_rest(upcycled.state_dict(), weights)
     upcycled.load_state_dict(weights, strict=True)
@@ -175,64 +182,6 @@ def is_sparse(model: PreTrainedModel) -> bool:
     return getattr(text_config(model), "num_experts", None) is not None
 
 
-class RouterLogits:
-    """Holds the router logits of the latest forward pass; made by `router_logits_hook`."""
-
-    def __init__(self, decoder: PreTrainedModel) -> None:
-        self._decoder = decoder
-        self._latest: tuple[Tensor, ...] | None = None
-        self._handles = (
-            decoder.register_forward_pre_hook(self._request, with_kwargs=True),
-            decoder.register_forward_hook(self._receive),
-        )
-
-    def take(self) -> list[Tensor]:
-        """L tensors [B*T, E], float, before the softmax, rows in the order of the padded batch; each taken once.
-
-        They are part of the graph wherever the router is trained.
-        """
-        assert self._latest is not None, "no forward pass since the last call"
-        taken, self._latest = list(self._latest), None
-        return taken
-
-    def remove(self) -> None:
-        """Take the hooks off the model again."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _request(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "output_router_logits": True}
-
-    def _receive(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        logits: tuple[Tensor, ...] = output.router_logits
-        trains_router = any(
-            parameter.requires_grad for name, parameter in module.named_parameters() if ".mlp.gate." in name
-        )
-        if torch.is_grad_enabled() and trains_router and not all(layer.requires_grad for layer in logits):
-            raise ModelError(
-                f"{type(module).__name__}: the router logits carry no gradient, so the balance loss would train "
-                "nothing; set gradient_checkpointing_kwargs = {'use_reentrant': False}"
-            )
-        self._latest = logits
-
-
-def router_logits_hook(model: PreTrainedModel) -> RouterLogits:
-    """Collect the router logits of every forward pass of a sparse model, for the balance loss.
-
-    LLaVA's forward drops them, and a causal language model that is configured to return them adds its own
-    balance loss to the LM loss. So only the decoder is asked, by hooks: the config stays untouched, and nothing
-    is added to any loss.
-
-    Raises:
-        ModelError: the model has no router.
-    """
-    if not is_sparse(model):
-        raise ModelError(f"{type(model).__name__}: has no router ({text_config(model).model_type}); upcycle it first")
-    return RouterLogits(language_model(model))
-
-
 def _sparse_config(dense: PreTrainedConfig, moe: MoEConfig, layers: tuple[int, ...]) -> PreTrainedConfig:
     settings = {name: copy.deepcopy(getattr(dense, name)) for name in _CARRIED}
     settings |= {
@@ -255,25 +204,40 @@ def _sparse_config(dense: PreTrainedConfig, moe: MoEConfig, layers: tuple[int, .
 
 
 def _sparse_weights(
-    dense: Mapping[str, Tensor], layers: frozenset[int], num_experts: int, generator: torch.Generator
+    dense: Mapping[str, Tensor], layers: frozenset[int], moe: MoEConfig, seed: int
 ) -> dict[str, Tensor]:
     """The dense weights, the chosen FFNs replaced by expert stacks [E, 2I, H] and [E, H, I] and routers [E, H].
 
-    The stacks are views of the dense weights; they are copied when they are loaded.
+    Without noise the stacks are views of the dense weights; they are copied when they are loaded.
     """
+    routers = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(seed ^ _NOISE_STREAM)
     weights: dict[str, Tensor] = {}
     for name, tensor in dense.items():
         ffn = _DENSE_FFN.fullmatch(name)
         if ffn is None or int(ffn["index"]) not in layers:
             weights[name] = tensor
         elif ffn["part"] == "gate":
-            gate_up = torch.cat([tensor, dense[f"{ffn['layer']}.up_proj.weight"]])
-            weights[f"{ffn['layer']}.experts.gate_up_proj"] = gate_up.expand(num_experts, -1, -1)
-            router = torch.empty(num_experts, tensor.shape[1])
-            weights[f"{ffn['layer']}.gate.weight"] = nn.init.normal_(router, std=ROUTER_STD, generator=generator)
+            both = (tensor, dense[f"{ffn['layer']}.up_proj.weight"])
+            weights[f"{ffn['layer']}.experts.gate_up_proj"] = _experts(both, moe, noise)
+            router = torch.empty(moe.num_experts, tensor.shape[1])
+            weights[f"{ffn['layer']}.gate.weight"] = nn.init.normal_(router, std=ROUTER_STD, generator=routers)
         elif ffn["part"] == "down":
-            weights[f"{ffn['layer']}.experts.down_proj"] = tensor.expand(num_experts, -1, -1)
+            weights[f"{ffn['layer']}.experts.down_proj"] = _experts((tensor,), moe, noise)
     return weights
+
+
+def _experts(matrices: tuple[Tensor, ...], moe: MoEConfig, generator: torch.Generator) -> Tensor:
+    """E copies of the matrices, which are stacked along their rows, each with noise of its own."""
+    if not moe.noise:
+        return torch.cat(matrices).expand(moe.num_experts, -1, -1)
+    copies = []
+    for _ in range(moe.num_experts):
+        for matrix in matrices:
+            exact = matrix.float()
+            drawn = torch.empty(exact.shape).normal_(generator=generator)
+            copies.append((exact + moe.noise * exact.std() * drawn).to(matrix.dtype))
+    return torch.cat(copies).unflatten(0, (moe.num_experts, -1))
 
 
 def _zeros_for_the_rest(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:

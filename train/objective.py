@@ -15,10 +15,18 @@ from torch import Tensor
 
 from train.batch import Batch
 from train.config import LossConfig
-from train.losses import RowLogits, distillation_loss, load_balancing_loss, preference_loss, sequence_logprobs
+from train.losses import (
+    RowLogits,
+    distillation_loss,
+    load_balancing_loss,
+    preference_loss,
+    router_entropy,
+    router_z_loss,
+    sequence_logprobs,
+)
 
 # What a term is counted in.
-UNITS = ("rows", "pairs", "tokens")
+UNITS = ("rows", "pairs", "tokens", "positions")
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,13 @@ class Term:
 
 
 def unit_counts(batch: Batch) -> dict[str, int]:
-    """How many scored rows, preference pairs and real tokens a micro-batch has."""
-    return {"rows": batch.num_rows, "pairs": batch.num_pairs, "tokens": batch.num_tokens}
+    """How many scored rows, preference pairs, real tokens and positions a micro-batch has."""
+    return {
+        "rows": batch.num_rows,
+        "pairs": batch.num_pairs,
+        "tokens": batch.num_tokens,
+        "positions": batch.input_ids.numel(),
+    }
 
 
 def compute_terms(
@@ -48,14 +61,14 @@ def compute_terms(
 
     Args:
         logits: the student's at `batch.rows`, with the teacher's kept ids where `config` distils.
-        router_logits: one [B * T, E] a sparse layer.
+        router_logits: one [B * T, E] a sparse layer; none for a dense student.
         vocab_size: the tokenizer's size; the student's ids from there on are padding.
 
     The balance loss is not a sum over tokens: a micro-batch's value is weighted with its number of tokens, so
     that the step's value is the token-weighted mean of its micro-batches'. A micro-batch without samples gives the
     same terms, all 0: every rank has to know the same names, and its graph has to reach every parameter.
     """
-    terms: dict[str, Term] = {}
+    terms = {"padding_fraction": Term(batch.num_padding, "positions")}
     if config.preference:
         terms |= _preference_terms(logits.own_logprobs, batch, config)
     else:
@@ -74,8 +87,14 @@ def compute_terms(
         )
         terms["distillation"] = Term(loss_R.sum(), "rows", config.distillation)
     if router_logits:
-        balance = load_balancing_loss(router_logits, batch.token_mask.flatten(), top_k=router_top_k)
+        token_mask = batch.token_mask.flatten()
+        balance = load_balancing_loss(router_logits, token_mask, top_k=router_top_k)
         terms["balance"] = Term(balance * batch.num_tokens, "tokens", config.balance)
+        z_T = router_z_loss(router_logits).masked_fill(~token_mask, 0.0)
+        terms["router_z"] = Term(z_T.sum(), "tokens", config.router_z)
+        with torch.no_grad():
+            entropy_T = router_entropy(router_logits).masked_fill(~token_mask, 0.0)
+        terms["router/entropy"] = Term(entropy_T.sum(), "tokens")
     return terms
 
 

@@ -3,6 +3,9 @@
     sample_order(set, seed, pass) ──> permutation of one set
     epoch_order(sets, seed, epoch) ──> the sets' samples, each in its own order, woven by their shares
     StepPlan ── micro_batch(step, m) ──> samples of micro-batch m of global step `step`
+             └─ of_rank(step, ...) ──> those of the micro-batch that a rank takes next
+
+Dealing a step's samples by length looks at the samples as well, and at nothing else.
 
 The position of a run is its global step, so resuming needs no state: any number of ranks and workers asks the plan
 for its own micro-batches from any step on. The last step of an epoch is shorter.
@@ -14,7 +17,7 @@ epoch where it stood. No sample of a set is seen again before all others of it w
 Legend: N samples of an epoch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,13 +83,24 @@ class StepPlan:
     the same samples on any number of ranks. Within a step each set's samples are dealt in their order on disk, so
     that a micro-batch, and the rank that reads it, keeps to its own part of the window's row groups.
 
+    With `length_of`, which tells a source position's length, a step has the same samples, but they are dealt by length,
+    the longest first: what does not fit into memory is then found at once. Ranks take turns, so that those which work
+    at the same time have neighbouring lengths. Every rank then reads all row groups of a window. A length is asked for
+    when its step is, so that nothing has to be read before training starts.
+
     Raises:
         DataError: a set without samples.
         ConfigError: a batch that is not a multiple of the micro-batch; see also `samples_per_epoch`.
     """
 
     def __init__(
-        self, sets: Sequence[SampleSet], global_batch_size: int, micro_batch_size: int, seed: int, window: int
+        self,
+        sets: Sequence[SampleSet],
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        window: int,
+        length_of: Callable[[int], int] | None = None,
     ) -> None:
         if not sets or not all(len(each.positions) for each in sets):
             raise DataError("no sample is left to train on; the dataset is empty or all of it is held out")
@@ -101,18 +115,39 @@ class StepPlan:
         self._seed = seed
         # What is held decoded at a time is one window in all, so each set gets its share of it.
         self.windows = [max(1, round(window * n / sum(self.samples_per_epoch))) for n in self.samples_per_epoch]
+        self._length_of = length_of
         self._order: tuple[int, IntArray] | None = None
+        self._by_length: tuple[int, IntArray] | None = None
         self.steps_per_epoch = -(-sum(self.samples_per_epoch) // global_batch_size)
         self.micro_batches_per_step = global_batch_size // micro_batch_size
 
     def micro_batch(self, step: int, number: int) -> IntArray:
-        """Source positions of a micro-batch; fewer, or none, at the end of an epoch."""
+        """Source positions of a micro-batch; fewer, or none, at the end of an epoch.
+
+        Raises:
+            DecantError: a sample whose length is needed cannot be read.
+        """
+        start = number * self._micro
+        return self._of_step(step)[start : start + self._micro]
+
+    def of_rank(self, step: int, rank: int, num_ranks: int, position: int) -> IntArray:
+        """The micro-batch that `rank` of `num_ranks` takes as number `position` of those that it accumulates."""
+        if self._length_of is not None:
+            return self.micro_batch(step, position * num_ranks + rank)
+        return self.micro_batch(step, rank * (self.micro_batches_per_step // num_ranks) + position)
+
+    def _of_step(self, step: int) -> IntArray:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._epoch_order(epoch)
-        start = step_in_epoch * self._global + number * self._micro
-        stop = min(start + self._micro, (step_in_epoch + 1) * self._global)
-        return self._order[1][start:stop]
+        start = step_in_epoch * self._global
+        samples = self._order[1][start : start + self._global]
+        if self._length_of is None:
+            return samples
+        if self._by_length is None or self._by_length[0] != step:
+            lengths = np.array([self._length_of(int(i)) for i in samples])
+            self._by_length = step, samples[np.argsort(-lengths, kind="stable")]
+        return self._by_length[1]
 
     def _epoch_order(self, epoch: int) -> IntArray:
         counts_of_sets = self.samples_per_epoch

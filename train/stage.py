@@ -3,12 +3,14 @@
     output/
       config.json, starts.json         what was asked for, and what ran it, start by start
       metrics.jsonl, tensorboard/      one line and one point a log
-      checkpoints/checkpoint-<step>/   DeepSpeed state, whole or not there
+      checkpoints/checkpoint-<step>/   DeepSpeed state, whole or not there; of a sparse student expert-load.json, .png
+      expert-load.json, .png           the newest of these
       final/                           the student as a plain Hugging Face directory
 
 The only module that starts DeepSpeed.
 """
 
+import functools
 import importlib.util
 import json
 import logging
@@ -33,12 +35,16 @@ from train.batch import Collator
 from train.callbacks import MetricsFile, Progress
 from train.checkpoint import newest_complete, num_ranks_of
 from train.config import LossConfig, SetConfig, TrainConfig
-from train.moe import is_sparse, router_logits_hook, upcycle
+from train.expert_parallel import expert_parallel_settings, refuse_other_ranks, refuse_unsupported
+from train.features import CachedFeatures, open_features
+from train.moe import is_sparse, upcycle
 from train.order import SampleSet, StepPlan, split_validation
+from train.packing import refuse_leaks
 from train.record import append_start, check_continuation, device_name, write_config
+from train.router import RouterWatch
 from train.stream import MixedSource, ShardSource, Source, open_set
 from train.student import freeze, is_multimodal, load_student, text_config
-from train.trainer import StudentTrainer, accumulation_steps
+from train.trainer import StudentTrainer
 from train.universal import to_universal
 from train.watch import LossWatch, StopRequest
 
@@ -69,7 +75,7 @@ def train(config: TrainConfig) -> StageResult:
     _join_launcher()
     main = os.environ["RANK"] == "0"
     num_ranks = int(os.environ["WORLD_SIZE"])
-    accumulation = accumulation_steps(config.optim, num_ranks)
+    accumulation = config.optim.accumulation_steps(num_ranks)
 
     encoder = Encoder.load(config.model.path, config.model.chat_template, config.data.score)
     source, plan, validation = _data(config, encoder)
@@ -87,9 +93,17 @@ def train(config: TrainConfig) -> StageResult:
         return StageResult(final, start_step, {})
 
     # Before the training arguments: from then on ZeRO-3 partitions what is loaded, and upcycling needs it whole.
+    features = open_features(config)
     model = _student(config)
+    num_trainable = freeze(model, config.groups)
     deepspeed = _deepspeed(config)
     other_ranks = resume is not None and num_ranks_of(resume[0]) != num_ranks
+    if (ep_size := config.run.expert_parallel_size) > 1:
+        zero_stage = deepspeed["zero_optimization"]["stage"]
+        refuse_unsupported(model, ep_size, num_ranks=num_ranks, zero_stage=zero_stage)
+        if resume and other_ranks:
+            refuse_other_ranks(resume[0], num_ranks_of(resume[0]), num_ranks)
+        deepspeed["expert_parallel"] = expert_parallel_settings(model, ep_size)
     # Without ZeRO every rank has all of the states, and any number of them loads one rank's.
     convert = other_ranks and deepspeed["zero_optimization"]["stage"] > 0
     if convert:
@@ -99,7 +113,6 @@ def train(config: TrainConfig) -> StageResult:
     if checkpoint is not None and convert:
         checkpoint = _convert(checkpoint, num_ranks, main)
     set_seed(config.seed)
-    num_trainable = freeze(model, config.groups)
     stop = StopRequest()
     trainer = StudentTrainer(
         model,
@@ -108,14 +121,15 @@ def train(config: TrainConfig) -> StageResult:
         optim=config.optim,
         source=source,
         plan=plan,
-        collator=_collator(config, model, encoder),
+        collator=_collator(config, model, encoder, features),
         validation=validation,
         vocab_size=encoder.vocab_size,
-        router_logits=router_logits_hook(model) if is_sparse(model) else None,
+        router=RouterWatch(model) if is_sparse(model) else None,
         start_step=start_step,
         num_workers=config.data.num_workers,
         keep_checkpoints=config.run.keep_checkpoints,
         other_ranks=other_ranks,
+        expert_parallel_size=ep_size,
         watch=LossWatch(config.run.max_loss_ratio),
         stop=stop,
         assets_from=config.model.path,
@@ -192,7 +206,12 @@ def _data(config: TrainConfig, encoder: Encoder) -> tuple[Source, StepPlan, tupl
         sets.append(SampleSet(np.array(selected, np.int64) + first, each.weight))
         held_out += [first + position for position in out]
         first += len(one)
-    plan = StepPlan(sets, optim.global_batch_size, optim.micro_batch_size, config.seed, data.shuffle_window)
+    length_of = None
+    if data.group_by_length:
+        spec = ImageSpec.load(config.model.path)
+        length_of = functools.partial(source.length, tokens_per_image=1 if spec is None else spec.tokens_per_image)
+    sizes = optim.global_batch_size, optim.micro_batch_size
+    plan = StepPlan(sets, *sizes, config.seed, data.shuffle_window, length_of)
     for one, window in zip(sources, plan.windows, strict=True):
         if isinstance(one, ShardSource):
             one.hold(window)
@@ -242,17 +261,21 @@ def _validation_plan(selected: range | list[int], config: TrainConfig) -> StepPl
 
 def _student(config: TrainConfig) -> PreTrainedModel:
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    model = load_student(config.model.path, dtype=dtype)
+    model = load_student(config.model.path, dtype=dtype, tower=not config.data.has_features)
     if config.moe is not None and not is_sparse(model):
         model = upcycle(model, config.moe, seed=config.seed)
-    if config.loss.balance and not is_sparse(model):
-        raise ConfigError(f"loss.balance needs a sparse student, {config.model.path} is dense; add a [moe] table")
+    if (weight := config.loss.of_routers) and not is_sparse(model):
+        raise ConfigError(f"loss.{weight} needs a sparse student, {config.model.path} is dense; add a [moe] table")
     if torch.cuda.is_available() and is_flash_attn_2_available() and config.run.precision == "bf16":
         model.set_attn_implementation("flash_attention_2")
+    if config.data.batching == "packed":
+        refuse_leaks(model)
     return model
 
 
-def _collator(config: TrainConfig, model: PreTrainedModel, encoder: Encoder) -> Collator:
+def _collator(
+    config: TrainConfig, model: PreTrainedModel, encoder: Encoder, features: CachedFeatures | None
+) -> Collator:
     multimodal = is_multimodal(model)
     return Collator(
         kind="dpo" if config.loss.preference else "kd",
@@ -265,6 +288,8 @@ def _collator(config: TrainConfig, model: PreTrainedModel, encoder: Encoder) -> 
         aspect_ratio=config.data.image_aspect_ratio,
         max_tokens=config.data.max_tokens,
         pad_token_id=encoder.tokenizer.pad_token_id or 0,
+        packed=config.data.batching == "packed",
+        features=features,
     )
 
 
@@ -353,6 +378,10 @@ def _deepspeed(config: TrainConfig) -> dict[str, Any]:
             given = json.loads(config.run.deepspeed.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{config.run.deepspeed}: cannot be read as DeepSpeed JSON ({error})") from error
+        if "expert_parallel" in given:
+            raise ConfigError(
+                f"{config.run.deepspeed}: expert_parallel follows from run.expert_parallel_size; set that"
+            )
         for key, value in given.items():
             both = isinstance(value, dict) and isinstance(settings.get(key), dict)
             settings[key] = {**settings[key], **value} if both else value

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from common.encoding import Encoded, Encoder
 from common.errors import ConfigError, ProvenanceError, ShardError
@@ -26,6 +27,9 @@ from train.config import SetConfig
 
 # A training set may have more shards than a process may have open files.
 _OPEN_FILES = 64
+
+# Of English text; it matters only where samples with and without images are compared.
+_CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
 
+    def length(self, index: int, tokens_per_image: int) -> int:
+        """About how many tokens a sample has for a student with so many an image; the longer one of a pair.
+
+        Good enough to tell which samples are of a length.
+        """
+
 
 class DatasetSource:
     """Examples of a dataset file, without teacher scores."""
@@ -70,6 +80,12 @@ class DatasetSource:
     def __getitem__(self, index: int) -> Example:
         sample = self._dataset[index]
         return Example(sample, self._encoder.encode_sample(sample), None)
+
+    def length(self, index: int, tokens_per_image: int) -> int:
+        """Estimated from the text's characters: to encode samples of a whole step would take each worker long."""
+        sample = self._dataset[index]
+        num_characters = max(sum(len(turn.content) for turn in turns) for turns in sample.conversations)
+        return num_characters // _CHARACTERS_PER_TOKEN + len(sample.images) * tokens_per_image
 
 
 class ShardSource:
@@ -97,6 +113,8 @@ class ShardSource:
         _check_provenance(output, self.manifest, encoder, aspect_ratio)
         self._cache: OrderedDict[tuple[int, int], _Group] = OrderedDict()
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
+        # All that were asked for stay: about 12 bytes a sample.
+        self._sizes: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
         missing = sorted(set(range(self.manifest.num_shards)) - set(published_shards(output)))
         if missing:
             raise ShardError(
@@ -110,12 +128,19 @@ class ShardSource:
         return int(self._first_row[-1])
 
     def __getitem__(self, index: int) -> Example:
-        shard = int(np.searchsorted(self._first_row, index, side="right")) - 1
-        group, position = divmod(index - int(self._first_row[shard]), ROWS_PER_GROUP)
+        shard, group, position = self._locate(index)
         found = self._group(shard, group)
         row = found.rows[position]
         encoded = _stored(row) if found.as_stored else self._encode(row)
         return Example(row.sample, encoded, tuple(scored.scores for scored in row.conversations))
+
+    def length(self, index: int, tokens_per_image: int) -> int:
+        """That of the stored tokens up to the last scored one, which leaves out what a template writes behind it."""
+        shard, group, position = self._locate(index)
+        if (shard, group) not in self._sizes:
+            self._sizes[shard, group] = self._file(shard).read_sizes(group)
+        num_tokens, num_images = self._sizes[shard, group][position].tolist()
+        return int(num_tokens + num_images * (tokens_per_image - 1))
 
     def hold(self, window: int) -> None:
         """Keeps as many row groups as a window of `window` samples may touch; it begins and ends within one."""
@@ -150,6 +175,11 @@ class ShardSource:
             f"{self.output}: sample {row.sample.id!r}: {what}; use the chat template that the teacher used "
             "(model.chat_template = FILE)"
         )
+
+    def _locate(self, index: int) -> tuple[int, int, int]:
+        """Shard, row group and the place there of a sample."""
+        shard = int(np.searchsorted(self._first_row, index, side="right")) - 1
+        return shard, *divmod(index - int(self._first_row[shard]), ROWS_PER_GROUP)
 
     def _group(self, shard: int, group: int) -> "_Group":
         key = (shard, group)
@@ -204,9 +234,17 @@ class MixedSource:
         return int(self._first[-1])
 
     def __getitem__(self, index: int) -> Example:
+        number, position = self._locate(index)
+        return replace(self.sources[number][position], image_root=self._image_roots[number])
+
+    def length(self, index: int, tokens_per_image: int) -> int:
+        """As the sample's own source tells it."""
+        number, position = self._locate(index)
+        return self.sources[number].length(position, tokens_per_image)
+
+    def _locate(self, index: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._first, index, side="right")) - 1
-        example = self.sources[number][index - int(self._first[number])]
-        return replace(example, image_root=self._image_roots[number])
+        return number, index - int(self._first[number])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The student: a standard model of transformers, loaded whole, saved for transformers and vLLM alike.
 
-    a vision tower + a language model ── compose_student ──> student directory ── load_student ──> model
+    student directory, as train.compose or transformers made it ── load_student ──> model
     model ── freeze ──> what a stage trains ── save_student ──> student directory
 
 A student is a `LlavaForConditionalGeneration` or a plain causal language model, dense or sparse. It is never
@@ -8,26 +8,19 @@ subclassed: a subclass loses transformers' key conversion, and its weights stay 
 """
 
 import functools
-import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPVisionModel,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -35,9 +28,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.errors import ModelError, StorageError
-from common.samples import IMAGE_MARKER
-
-_log = logging.getLogger(__name__)
+from train.towerless import whole_config, whole_weights, without_tower
 
 GROUPS = frozenset({"vision_tower", "adapter", "language_model", "experts", "router"})
 
@@ -64,37 +55,25 @@ _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "
 
 # No network, no code from the directory, no pickle.
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_SAFE_WEIGHTS: dict[str, Any] = {**_SAFE, "use_safetensors": True}
+SAFE_WEIGHTS: dict[str, Any] = {**_SAFE, "use_safetensors": True}
 
 # What transformers and safetensors raise for a directory that is no model, or for a damaged one.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
-@dataclass(frozen=True)
-class Composition:
-    """What `compose_student` made.
-
-    `image_token_row` tells where the embedding of `<image>` came from: the tokenizer "had" the token, it took
-    an unused "padding" row of the embedding, or the embedding was "resized".
-    """
-
-    image_token_id: int
-    image_token_row: Literal["had", "padding", "resized"]
-    num_parameters: int
-
-
-def load_student(path: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_student(path: Path, *, dtype: torch.dtype, tower: bool = True) -> PreTrainedModel:
     """Load a LLaVA or a causal language model from a Hugging Face directory, in evaluation mode.
 
     Args:
         path: a local directory with config.json and safetensors.
         dtype: of all parameters.
+        tower: False leaves out the vision tower of a LLaVA, which then takes its output instead (train.towerless).
 
     Raises:
         ModelError: not a model directory, another architecture, damaged weights, weights of the wrong shape, or
             any weight missing from or unknown to the architecture; none is ever left at its random start.
     """
-    config = _load_config(path)
+    config = load_config(path)
     if config.model_type == "llava":
         model_class: Any = LlavaForConditionalGeneration
     elif config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "vision_config"):
@@ -104,13 +83,14 @@ def load_student(path: Path, *, dtype: torch.dtype) -> PreTrainedModel:
             f"{path}: found model type '{config.model_type}', expected 'llava' or a causal language model. "
             "Convert an original LLaVA checkpoint to the llava-hf layout first"
         )
+    options = {**SAFE_WEIGHTS, "config": config if tower else without_tower(config)}
     try:
-        model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **_SAFE_WEIGHTS)
-    except _LOAD_ERRORS as error:
+        model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"{path}: the weights cannot be loaded ({error}). Expected safetensors that fit config.json"
         ) from error
-    _refuse_incomplete(path, report)
+    refuse_incomplete(path, report)
     return model
 
 
@@ -205,7 +185,12 @@ def save_student(
     # Attached explicitly: otherwise the names depend on how this model object came to be.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     try:
-        model.save_pretrained(out, state_dict=None if state_dict is None else dict(state_dict))
+        weights = whole_weights(model, state_dict, assets_from)
+        if weights is not None:
+            # A tied layer's weight that was gathered apart is a copy, which transformers would store again.
+            weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
+        model.save_pretrained(out, state_dict=weights)
+        whole_config(model, assets_from).save_pretrained(out)
         for path in assets:
             if path.parent.resolve() != out.resolve():
                 shutil.copyfile(path, out / path.name)
@@ -235,137 +220,35 @@ def staged_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def compose_student(
-    vision_from: Path, language_from: Path, out: Path, *, seed: int, dtype: torch.dtype = torch.float32
-) -> Composition:
-    """Join a CLIP vision tower and a language model by a fresh adapter, and save the LLaVA that results.
-
-    The adapter is LLaVA-1.5's (arXiv 2310.03744): linear, GELU, linear, on the patches of the second-to-last
-    vision layer, drawn as `nn.Linear` draws by default: uniform on +-1/sqrt(inputs).
-
-    Args:
-        vision_from: a LLaVA or CLIP directory: its vision tower and image processor settings are taken.
-        language_from: a causal language model or LLaVA directory: its text model and tokenizer are taken. If
-            the tokenizer has no `<image>`, it becomes a special token.
-        out: must not exist, or be empty.
-        seed: of the adapter (and of a resized embedding row).
-        dtype: of all saved parameters.
+def load_config(path: Path) -> PreTrainedConfig:
+    """The configuration of a model directory.
 
     Raises:
-        ModelError: either directory cannot be used; see the message.
-        StorageError: `out` is not empty or cannot be written.
+        ModelError: there is none, or it cannot be read.
     """
-    with staged_directory(out) as staging:
-        tower, processor = _load_vision(vision_from, dtype)
-        source = load_student(language_from, dtype=dtype)
-        tokenizer = _load(AutoTokenizer, language_from, "tokenizer")
-        had_image_token = IMAGE_MARKER in tokenizer.get_added_vocab()
-        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False)
-        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
-
-        model = _join(tower, source, image_token_id, seed)
-        row: Literal["had", "padding", "resized"] = "had" if had_image_token else "padding"
-        if len(tokenizer) > text_config(model).vocab_size:
-            row = "resized"
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                # A multiple of 64 suits tensor cores and leaves rows for the next token.
-                model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-        _log.info("%s: %s has id %d, embedding row: %s", language_from, IMAGE_MARKER, image_token_id, row)
-
-        save_student(model, language_from, staging)
-        # An unchanged tokenizer stays as copied, byte for byte: teacher and student compare fingerprints.
-        if not had_image_token:
-            tokenizer.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        LlavaProcessor(
-            image_processor=processor,
-            tokenizer=tokenizer,
-            patch_size=tower.config.patch_size,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-        ).to_json_file(staging / "processor_config.json")
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Composition(image_token_id, row, num_parameters)
-
-
-def _join(tower: CLIPVisionModel, source: PreTrainedModel, image_token_id: int, seed: int) -> PreTrainedModel:
-    decoder = language_model(source)
-    decoder.config._name_or_path = ""  # else the path of this machine ends up in the student's config.json
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=decoder.config,
-        image_token_index=image_token_id,
-        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
-        projector_hidden_act="gelu",
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=decoder.config.tie_word_embeddings,
-    )
-    # On the meta device the random weights, which are replaced at once, cost nothing.
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower = tower
-    model.model.language_model = decoder
-    model.lm_head = source.lm_head
-    model.generation_config = source.generation_config
-    adapter = model.model.multi_modal_projector
-    adapter.to(dtype=source.dtype).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    for linear in (adapter.linear_1, adapter.linear_2):
-        bound = linear.in_features**-0.5
-        nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
-    return model
-
-
-def _load_vision(path: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, Any]:
-    """The vision tower and the image processor of a LLaVA or CLIP directory."""
-    config = _load_config(path)
-    if config.model_type == "llava":
-        tower = load_student(path, dtype=dtype).model.vision_tower
-    elif config.model_type in ("clip", "clip_vision_model"):
-        try:
-            tower, report = CLIPVisionModel.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, **_SAFE_WEIGHTS
-            )
-        except _LOAD_ERRORS as error:
-            raise ModelError(
-                f"{path}: the vision tower cannot be loaded ({error}). Expected safetensors that fit config.json"
-            ) from error
-        # A whole CLIP has a text tower too, which is not wanted here.
-        _refuse_incomplete(path, {**report, "unexpected_keys": ()})
-    else:
-        raise ModelError(f"{path}: found model type '{config.model_type}', expected 'llava' or 'clip'")
-    if not isinstance(tower, CLIPVisionModel):
-        # Other towers have no class token for the "default" selection to drop.
-        raise ModelError(f"{path}: found a {type(tower).__name__}, expected a CLIP vision tower")
-    processor = _load(AutoImageProcessor, path, "image processor")
-    size = dict(processor.crop_size if processor.do_center_crop else processor.size)
-    side = size.get("height") or size.get("shortest_edge")
-    if side != tower.config.image_size:
-        raise ModelError(
-            f"{path}: the image processor makes images of {side} pixels, the vision tower expects "
-            f"{tower.config.image_size}; correct preprocessor_config.json"
-        )
-    return tower, processor
-
-
-def _load_config(path: Path) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: has no config.json; expected a local Hugging Face model directory")
-    return _load(AutoConfig, path, "config")
+    return load_part(AutoConfig, path, "config")
 
 
-def _load(auto_class: Any, path: Path, what: str) -> Any:
+def load_part(auto_class: Any, path: Path, what: str) -> Any:
+    """What `auto_class` makes of a model directory; `what` names it in the error.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     try:
         return auto_class.from_pretrained(path, **_SAFE)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"{path}: the {what} cannot be loaded: {error}") from error
 
 
-def _refuse_incomplete(path: Path, report: Mapping[str, Any]) -> None:
-    """Refuse what transformers reports but tolerates: it would leave weights random or drop trained ones."""
+def refuse_incomplete(path: Path, report: Mapping[str, Any]) -> None:
+    """Refuse what transformers reports but tolerates: it would leave weights random or drop trained ones.
+
+    Raises:
+        ModelError: names the first weights of each kind.
+    """
     kinds = {
         "missing_keys": "weights are missing and would be random",
         "mismatched_keys": "weights have another shape than config.json says",

@@ -25,18 +25,19 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from common.errors import ConfigError, DataError, DecantError, StorageError
+from common.errors import DataError, DecantError, StorageError
 from common.storage import publish
 from train.batch import Batch, Collator
 from train.checkpoint import mark_complete
 from train.config import LossConfig, OptimConfig
+from train.expert_parallel import split_experts, whole_weights
 from train.fused import FusedOutput
 from train.loader import Loader, MicroBatches
-from train.moe import RouterLogits
 from train.objective import UNITS, Term, compute_terms, step_loss, unit_counts
 from train.order import StepPlan
+from train.router import RouterWatch
 from train.stream import Source
-from train.student import save_student, text_config
+from train.student import save_student
 from train.universal import remove_universal
 from train.watch import DivergedError, Interrupted, LossWatch, StopRequest
 
@@ -64,11 +65,12 @@ class StudentTrainer(Trainer):
         collator: Collator,
         validation: tuple[Source, StepPlan] | None,
         vocab_size: int,
-        router_logits: RouterLogits | None,
+        router: RouterWatch | None,
         start_step: int,
         num_workers: int,
         keep_checkpoints: int,
         other_ranks: bool,
+        expert_parallel_size: int,
         watch: LossWatch,
         stop: StopRequest,
         assets_from: Path,
@@ -83,13 +85,13 @@ class StudentTrainer(Trainer):
         self._plan = plan
         self._collator = collator
         self._vocab_size = vocab_size
-        self._router_logits = router_logits
-        self._router_top_k = getattr(text_config(model), "num_experts_per_tok", 1)
+        self._router = router
         self._start_step = start_step
         self._num_workers = num_workers
         self._keep_checkpoints = keep_checkpoints
         self._saved_step = start_step
         self._other_ranks = other_ranks
+        self._expert_parallel_size = expert_parallel_size
         self._watch = watch
         self._stop = stop
         # Micro-batches of the step that has not been judged yet, and whether its gradient is finite.
@@ -123,6 +125,8 @@ class StudentTrainer(Trainer):
 
         The same reduction tells all ranks whether the step before went well and whether one of them is to stop.
         """
+        if self._router:
+            self._router.begin_step()
         started = time.monotonic()
         batches: list[Batch] = []
         failure: DecantError | None = None
@@ -231,6 +235,8 @@ class StudentTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Batch, **_: Any) -> Tensor:
         """The micro-batch's share of the step's loss, times the number of ranks that DeepSpeed averages over."""
         terms = self._terms(model, inputs)
+        if self._router:
+            self._router.count(inputs)
         for name, term in terms.items():
             # Stays on the device: reading it here would make every micro-batch wait.
             self._sums[name] = self._sums[name] + term.total.detach().double()
@@ -240,15 +246,15 @@ class StudentTrainer(Trainer):
     def _terms(self, model: Any, batch: Batch) -> dict[str, Term]:
         images = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
         with self._output.scoring(batch, kept=self._loss.distillation > 0):
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **images)
+            output = model(**batch.sequence_inputs, **images)
             logits = self._output.read(output.logits)
         return compute_terms(
             logits,
             batch,
             self._loss,
             vocab_size=self._vocab_size,
-            router_logits=self._router_logits.take() if self._router_logits else (),
-            router_top_k=self._router_top_k,
+            router_logits=self._router.take() if self._router else (),
+            router_top_k=self._router.top_k if self._router else 1,
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -257,10 +263,12 @@ class StudentTrainer(Trainer):
             trainable = [p for p in self.model.parameters() if p.requires_grad]
             vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
             matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
-            groups = [
+            groups: list[dict[str, Any]] = [
                 {"params": matrices, "weight_decay": self._optim.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
             ]
+            if self._expert_parallel_size > 1:
+                groups = split_experts(self.model, groups, self._expert_parallel_size)
             groups = [group for group in groups if group["params"]]
             self._decays = [group["weight_decay"] for group in groups]
             self.optimizer = torch.optim.AdamW(groups, lr=self._optim.learning_rate, betas=self._optim.betas)
@@ -272,6 +280,8 @@ class StudentTrainer(Trainer):
         """Adds each term's mean since the last log, over all ranks, tokens/s and the time waited for data (0 to 1)."""
         if "loss" in logs and self._units:
             logs |= self._means(self._sums, self._units, counted_globally=True)
+            if self._router:
+                logs |= self._router.metrics(self.accelerator.reduce, self.args.world_size)
             now = time.monotonic()
             elapsed_s = max(now - self._logged_at, 1e-9)
             logs["tokens_per_s"] = float(self._sums["tokens"]) / elapsed_s
@@ -324,11 +334,17 @@ class StudentTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes the checkpoint aside, marks it complete, renames it, and only then removes old ones."""
         partial = Path(self._get_output_dir(trial))
+        written = partial / f"checkpoint-{self.state.global_step}"
+        load = None
+        if self._router:
+            load = self._router.take_load(self.accelerator.reduce, self.state.global_step, self._saved_step)
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
+            if load is not None and self.args.should_save:
+                load.write(written, Path(self.args.output_dir))
         except (OSError, RuntimeError, StorageError) as error:
             # torch reports a full disk as a RuntimeError.
             raise StorageError(
@@ -337,7 +353,6 @@ class StudentTrainer(Trainer):
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            written = partial / f"checkpoint-{self.state.global_step}"
             mark_complete(written, self.state.global_step, num_ranks=self.args.world_size)
             final = partial.parent / written.name
             shutil.rmtree(final, ignore_errors=True)
@@ -369,22 +384,16 @@ class StudentTrainer(Trainer):
         else:
             super()._load_rng_state(checkpoint)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Divided experts are put together first."""
+        if self._expert_parallel_size == 1:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes the student as transformers and vLLM load it, with its tokenizer and image processor."""
         assert output_dir is not None
         save_student(self.model, self._assets_from, Path(output_dir), state_dict=state_dict)
-
-
-def accumulation_steps(optim: OptimConfig, num_ranks: int) -> int:
-    """Micro-batches that each rank accumulates for a global step.
-
-    Raises:
-        ConfigError: the global batch cannot be dealt out evenly.
-    """
-    at_once = optim.micro_batch_size * num_ranks
-    if optim.global_batch_size % at_once:
-        raise ConfigError(
-            f"optim.global_batch_size {optim.global_batch_size} is not a multiple of micro_batch_size "
-            f"{optim.micro_batch_size} x {num_ranks} ranks; change one of them"
-        )
-    return optim.global_batch_size // at_once

@@ -18,7 +18,7 @@ import pytest
 
 from common.errors import DecantError
 from common.manifest import published_shards, read_manifest, read_receipts, shard_path
-from common.shards import read_footer
+from common.parquet_shard import read_footer
 from common.token_order import TokenOrder
 from precompute.config import PrecomputeConfig
 from precompute.run import run

@@ -131,3 +131,16 @@ def load_balancing(router_logits: list[Array], mask: ArrayLike, top_k: int) -> f
         mean_prob = math.fsum(softmax(row)[expert] for row in tokens) / len(tokens)
         loss += num_experts * sum(routed) / len(tokens) * mean_prob
     return loss
+
+
+def router_z(router_logits: list[Array]) -> Array:
+    """Of each token: the squared logarithm of the sum of powers, mean over layers."""
+    squares = [
+        [math.log(math.fsum(math.exp(x) for x in row)) ** 2 for row in layer.tolist()] for layer in router_logits
+    ]
+    return np.array([math.fsum(column) / len(router_logits) for column in zip(*squares, strict=True)])
+
+
+def router_entropy(router_logits: list[Array]) -> Array:
+    layers = [[-math.fsum(p * math.log(p) for p in softmax(row)) for row in layer] for layer in router_logits]
+    return np.array([math.fsum(column) / len(router_logits) for column in zip(*layers, strict=True)])

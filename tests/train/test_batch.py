@@ -120,7 +120,7 @@ def test_stand_ins_count_nothing(root: Path) -> None:
     assert text_only.num_sequences == 2
     assert not text_only.token_mask[1].any()
     empty = make([])
-    assert unit_counts(empty) == {"rows": 0, "pairs": 0, "tokens": 0}
+    assert unit_counts(empty) == {"rows": 0, "pairs": 0, "tokens": 0, "positions": 16}
     assert empty.num_sequences == 1
 
 

@@ -216,6 +216,7 @@ def make_batch(vocab_size: int, num_pairs: int = 0) -> Batch:
         sample_ids=(),
         num_pairs=num_pairs,
         input_ids=input_ids,
+        num_sequences=len(input_ids),
         attention_mask=torch.ones_like(input_ids),
         token_mask=torch.ones_like(input_ids).bool(),
         rows=rows,

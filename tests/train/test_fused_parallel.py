@@ -61,7 +61,7 @@ def test_a_tied_output_layer_trains_the_same_whole_and_partitioned(
 
 
 def trained(output: Path) -> dict[str, torch.Tensor]:
-    """The weights, the tied one once: some ZeRO stages save it under both its names."""
+    """The weights; the tied one has one name, whatever gathered them."""
     found = weights(output)
-    assert torch.equal(found.pop("language_model.lm_head.weight", found[EMBEDDING]), found[EMBEDDING])
+    assert "language_model.lm_head.weight" not in found
     return found

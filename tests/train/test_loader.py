@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def micro_batches(root: Path, rank: int = 0, num_ranks: int = 1) -> MicroBatches:
+def micro_batches(root: Path, rank: int = 0, num_ranks: int = 1, *, packed: bool = False) -> MicroBatches:
     encoder = Encoder.load(root / "model")
     collator = Collator(
         kind="kd",
@@ -41,6 +41,7 @@ def micro_batches(root: Path, rank: int = 0, num_ranks: int = 1) -> MicroBatches
         aspect_ratio="pad",
         max_tokens=2048,
         pad_token_id=0,
+        packed=packed,
     )
     source = DatasetSource(root / "data" / "kd.json", "kd", encoder)
     plan = StepPlan([SampleSet(range(len(source)))], 8, 2, 0, 64)
@@ -54,12 +55,14 @@ def same(a: Batch, b: Batch) -> bool:
     return all(equal(value, getattr(b, name)) for name, value in vars(a).items())
 
 
-def test_a_batch_comes_out_of_one_piece_of_memory_as_it_went_in(root: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_comes_out_of_one_piece_of_memory_as_it_went_in(root: Path, packed: bool) -> None:
     # The last step holds 6 of 8 samples, so that one micro-batch is empty.
     for item in (0, 10, 11):
-        packed = micro_batches(root)[item]
-        assert isinstance(packed, Packed)
-        batch = packed.unpack()
+        piece = micro_batches(root, packed=packed)[item]
+        assert isinstance(piece, Packed)
+        batch = piece.unpack()
+        assert (batch.attention_mask is None) == packed == (batch.position_ids is not None)
         assert batch.num_rows == 0 if item == 11 else batch.num_rows > 0
         assert same(Packed.pack(batch).unpack(), batch)
         starts = [value.data_ptr() for value in vars(batch).values() if isinstance(value, torch.Tensor)]

@@ -3,13 +3,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedModel, Qwen2MoeModel, Qwen3MoeModel
+from torch import Tensor
+from transformers import (
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeModel,
+    Qwen3MoeModel,
+)
 
 from common.errors import ConfigError, ModelError
-from tests.models import TextFamily, randomise, tiny_causal_lm, tiny_llava
+from tests.models import TextFamily, tiny_causal_lm, tiny_llava
 from train.config import MoEConfig
-from train.moe import router_logits_hook, sparse_layers, upcycle, upcycle_directory
+from train.moe import sparse_layers, upcycle, upcycle_directory
 from train.student import freeze, language_model, load_student, save_student, stored_dtype, text_config
 
 F32 = torch.float32
@@ -267,96 +274,89 @@ def test_the_shared_expert_stays_zero_and_frozen_after_loading(dense_llava: Path
     assert not any(p.any() or p.requires_grad for p in shared)
 
 
-def perturbed(path: Path) -> PreTrainedModel:
-    sparse = upcycle(load_student(path, dtype=F32), MoEConfig(), seed=0)
-    moved = [(n, p) for n, p in sparse.named_parameters() if ".mlp.experts." in n or ".mlp.gate." in n]
-    randomise(moved, seed=1)
-    return sparse
+# Noise
 
 
-def test_router_logits_are_those_that_transformers_returns(dense_lm: Path) -> None:
-    sparse = perturbed(dense_lm)
+def expert_noise(dense: PreTrainedModel, sparse: PreTrainedModel) -> dict[str, Tensor]:
+    """What each expert's matrices have beside the dense ones, in the dense one's standard deviations: [E, rows, H]."""
+    found = {}
+    for number in (1, 3):
+        ffn, experts = dense.model.layers[number].mlp, sparse.model.layers[number].mlp.experts
+        gates, ups = experts.gate_up_proj.chunk(2, 1)
+        for name, copies in (("gate_proj", gates), ("up_proj", ups), ("down_proj", experts.down_proj)):
+            exact = getattr(ffn, name).weight
+            found[f"{number}.{name}"] = ((copies - exact) / exact.std()).detach()
+    return found
+
+
+def test_noise_has_the_asked_size_in_every_matrix_of_every_expert(tmp_path: Path) -> None:
+    dense = load_student(tiny_causal_lm(tmp_path, hidden_size=128), dtype=F32)
+    # Matrices of different sizes: noise relative to another one's would be seen.
     with torch.no_grad():
-        expected = sparse(**inputs(sparse), output_router_logits=True).router_logits
-    router_logits = router_logits_hook(sparse)
-    logits(sparse)
-    found = router_logits.take()
-    assert len(found) == len(expected) == 2
-    for layer, expected_layer in zip(found, expected, strict=True):
-        assert layer.shape == (2 * 40, 4)
-        assert torch.equal(layer, expected_layer)
+        for layer in dense.model.layers:
+            layer.mlp.up_proj.weight.mul_(5)
+            layer.mlp.down_proj.weight.mul_(0.1)
+    sparse = upcycle(dense, MoEConfig(noise=0.02), seed=0)
+    for copies in expert_noise(dense, sparse).values():
+        assert copies.shape == (4, *copies.shape[1:])
+        count = copies[0].numel()
+        for noise in copies:
+            assert abs(float(noise.mean())) < 0.02 * 5 / count**0.5
+            assert float(noise.std()) == pytest.approx(0.02, rel=5 / (2 * count) ** 0.5)
+            # A normal distribution has 68.27% within one standard deviation.
+            assert float((noise.abs() < 0.02).float().mean()) == pytest.approx(0.6827, abs=5 * (0.22 / count) ** 0.5)
 
 
-def test_router_logits_of_a_llava_come_from_the_input_of_each_router(dense_llava: Path) -> None:
-    sparse = perturbed(dense_llava)
-    router_logits = router_logits_hook(sparse)
-    seen: list[Tensor] = []
-    for layer in (1, 3):
-        gate = language_model(sparse).layers[layer].mlp.gate
-        gate.register_forward_pre_hook(lambda module, args: seen.append(args[0] @ module.weight.T))
-    logits(sparse)
-    for found, expected in zip(router_logits.take(), seen, strict=True):
-        torch.testing.assert_close(found, expected)
+def test_each_expert_and_each_matrix_has_noise_of_its_own(dense_lm: Path) -> None:
+    dense = load_student(dense_lm, dtype=F32)
+    found = expert_noise(dense, upcycle(dense, MoEConfig(noise=0.1), seed=0))
+    draws = torch.stack([noise.flatten() for copies in found.values() for noise in copies])
+    correlations = torch.corrcoef(draws).fill_diagonal_(0.0)
+    assert correlations.abs().max() < 6 / draws.shape[1] ** 0.5
 
 
-def test_nothing_is_added_to_the_language_model_loss(dense_lm: Path) -> None:
-    sparse = perturbed(dense_lm)
-    router_logits = router_logits_hook(sparse)
-    ids = inputs(sparse)["input_ids"]
-    output = sparse(input_ids=ids, labels=ids)
-    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-    torch.testing.assert_close(output.loss, expected)
-    assert len(router_logits.take()) == 2
+def test_noise_depends_on_the_seed_alone_and_leaves_the_routers(dense_lm: Path) -> None:
+    dense = load_student(dense_lm, dtype=F32)
+    exact = upcycle(dense, MoEConfig(), seed=5).state_dict()
+    noisy = []
+    for seed in (5, 5, 6):
+        torch.rand(3)
+        noisy.append(upcycle(dense, MoEConfig(noise=0.01), seed=seed).state_dict())
+    assert all(torch.equal(noisy[0][name], noisy[1][name]) for name in exact)
+    for name, tensor in exact.items():
+        assert torch.equal(noisy[0][name], tensor) == (".mlp.experts." not in name), name
+        assert torch.equal(noisy[0][name], noisy[2][name]) == (".mlp.experts." not in name and ".mlp.gate." not in name)
 
 
-def test_the_saved_config_does_not_know_of_the_hook(dense_llava: Path, tmp_path: Path) -> None:
-    sparse = perturbed(dense_llava)
-    router_logits_hook(sparse)
-    save_student(sparse, dense_llava, tmp_path)
-    assert text_config(load_student(tmp_path, dtype=F32)).output_router_logits is False
+def test_little_noise_changes_the_logits_little(dense_llava: Path) -> None:
+    dense = load_student(dense_llava, dtype=F32)
+    differences = [
+        float((logits(upcycle(dense, MoEConfig(noise=noise), seed=0)) - logits(dense)).abs().max())
+        for noise in (1e-4, 1e-2)
+    ]
+    assert 1e-5 < differences[0] < 0.05 * differences[1]
 
 
-@pytest.mark.parametrize("groups", [{"router"}, {"experts", "router", "adapter"}])
-def test_router_logits_have_the_same_gradient_under_activation_checkpointing(
-    dense_llava: Path, groups: set[str]
-) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        sparse = perturbed(dense_llava).train()
-        freeze(sparse, frozenset(groups))
-        if checkpointing:
-            sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        router_logits = router_logits_hook(sparse)
-        lm_loss = sparse(**inputs(sparse), use_cache=False).logits.logsumexp(-1).mean()
-        taken = router_logits.take()
-        assert len(taken) == 2
-        (lm_loss + sum(layer.softmax(-1).square().mean() for layer in taken)).backward()
-        gradients.append({n: p.grad for n, p in sparse.named_parameters() if p.requires_grad})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        assert gradient is not None
-        assert gradient.any()
-        torch.testing.assert_close(gradient, gradients[1][name])
+def test_noise_is_rounded_once_to_the_dtype_of_the_student(dense_lm: Path) -> None:
+    dense = load_student(dense_lm, dtype=torch.bfloat16)
+    noisy = upcycle(dense, MoEConfig(noise=0.1), seed=0)
+    assert {p.dtype for p in noisy.parameters()} == {torch.bfloat16}
+    wide = upcycle(dense.float(), MoEConfig(noise=0.1), seed=0)
+    for name, tensor in noisy.state_dict().items():
+        if ".mlp.experts." in name:
+            assert torch.equal(tensor, wide.state_dict()[name].bfloat16())
 
 
-def test_checkpointing_that_cuts_the_router_off_is_refused(dense_llava: Path) -> None:
-    sparse = perturbed(dense_llava).train()
-    freeze(sparse, frozenset({"router", "adapter"}))
-    sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    router_logits_hook(sparse)
-    with pytest.raises(ModelError, match="use_reentrant"):
-        sparse(**inputs(sparse), use_cache=False)
+def test_an_upcycled_directory_has_the_noise_too(dense_lm: Path, tmp_path: Path) -> None:
+    upcycle_directory(dense_lm, tmp_path / "sparse", MoEConfig(noise=0.1), seed=3)
+    expected = upcycle(load_student(dense_lm, dtype=F32), MoEConfig(noise=0.1), seed=3).state_dict()
+    found = load_student(tmp_path / "sparse", dtype=F32).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def test_removed_hooks_collect_nothing(dense_lm: Path) -> None:
-    sparse = perturbed(dense_lm)
-    router_logits = router_logits_hook(sparse)
-    router_logits.remove()
-    logits(sparse)
-    with pytest.raises(AssertionError, match="no forward pass"):
-        router_logits.take()
-
-
-def test_a_dense_model_has_no_router_logits(dense_lm: Path) -> None:
-    with pytest.raises(ModelError, match="has no router"):
-        router_logits_hook(load_student(dense_lm, dtype=F32))
+def test_a_student_without_weights_is_upcycled_with_noise_for_its_size() -> None:
+    """As `plan` does it."""
+    with torch.device("meta"):
+        dense = Qwen2ForCausalLM(Qwen2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2))
+        sparse = upcycle(dense, MoEConfig(noise=0.1), seed=0)
+    assert sparse.model.layers[1].mlp.experts.down_proj.is_meta

@@ -159,6 +159,7 @@ def test_preference_losses_and_metrics_agree_with_trl(
     terms = compute_terms(*scored_pairs(logps_2PT, mask_2PT, reference_2P), config, vocab_size=9)
     found = {name: term.total.item() / num_pairs for name, term in terms.items()}
     assert found.pop("preference") == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    assert found.pop("padding_fraction") == 0
     logged = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     assert found == pytest.approx({name: metrics[name][0] for name in (*logged, "logps/chosen", "logps/rejected")})
 
@@ -170,6 +171,7 @@ def scored_pairs(logps_BT: Tensor, mask_BT: Tensor, reference_B: Tensor) -> tupl
     batch = Batch(
         sample_ids=(),
         num_pairs=len(logps_BT) // 2,
+        num_sequences=len(logps_BT),
         input_ids=torch.zeros_like(mask_BT),
         attention_mask=torch.ones_like(mask_BT),
         token_mask=torch.ones_like(mask_BT).bool(),

@@ -18,8 +18,8 @@ from transformers import (
 
 from common.errors import ModelError, StorageError
 from tests.models import tiny_causal_lm, tiny_llava
+from train.compose import compose_student
 from train.student import (
-    compose_student,
     freeze,
     is_multimodal,
     language_model,

@@ -1,0 +1,131 @@
+"""What differences between runs of the same seed allow to say of a claim.
+
+A claim's difference is written so that it is above 0 where the claim is right. With n seeds, mean m, and standard
+deviation s (n - 1 in its denominator), the interval m +- t s / sqrt(n) with Student's t of n - 1 degrees of freedom
+decides: above 0 the direction holds, below 0 it does not, around 0 it is within noise.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from scipy.stats import t as student_t
+
+Outcome = Literal["holds", "does not hold", "within noise", "one seed"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`better` should have more of `metric` than `worse` if `sign` is 1, less if it is -1."""
+
+    half: Literal["demo", "text"]
+    better: str
+    worse: str
+    metric: str
+    sign: Literal[1, -1]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper; `key` is that of its number, if it gives one."""
+
+    key: str
+    text: str
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`mean` and `spread` are those of metric(better) - metric(worse), not turned around by the sign."""
+
+    outcome: Outcome
+    mean: float
+    spread: float
+    agreeing: int
+    seeds: int
+
+
+CLAIMS = (
+    Claim(
+        "distillation",
+        "Distillation beats cross-entropy alone",
+        (
+            Comparison("demo", "full", "ce", "accuracy", 1),
+            Comparison("demo", "full", "ce", "nll", -1),
+            Comparison("demo", "full", "ce", "ece", -1),
+            Comparison("text", "full", "ce", "top1", 1),
+            Comparison("text", "full", "ce", "nll", -1),
+            Comparison("text", "full", "ce", "ece", -1),
+        ),
+    ),
+    Claim(
+        "response",
+        "Distilling the response alone beats distilling all tokens",
+        (
+            Comparison("demo", "full", "all-tokens", "accuracy", 1),
+            Comparison("demo", "full", "all-tokens", "nll", -1),
+            Comparison("demo", "full", "all-tokens", "kl", -1),
+        ),
+    ),
+    Claim(
+        "sparse",
+        "A mixture of experts beats the dense student",
+        (
+            Comparison("demo", "sparse", "dense", "accuracy", 1),
+            Comparison("demo", "sparse", "dense", "nll", -1),
+            Comparison("demo", "sparse", "dense", "kl", -1),
+        ),
+    ),
+    Claim(
+        "hallucination",
+        "Preference distillation lowers hallucination",
+        (Comparison("demo", "preference", "sparse", "wrong", -1),),
+    ),
+    Claim(
+        "comprehension",
+        "Preference distillation raises comprehension too (the paper: not always)",
+        (
+            Comparison("demo", "preference", "sparse", "accuracy", 1),
+            Comparison("demo", "preference", "sparse", "nll", -1),
+        ),
+    ),
+)
+
+
+def values(results: Mapping[str, Any], half: str, run: str, metric: str) -> list[float]:
+    """A metric of each seed's run, in the order of the seeds; of what has no seed, one value."""
+    metrics = results[half]["metrics"]
+    if run in metrics:
+        return [metrics[run][metric]]
+    return [metrics[f"{run}@{seed}"][metric] for seed in range(results["seeds"])]
+
+
+def spread(numbers: Sequence[float]) -> float:
+    """Standard deviation with n - 1; of a single number 0."""
+    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+def differences(results: Mapping[str, Any], half: str, one: str, other: str, metric: str) -> list[float]:
+    """metric(one) - metric(other), seed by seed."""
+    pairs = zip(values(results, half, one, metric), values(results, half, other, metric), strict=True)
+    return [a - b for a, b in pairs]
+
+
+def judge(numbers: Sequence[float], sign: Literal[1, -1], confidence: float) -> Verdict:
+    """The verdict of differences `numbers`, one a seed, of which the claim says that they have this sign."""
+    n, mean, deviation = len(numbers), statistics.fmean(numbers), spread(numbers)
+    agreeing = sum(sign * number > 0 for number in numbers)
+    outcome: Outcome = "one seed"
+    if n > 1:
+        margin = float(student_t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
+        lowest, highest = sign * mean - margin, sign * mean + margin
+        outcome = "holds" if lowest > 0 else "does not hold" if highest < 0 else "within noise"
+    return Verdict(outcome, mean, deviation, agreeing, n)
+
+
+def judged(results: Mapping[str, Any], comparison: Comparison) -> Verdict:
+    """The verdict of one comparison."""
+    c = comparison
+    return judge(differences(results, c.half, c.better, c.worse, c.metric), c.sign, results["confidence"])
