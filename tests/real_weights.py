@@ -47,7 +47,8 @@ def smollm2_dir(tmp: Path) -> Path:
 def real_conversations(n: int, *, max_chars: int = 400) -> list[dict[str, Any]]:
     """`n` records in `messages` form: questions about the standard library, answered by its docstrings.
 
-    Every third has a second question and answer. The same `n` of one Python version are always the same.
+    Every third has a second question and answer. They are those of the Python version, and of what is imported: some
+    packages put documented functions into the standard library's modules.
     """
     entries = _documented()
     step = max(1, len(entries) // (2 * n))
