@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.memory import forget_peak, status_mib
+
 TOP_K = 64
 VOCAB_SIZE = 151_936
 LONG, SHORT = 4096, 1024
@@ -99,22 +101,11 @@ def _measure(model_dir: Path, way: str, length: int) -> float:
     prompt = Prompt(np.random.default_rng(0).integers(0, VOCAB_SIZE, length, np.int32), (), "benchmark")
     try:
         assert len(list(engine.run([("bare", prompt)], params))) == 1
-        resting = _forget_peak()
+        resting = forget_peak()
         assert len(list(engine.run([(way, prompt)], params))) == 1
-        return _status_mib("VmHWM") - resting
+        return status_mib("VmHWM") - resting
     finally:
         engine.close()
-
-
-def _forget_peak() -> float:
-    """Sets the process's highest resident set back to the present one, and returns that in MiB."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_mib("VmRSS")
-
-
-def _status_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.memory import forget_peak, status_mib
 from tests.reference import unfused
 from train.fused import picked_logits, read_rows
 from train.losses import distillation_loss
@@ -76,12 +76,11 @@ def _take_turns(way: str) -> None:
         problem.hidden_RH.grad = problem.weight_VH.grad = None
         # What the allocator keeps of earlier work would hide what the loss takes.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        resting_mib = _status_mib("VmRSS")
+        resting_mib = forget_peak()
         started = time.perf_counter()
         problem.loss(way).backward()
         seconds = time.perf_counter() - started
-        peak_mib = _status_mib("VmHWM") - resting_mib - problem.weight_VH.nbytes / 2**20
+        peak_mib = status_mib("VmHWM") - resting_mib - problem.weight_VH.nbytes / 2**20
         print(seconds, peak_mib, flush=True)
 
 
@@ -140,11 +139,6 @@ def _gradient_error() -> float:
         return float((found.double() - truth).norm())
 
     return max(distance(f, e) / distance(u, e) for f, u, e in zip(fused, unfused_bf16, exact, strict=True))
-
-
-def _status_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train.stage
 import train.trainer
+from benchmarks.memory import status_mib
 from tests.real_weights import real_conversations, smollm2_dir, write_jsonl
 from tests.train.runs import LiveTeacher, losses, stage
 from train.batch import Batch
@@ -127,13 +128,13 @@ def _train(root: Path, way: str) -> None:
     """Trains one step for each line that comes in, and answers with its seconds; at the end with the peak, in MiB."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = _config(root, way)
-    resting_mib = _status_mib("VmRSS")
+    resting_mib = status_mib("VmRSS")
     train.trainer.Loader = _TakesTurns  # type: ignore[attr-defined]
     if way == "online":
         _Online.teacher = load_student(root / "teacher", dtype=torch.float32).eval()
         train.stage.StudentTrainer = _Online  # type: ignore[attr-defined]
     train.stage.train(config)
-    print(_status_mib("VmHWM") - resting_mib, flush=True)
+    print(status_mib("VmHWM") - resting_mib, flush=True)
 
 
 class _TakesTurns(Loader):
@@ -174,11 +175,6 @@ def _answer(child: subprocess.Popen[str]) -> str:
     child.stdin.write("\n")
     child.stdin.flush()
     return child.stdout.readline()
-
-
-def _status_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """`verify-shards` on a feature cache: whether it is whole and what it claims to be. Needs no torch.
 
-manifest ─> images.parquet ─> for each shard: receipt ─> SHA-256 ─> columns ─> footer ─> rows ─> coverage
-with --dataset: the images are those that it names; with --image-root: their files are still those
+    manifest ─> images.parquet ─> for each shard: receipt ─> SHA-256 ─> columns ─> footer ─> rows ─> coverage
+
+With --dataset: the images are those that it names; with --image-root: their files are still those.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -20,7 +22,7 @@ from common.features import (
     read_index,
     unpack,
 )
-from common.manifest import FEATURE_SCHEMA_VERSION, FeatureManifest, Receipt, shard_path
+from common.manifest import FEATURE_SCHEMA_VERSION, FeatureManifest, Receipt
 from common.storage import Location
 from precompute.features import file_digest
 from precompute.provenance import manifest_in
@@ -70,7 +72,9 @@ class _Verification(Walk[FeatureManifest]):
             self._images = self._read_index(manifest)
             with tqdm(self.shards(manifest), desc="verifying", unit=" shards", disable=not progress) as shown:
                 for number in shown:
-                    self._check_shard(number, manifest)
+                    self.check_shard(
+                        number, manifest, FeatureFile, functools.partial(self._check_rows, number, manifest)
+                    )
             if dataset is not None:
                 self._check_dataset(dataset, manifest)
             if image_root is not None:
@@ -103,28 +107,7 @@ class _Verification(Walk[FeatureManifest]):
             check.failed(path, f"lists {len(images):,} images, the manifest has {manifest.num_images:,}")
         return images
 
-    def _check_shard(self, number: int, manifest: FeatureManifest) -> None:
-        path = shard_path(self.output, number)
-        receipt = self.receipt(number, manifest)
-        if receipt is None:
-            return
-        columns, pages = self.checks["columns"], self.checks["pages"]
-        columns.passed()
-        try:
-            shard = FeatureFile(path, manifest, number)
-        except ShardError as error:
-            columns.failed(path, str(error))
-            return
-        with closing(shard):
-            try:
-                self._check_rows(shard, number, receipt, manifest)
-            except StorageError:
-                raise
-            except Exception as error:
-                # The bytes are what was written, yet reading them fails in a way that FeatureFile does not foresee.
-                pages.failed(path, f"cannot be read ({type(error).__name__}: {error})")
-
-    def _check_rows(self, shard: FeatureFile, number: int, receipt: Receipt, manifest: FeatureManifest) -> None:
+    def _check_rows(self, number: int, manifest: FeatureManifest, shard: FeatureFile, receipt: Receipt) -> None:
         self.note("footers", shard.path, "footer", _footer_problems(shard, manifest))
         expected = manifest.shard_range(number)
         found = []

@@ -6,13 +6,14 @@ Nothing that a file holds makes this crash: each finding is a problem in the rep
 what can still be read. A file whose bytes changed is not parsed.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
 from tqdm import tqdm
 
-from common.errors import DataError, ShardError, StorageError
-from common.manifest import Manifest, Receipt, receipt_path, shard_path
+from common.errors import DataError, ShardError
+from common.manifest import Manifest, Receipt, receipt_path
 from common.samples import Dataset, ImageRef, Sample, prompt_turns
 from common.shards import PREFIXES, ShardFile, ShardRow
 from common.storage import Location
@@ -66,33 +67,12 @@ class _Verification(Walk[Manifest]):
                 self._dataset = self.open_dataset(dataset, manifest.kind, expected.sha256, expected.num_samples)
             with tqdm(self.shards(manifest), desc="verifying", unit=" shards", disable=not progress) as shown:
                 for number in shown:
-                    self._check_shard(number, manifest)
+                    check_rows = functools.partial(self._check_rows, number, manifest)
+                    self.check_shard(number, manifest, ShardFile, check_rows)
             self._check_image_tokens()
         if dataset is None:
             del self.checks["dataset"]
         return self.report()
-
-    def _check_shard(self, number: int, manifest: Manifest) -> None:
-        path = shard_path(self.output, number)
-        receipt = self.receipt(number, manifest)
-        if receipt is None:
-            return
-        columns, pages = self.checks["columns"], self.checks["pages"]
-        columns.passed()
-        try:
-            shard = ShardFile(path, manifest, number)
-        except ShardError as error:
-            columns.failed(path, str(error))
-            return
-        try:
-            self._check_rows(shard, number, receipt, manifest)
-        except StorageError:
-            raise
-        except Exception as error:
-            # The bytes are what was written, yet reading them fails in a way that ShardFile does not foresee.
-            pages.failed(path, f"cannot be read ({type(error).__name__}: {error})")
-        finally:
-            shard.close()
 
     def _check_image_tokens(self) -> None:
         """The shards of one tokenizer have one; those that differ from most are taken to be wrong."""
@@ -102,7 +82,7 @@ class _Verification(Walk[Manifest]):
             for path in shards if token != usual else ():
                 self.checks["footers"].failed(path, f"its image token is {token}, in most shards it is {usual}")
 
-    def _check_rows(self, shard: ShardFile, number: int, receipt: Receipt, manifest: Manifest) -> None:
+    def _check_rows(self, number: int, manifest: Manifest, shard: ShardFile, receipt: Receipt) -> None:
         self.note("footers", shard.path, "footer", footer_problems(shard, manifest))
         if shard.num_rows:
             self._image_tokens.setdefault(shard.image_token_id, []).append(shard.path)

@@ -21,6 +21,7 @@ from common.manifest import (
     shard_number,
     shard_path,
 )
+from common.parquet_shard import ParquetShard
 from common.samples import Dataset, Kind
 from common.storage import Location, list_files
 from precompute.provenance import manifest_of_shards
@@ -37,6 +38,7 @@ MEANINGS = {
 }
 
 ManifestT = TypeVar("ManifestT", bound=ShardedManifest)
+FileT = TypeVar("FileT", bound=ParquetShard)
 
 
 class Walk(Generic[ManifestT]):
@@ -166,6 +168,33 @@ class Walk(Generic[ManifestT]):
             f"run verify-shards with --repair, then {self._schema.command} again: it fills the gap",
         )
         return False
+
+    def check_shard(
+        self,
+        number: int,
+        manifest: ManifestT,
+        open_shard: Callable[[Location, ManifestT, int], FileT],
+        check_rows: Callable[[FileT, Receipt], None],
+    ) -> None:
+        """Hands a shard with a whole receipt and the bytes that it names to `check_rows`."""
+        receipt = self.receipt(number, manifest)
+        if receipt is None:
+            return
+        path, columns = shard_path(self.output, number), self.checks["columns"]
+        columns.passed()
+        try:
+            shard = open_shard(path, manifest, number)
+        except ShardError as error:
+            columns.failed(path, str(error))
+            return
+        with contextlib.closing(shard):
+            try:
+                check_rows(shard, receipt)
+            except StorageError:
+                raise
+            except Exception as error:
+                # The bytes are what was written, yet reading them fails in a way that the reader does not foresee.
+                self.checks["pages"].failed(path, f"cannot be read ({type(error).__name__}: {error})")
 
     def note(self, name: str, path: Location, where: str, problems: Iterable[str], count: int = 1) -> None:
         """Counts what was looked at, and what was wrong with it."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, Qwen2MoeModel, Qwen3MoeForCausalLM
 
 from common.errors import ConfigError

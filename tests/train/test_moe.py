@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    LlavaForConditionalGeneration,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -15,26 +14,12 @@ from transformers import (
 
 from common.errors import ConfigError, ModelError
 from tests.models import TextFamily, tiny_causal_lm, tiny_llava
+from tests.train.forward import logits
 from train.config import MoEConfig
 from train.moe import sparse_layers, upcycle, upcycle_directory
 from train.student import freeze, language_model, load_student, save_student, stored_dtype, text_config
 
 F32 = torch.float32
-
-
-def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two sequences of 40 tokens; for a LLaVA the first holds an image."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 280, (2, 40), generator=generator)
-    if not isinstance(model, LlavaForConditionalGeneration):
-        return {"input_ids": ids}
-    ids[0, 3:19] = model.config.image_token_index
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 56, 56, generator=generator)}
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs(model)).logits
 
 
 @pytest.fixture(scope="module")

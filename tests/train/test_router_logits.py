@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
 from common.errors import ModelError
 from tests.models import randomise, tiny_causal_lm, tiny_llava
+from tests.train.forward import inputs, logits
 from train.config import MoEConfig
 from train.moe import upcycle
 from train.router import RouterWatch
@@ -25,21 +26,6 @@ def dense_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dense_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_causal_lm(tmp_path_factory.mktemp("lm"), "qwen2")
-
-
-def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two sequences of 40 tokens; for a LLaVA the first holds an image."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 280, (2, 40), generator=generator)
-    if not isinstance(model, LlavaForConditionalGeneration):
-        return {"input_ids": ids}
-    ids[0, 3:19] = model.config.image_token_index
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 56, 56, generator=generator)}
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs(model)).logits
 
 
 def perturbed(path: Path) -> PreTrainedModel:
