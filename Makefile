@@ -18,7 +18,8 @@ demo: setup
 	$(BIN)/python cli.py demo --out demo-run
 
 test: setup browser check
-	$(BIN)/python -m pytest -m "slow or vllm" --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not vllm" -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m vllm --durations=15
 
 # The tier for the loop of writing code: under a minute, starts no engine.
 test-fast: setup

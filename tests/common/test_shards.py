@@ -287,6 +287,7 @@ def test_well_formed_parquet_with_wrong_values_is_refused(tmp_path: Path, column
         list(ShardFile(path, manifest, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
 def test_flipped_bits_are_found_by_sha256_and_never_crash_the_reader(tmp_path: Path, kind: Kind) -> None:
     manifest, rows = make_manifest(kind), make_rows(kind, 3)

@@ -54,6 +54,7 @@ def test_the_student_sees_some_of_the_teachers_conversations(data: DemoData) -> 
     assert len(images_of(data.student_conversations)) == data.num_student_images
 
 
+@pytest.mark.slow
 def test_one_seed_gives_the_same_bytes_and_another_seed_others(data: DemoData, tmp_path: Path) -> None:
     again = write_dataset(tmp_path / "again", seed=3)
     other = write_dataset(tmp_path / "other", seed=4)

@@ -116,6 +116,7 @@ def test_vision_weights_carry_the_names_that_vllm_reads(built: DemoModels) -> No
     assert "multi_modal_projector.linear_1.weight" in names
 
 
+@pytest.mark.slow
 def test_one_seed_gives_the_same_bytes_and_another_seed_other_weights(
     data: DemoData, built: DemoModels, tmp_path: Path
 ) -> None:

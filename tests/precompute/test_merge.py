@@ -147,6 +147,7 @@ def capture(root: Path, teacher: Path, what: str, num_samples: int = 11) -> Prec
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CAPTURES)
 def test_values_are_the_same_to_the_bit_in_shards_of_any_size(tmp_path: Path, llava_dir: Path, what: str) -> None:
     config = capture(tmp_path, llava_dir, what)

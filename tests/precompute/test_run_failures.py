@@ -61,6 +61,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_the_loop_waits_for_a_writer_that_falls_behind(
     tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_writer_that_fails_stops_the_run_at_the_next_result(
     assert num_scored < 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [ModelError("the engine died"), KeyboardInterrupt(), StopError("a defect")])
 def test_shards_that_were_handed_to_the_writer_are_published_whatever_ends_the_run(
     tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException

@@ -303,6 +303,7 @@ def test_damage_to_generated_rows_is_found(output: Path, whole: Path, what: str)
     assert re.search(message, found[check]), found
 
 
+@pytest.mark.slow
 def test_random_damage_never_crashes_and_never_passes(output: Path) -> None:
     """Bits flipped and bytes cut anywhere, in every kind of file, receipts made to fit or not."""
     choice = random.Random(0)

@@ -113,6 +113,7 @@ def test_the_teacher_adds_its_weights_to_every_gpu_and_only_zero_3_splits_them(t
         assert eval(row.how.replace(" x ", " * ").replace(",", "")) == pytest.approx(row.num_bytes)
 
 
+@pytest.mark.slow
 def test_the_configured_stage_is_marked(tmp_path: Path) -> None:
     path = without_weights(tiny_llava(tmp_path))
     found = estimate(path, 10, config=stage(path, run={"zero_stage": 1, "precision": "fp32"}))

@@ -186,6 +186,7 @@ def collator(outputs: Path) -> Collator:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_batches_of_two_outputs_with_other_k_and_other_image_roots(
     outputs: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch

@@ -196,6 +196,7 @@ def test_the_picture_has_a_panel_for_images_where_there_are_some() -> None:
     assert pixels(load(2, 4, image=True)).shape[1] > 1.4 * pixels(load(2, 4, image=False)).shape[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_layers", "num_experts"), [(1, 2), (1, 4), (24, 8), (48, 64)])
 def test_the_picture_is_red_where_there_is_too_much_and_blue_where_there_is_too_little(
     num_layers: int, num_experts: int

@@ -197,6 +197,7 @@ def test_the_adapter_depends_on_the_seed_alone(llava: Path, lm: Path, tmp_path: 
     assert not torch.equal(adapters[0], adapters[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image_token", "padded_rows", "row"), [(True, 0, "had"), (False, 13, "padding"), (False, 0, "resized")]
 )
