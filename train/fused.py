@@ -15,7 +15,7 @@ logits or the weight's gradient added up in many rounds, have to know the loss i
 known only after all sums), and hold a gradient of the weight's size between the passes.
 
 Legend: B sequences, T positions, R scored rows, H hidden size, V output layer, C ids of a chunk, K kept entries,
-J picked ids a row.
+J picked ids a row, N of all rows.
 """
 
 from collections.abc import Iterator
@@ -118,7 +118,7 @@ def picked_logits(
         ids_RJ: [R, J] int64, below `vocab_size`.
         struck_RJ: [R, J] bool: ids that the logsumexp leaves out, distinct within a row.
         vocab_size: ids from here on are padding and take no part, at most V.
-        chunk_ids: C; by default what keeps a chunk at 4 MiB, or J if that is more.
+        chunk_ids: C; by default what keeps a chunk at 4 MiB.
 
     Returns:
         [R, J + 1] float32 (float64 for float64 input), the logsumexp in the last column; about -1e30 where all ids are
@@ -132,8 +132,7 @@ def picked_logits(
             f"the student's output layer has {len(weight_VH)} ids, the tokenizer {vocab_size}: "
             "the student belongs to another tokenizer, or its output layer has to be resized"
         )
-    # Each chunk looks at every pick: where these are many, chunks as wide cost no memory that they do not, and are few.
-    chunk_ids = chunk_ids or max(_CHUNK_ENTRIES // max(1, *hidden_RH.shape), _MIN_CHUNK_IDS, ids_RJ.shape[1])
+    chunk_ids = chunk_ids or max(_CHUNK_ENTRIES // max(1, *hidden_RH.shape), _MIN_CHUNK_IDS)
     picked: Tensor = _PickedLogits.apply(hidden_RH, weight_VH, bias_V, ids_RJ, struck_RJ, vocab_size, chunk_ids)
     return picked
 
@@ -152,20 +151,20 @@ class _PickedLogits(torch.autograd.Function):
         vocab_size: int,
         chunk_ids: int,
     ) -> Tensor:
-        picked_RJ = hidden_RH.new_zeros(ids_RJ.shape, dtype=accumulation_dtype(hidden_RH))
-        lse_R1 = picked_RJ.new_full((len(ids_RJ), 1), -torch.inf)
+        picked_N = hidden_RH.new_zeros(ids_RJ.numel(), dtype=accumulation_dtype(hidden_RH))
+        lse_R1 = picked_N.new_full((len(ids_RJ), 1), -torch.inf)
         with torch.autocast(hidden_RH.device.type, enabled=False):
-            for start, _, logits_RC in _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids):
-                local_RJ, inside_RJ = _locate(ids_RJ, start, logits_RC.shape[1])
-                picked_RJ = torch.where(inside_RJ, logits_RC.gather(1, local_RJ), picked_RJ)
-                _strike(logits_RC, local_RJ, inside_RJ & struck_RJ)
+            chunks = _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids)
+            for (_, _, logits_RC), (n, cells) in zip(chunks, _picks(ids_RJ, vocab_size, chunk_ids), strict=True):
+                picked_N[n] = logits_RC[cells]
+                _strike(logits_RC, cells, struck_RJ.flatten()[n])
                 # Not torch.logsumexp, which on a CPU takes longer than the product does.
                 highest_R1 = logits_RC.amax(1, keepdim=True)
                 sum_R1 = logits_RC.sub_(highest_R1).exp_().sum(1, keepdim=True)
                 lse_R1 = torch.logaddexp(lse_R1, highest_R1 + sum_R1.log())
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, ids_RJ, struck_RJ, lse_R1)
         ctx.sizes = vocab_size, chunk_ids
-        return torch.cat([picked_RJ, lse_R1], 1)
+        return torch.cat([picked_N.view(ids_RJ.shape), lse_R1], 1)
 
     @staticmethod
     @once_differentiable
@@ -173,7 +172,7 @@ class _PickedLogits(torch.autograd.Function):
         hidden_RH, weight_VH, bias_V, ids_RJ, struck_RJ, lse_R1 = ctx.saved_tensors
         vocab_size, chunk_ids = ctx.sizes
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        picked_gradient_RJ, lse_gradient_R1 = gradient_RJ1[:, :-1], gradient_RJ1[:, -1:]
+        picked_gradient_N, lse_gradient_R1 = gradient_RJ1[:, :-1].flatten(), gradient_RJ1[:, -1:]
         dtype = lse_R1.dtype
         hidden_gradient_RH = torch.zeros_like(hidden_RH, dtype=dtype) if needs_hidden else None
         # Padding ids keep their zeros.
@@ -181,11 +180,12 @@ class _PickedLogits(torch.autograd.Function):
         bias_gradient_V = torch.zeros_like(bias_V) if needs_bias else None
         with torch.autocast(hidden_RH.device.type, enabled=False):
             operand_RH = hidden_RH.to(_operand_dtype(hidden_RH, weight_VH))
-            for start, weight_CH, logits_RC in _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids):
-                local_RJ, inside_RJ = _locate(ids_RJ, start, logits_RC.shape[1])
-                _strike(logits_RC, local_RJ, inside_RJ & struck_RJ)
+            chunks = _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids)
+            picks = _picks(ids_RJ, vocab_size, chunk_ids)
+            for (start, weight_CH, logits_RC), (n, cells) in zip(chunks, picks, strict=True):
+                _strike(logits_RC, cells, struck_RJ.flatten()[n])
                 gradient_RC = logits_RC.sub_(lse_R1).exp_().mul_(lse_gradient_R1)
-                gradient_RC.scatter_add_(1, local_RJ, picked_gradient_RJ * inside_RJ)
+                gradient_RC.index_put_(cells, picked_gradient_N[n], accumulate=True)
                 chunk = slice(start, start + len(weight_CH))
                 if bias_gradient_V is not None:
                     bias_gradient_V[chunk] = gradient_RC.sum(0)
@@ -220,12 +220,19 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left @ right if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
 
 
-def _locate(ids_RJ: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Columns of a chunk, and which of the ids are in it; the others get a column that is not theirs."""
-    local_RJ = ids_RJ - start
-    return local_RJ.clamp(0, width - 1), (local_RJ >= 0) & (local_RJ < width)
+def _picks(ids_RJ: Tensor, vocab_size: int, chunk_ids: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """For each chunk the picks that are in it: their places among all N, and their rows and columns of the chunk.
+
+    Sorted once, so that a pass looks at each pick once, not at all of them in each chunk.
+    """
+    ids_N = ids_RJ.flatten()
+    sorted_N, order_N = ids_N.sort()
+    starts = torch.arange(0, vocab_size + chunk_ids, chunk_ids, device=ids_RJ.device)
+    counts = torch.searchsorted(sorted_N, starts).diff().tolist()
+    for chunk, n in enumerate(order_N.split(counts)):
+        yield n, (n // ids_RJ.shape[1], ids_N[n] - chunk * chunk_ids)
 
 
-def _strike(logits_RC: Tensor, local_RJ: Tensor, struck_RJ: Tensor) -> None:
-    """Leaves the struck logits out of any sum; adding, since overwriting would strike what others clamp to."""
-    logits_RC.scatter_add_(1, local_RJ, struck_RJ.to(logits_RC.dtype) * NEGLIGIBLE_LOGIT)
+def _strike(logits_RC: Tensor, cells: tuple[Tensor, Tensor], struck: Tensor) -> None:
+    """Leaves the struck logits out of any sum; adding, since a cell may be picked twice, once struck and once not."""
+    logits_RC.index_put_(cells, struck.to(logits_RC.dtype) * NEGLIGIBLE_LOGIT, accumulate=True)
