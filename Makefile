@@ -18,10 +18,10 @@ demo: setup
 	$(BIN)/python cli.py demo --out demo-run
 
 test: setup browser check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not vllm" -n 2 --dist loadfile --durations=15
-	$(BIN)/python -m pytest -m vllm --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not vllm and not alone" -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m "vllm or alone" --durations=15
 
-# The tier for the loop of writing code: under a minute, starts no engine.
+# The tier for the loop of writing code: starts no engine.
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not vllm" -q -n 2
 

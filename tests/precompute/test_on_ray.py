@@ -25,7 +25,7 @@ from tests.precompute.hf_reference import ENGINE, TOP_K
 from tests.precompute.outputs import rows_of
 from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 NUM_SAMPLES = 24
 

@@ -65,9 +65,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parallel")
     dense = tiny_llava(root / "dense")
     make_sparse(dense, root / "sparse")
+    # Another model, so that no loss is close to 0.
+    teacher = tiny_llava(root / "teacher", seed=1)
     for kind in ("kd", "dpo"):
         dataset = write_mixed_dataset(root / "data", 22, kind)
-        LiveTeacher(dense, root / "data").write_output(root / "scores" / kind, dataset, kind, top_k=8)
+        LiveTeacher(teacher, root / "data").write_output(root / "scores" / kind, dataset, kind, top_k=8)
     run_features(FeatureSettings(dense, dataset, root / "data", root / "features"), progress=False)
     return root
 
@@ -121,7 +123,7 @@ def test_every_way_to_do_the_work_gives_the_same_losses_and_weights(case: Path) 
                 found = _output(case, way)
                 assert losses(found) == pytest.approx(losses(reference), rel=3e-6), way
                 # Adam turns the sign of a gradient of rounding size into a whole step of 1e-3; nothing comes near that.
-                assert largest_difference(weights(found), weights(reference)) < 2e-5, way
+                assert largest_difference(weights(found), weights(reference)) < 5e-5, way
 
 
 def test_cached_features_differ_from_live_ones_by_their_rounding_alone(case: Path) -> None:
