@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 LOCK := requirements-cpu.lock
 BIN := $(VENV)/bin
+# Files of tests that import vLLM, which takes each worker five seconds.
+NO_VLLM := --ignore-glob='*vllm*.py'
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Where it is set, each worker compiles all tests again, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup browser demo test test-fast check lint
 
@@ -18,12 +22,12 @@ demo: setup
 	$(BIN)/python cli.py demo --out demo-run
 
 test: setup browser check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not vllm and not alone" -n 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NO_VLLM) -m "slow and not vllm and not alone" -n 2 --dist loadfile --durations=15
 	$(BIN)/python -m pytest -m "vllm or alone" --durations=15
 
 # The tier for the loop of writing code: starts no engine.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not vllm" -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NO_VLLM) -m "not slow and not vllm" -q -n 2
 
 lint: setup
 	$(BIN)/ruff check .

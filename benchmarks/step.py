@@ -9,9 +9,12 @@ collation, forward, backward, AdamW, in float32, with a thread that makes batche
 SmolLM2's shape with 20 layers; the teacher, random like it but with larger logits, has hidden size 960 and 35 layers.
 The text is real.
 
-Each has a process of its own, and they take turns, step by step. Times are medians over steps, from the moment a batch
-is asked for to the next. Memory is the highest resident set (VmHWM) of the whole run, less what was resident before the
-student was loaded: weights, gradients, optimiser states, activations, batches, and the live teacher where there is one.
+`offline` and `ce` are measured beside each other, and `online` and `offline`: two processes that take turns, step by
+step. That is done three times, with new processes: how fast one is depends on luck that lasts as long as it does, such
+as where its memory lies. A ratio is the median of the three rounds' ratios, and a round's times are medians over steps,
+from the moment a batch is asked for to the next. Memory is the highest resident set (VmHWM) of the whole run, less what
+was resident before the student was loaded: weights, gradients, optimiser states, activations, batches, and the live
+teacher where there is one.
 `loss_difference`: largest relative difference of a step's loss between offline and online, which see the same entries.
 """
 
@@ -24,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +47,10 @@ from train.objective import Term
 from train.student import load_student
 from train.trainer import StudentTrainer
 
-WAYS = ("ce", "offline", "online")
-NUM_STEPS = 9
+# Each against the second.
+PAIRS = (("offline", "ce"), ("online", "offline"))
+NUM_ROUNDS = 3
+NUM_STEPS = 5
 # The first steps compile, allocate, and make the optimiser's states.
 NUM_WARM = 2
 BATCH = 8
@@ -64,35 +70,57 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         parameters = _build(root)
-        command = [sys.executable, "-m", "benchmarks.step", directory]
-        children = {
-            way: subprocess.Popen(
-                [*command, way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment()
-            )
-            for way in WAYS
-        }
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for _ in range(NUM_STEPS):
-            for way, child in children.items():
-                seconds[way].append(float(_answer(child)))
-        # The last step ends the run.
-        memory = {way: float(_answer(child)) for way, child in children.items()}
-        for child in children.values():
-            child.communicate()
-        offline, online = (losses(root / way) for way in ("offline", "online"))
-    seconds_of = {way: statistics.median(turns[NUM_WARM:]) for way, turns in seconds.items()}
-    result = {
-        "time_vs_ce": round(seconds_of["offline"] / seconds_of["ce"], 3),
-        "memory_vs_ce": round(memory["offline"] / memory["ce"], 3),
-        "online_time_vs_offline": round(seconds_of["online"] / seconds_of["offline"], 2),
-        "online_memory_vs_offline": round(memory["online"] / memory["offline"], 2),
-        "loss_difference": float(f"{max(abs(a / b - 1) for a, b in zip(offline, online, strict=True)):.2g}"),
-        "seconds": {way: round(value, 2) for way, value in seconds_of.items()},
-        "memory_mib": {way: round(value) for way, value in memory.items()},
-        **parameters,
-        "threads": len(os.sched_getaffinity(0)),
+        rounds: dict[tuple[str, str], list[list[Measured]]] = {pair: [] for pair in PAIRS}
+        for number in range(NUM_ROUNDS):
+            for pair in PAIRS:
+                # First is not always the same one.
+                order = pair if number % 2 else pair[::-1]
+                found = _take_turns(root, root / f"{'-'.join(pair)}-{number}", order)
+                rounds[pair].append([found[way] for way in pair])
+    result: dict[str, Any] = {}
+    for (way, other), name in zip(PAIRS, ("vs_ce", "vs_offline"), strict=True):
+        measured = rounds[way, other]
+        prefix = "online_" if way == "online" else ""
+        result[f"{prefix}time_{name}"] = round(statistics.median(a.seconds / b.seconds for a, b in measured), 3)
+        result[f"{prefix}memory_{name}"] = round(statistics.median(a.memory_mib / b.memory_mib for a, b in measured), 3)
+        result[f"{way}_and_{other}_seconds"] = [[round(each.seconds, 2) for each in pair] for pair in measured]
+        result[f"{way}_and_{other}_mib"] = [[round(each.memory_mib) for each in pair] for pair in measured]
+    differences = [
+        abs(a / b - 1) for pair in rounds[PAIRS[1]] for a, b in zip(*(each.losses for each in pair), strict=True)
+    ]
+    result["loss_difference"] = float(f"{max(differences):.2g}")
+    print(json.dumps({**result, **parameters, "threads": len(os.sched_getaffinity(0))}))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One process: median seconds a step, peak memory, and the loss of each step."""
+
+    seconds: float
+    memory_mib: float
+    losses: list[float]
+
+
+def _take_turns(root: Path, output: Path, ways: tuple[str, ...]) -> dict[str, Measured]:
+    """Trains each way in a new process, step by step in turn."""
+    command = [sys.executable, "-m", "benchmarks.step", str(root), str(output)]
+    children = {
+        way: subprocess.Popen(
+            [*command, way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment()
+        )
+        for way in ways
     }
-    print(json.dumps(result))
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(NUM_STEPS):
+        for way, child in children.items():
+            seconds[way].append(float(_answer(child)))
+    measured = {}
+    for way, child in children.items():
+        # The last step ends the run.
+        memory_mib = float(_answer(child))
+        child.communicate()
+        measured[way] = Measured(statistics.median(seconds[way][NUM_WARM:]), memory_mib, losses(output / way))
+    return measured
 
 
 def _build(root: Path) -> dict[str, int]:
@@ -114,25 +142,25 @@ def _build(root: Path) -> dict[str, int]:
     return sizes
 
 
-def _config(root: Path, way: str) -> TrainConfig:
+def _config(root: Path, output: Path, way: str) -> TrainConfig:
     source = {"dataset": str(root / "text.jsonl")} if way == "ce" else {"shards": str(root / "scores")}
     return TrainConfig.model_validate(
         stage(
-            root / way,
+            output / way,
             root / "student",
             trainable=["language_model"],
             data={**source, "num_workers": 0},
             loss={"cross_entropy": 1.0} if way == "ce" else {"distillation": 1.0},
-            optim={"global_batch_size": BATCH, "micro_batch_size": BATCH, "max_steps": NUM_STEPS + 1},
+            optim={"global_batch_size": BATCH, "micro_batch_size": BATCH, "max_steps": NUM_STEPS + 1, "eps": 1e-8},
             run={"zero_stage": 1, "report_to": []},
         )
     )
 
 
-def _train(root: Path, way: str) -> None:
+def _train(root: Path, output: Path, way: str) -> None:
     """Trains one step for each line that comes in, and answers with its seconds; at the end with the peak, in MiB."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config = _config(root, way)
+    config = _config(root, output, way)
     resting_mib = status_mib("VmRSS")
     train.trainer.Loader = _TakesTurns  # type: ignore[attr-defined]
     if way == "online":
@@ -186,5 +214,5 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
             main()
-        case [directory, way]:
-            _train(Path(directory), way)
+        case [root, output, way]:
+            _train(Path(root), Path(output), way)

@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 from common.samples import Dataset
+from demo.data import MAX_NEW_TOKENS
 from precompute.config import EngineConfig
 from precompute.generate import generate
-
-MAX_NEW_TOKENS = 24
 
 if __name__ == "__main__":
     model, questions, number, out = sys.argv[1:]

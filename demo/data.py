@@ -33,6 +33,8 @@ IMAGE_SIZE = 56
 TEST_SHARE = 0.2
 STUDENT_SHARE = 0.3
 CONVERSATIONS_PER_IMAGE = 3
+# More than the longest answer has.
+MAX_NEW_TOKENS = 24
 
 Line = dict[str, Any]
 

@@ -15,8 +15,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from common.encoding import Encoder, expand_placeholders
 from common.images import ImageSpec, load_image
 from common.samples import Dataset, Sample
-from demo.answers import MAX_NEW_TOKENS
-from demo.data import contradicts, named_digit, read_lines
+from demo.data import MAX_NEW_TOKENS, contradicts, named_digit, read_lines
 from train.batch import Collator
 from train.fused import FusedOutput
 from train.losses import distillation_loss

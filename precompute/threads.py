@@ -19,17 +19,27 @@ def in_threads(
 ) -> Generator[ResultT, None, None]:
     """`function` of each item, in order, computed in threads up to `ahead` items before it is asked for.
 
-    What `function` raises is raised here, at its item's turn. `items` is drawn in the thread that asks.
+    What `function` or `items` raises is raised here, at its item's turn: what comes before it is not lost. `items` is
+    drawn in the thread that asks.
     """
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
     pending: deque[Future[ResultT]] = deque()
+    drawn = iter(items)
+    failure: Exception | None = None
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
+        while failure is None:
+            try:
+                pending.append(pool.submit(function, next(drawn)))
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error
             if len(pending) >= ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+        if failure is not None:
+            raise failure
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -70,6 +70,7 @@ def toml(path: Path, **tables: Any) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_help_is_complete(command: str | None) -> None:
     arguments = [sys.executable, "cli.py", *([command] if command else []), "--help"]

@@ -218,7 +218,7 @@ class LossConfig(Strict):
 
 
 class OptimConfig(Strict):
-    """Optimiser and schedule. `global_batch_size` is samples a step over all ranks and accumulation steps."""
+    """AdamW and its schedule. `global_batch_size` is samples a step over all ranks and accumulation steps."""
 
     learning_rate: float = Field(gt=0.0)
     global_batch_size: int = Field(256, ge=1)
@@ -229,6 +229,7 @@ class OptimConfig(Strict):
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)
     weight_decay: float = Field(0.0, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0.0)
     max_grad_norm: float = Field(1.0, ge=0.0)
 
     def accumulation_steps(self, num_ranks: int) -> int:

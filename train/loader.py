@@ -167,14 +167,19 @@ class Loader:
             batches = iter(self._loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        with ThreadPoolExecutor(1, "batches") as thread:
-            pending = deque(thread.submit(next, batches, None) for _ in range(_READY))
-            try:
-                while (batch := pending.popleft().result()) is not None:
-                    if isinstance(batch, DecantError):
-                        raise batch
-                    pending.append(thread.submit(next, batches, None))
-                    yield batch.unpack()
-            finally:
-                for waiting in pending:
-                    waiting.cancel()
+        try:
+            with ThreadPoolExecutor(1, "batches") as thread:
+                pending = deque(thread.submit(next, batches, None) for _ in range(_READY))
+                try:
+                    while (batch := pending.popleft().result()) is not None:
+                        if isinstance(batch, DecantError):
+                            raise batch
+                        pending.append(thread.submit(next, batches, None))
+                        yield batch.unpack()
+                finally:
+                    for waiting in pending:
+                        waiting.cancel()
+        finally:
+            # Ends the workers. Kept by an error's traceback they would end in a collection of cycles, which closes
+            # their queues first, so that each is waited for in vain, 5 seconds long.
+            del batches

@@ -271,7 +271,8 @@ class StudentTrainer(Trainer):
                 groups = split_experts(self.model, groups, self._expert_parallel_size)
             groups = [group for group in groups if group["params"]]
             self._decays = [group["weight_decay"] for group in groups]
-            self.optimizer = torch.optim.AdamW(groups, lr=self._optim.learning_rate, betas=self._optim.betas)
+            optim = self._optim
+            self.optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps)
         return self.optimizer
 
     # Logs and validation

@@ -167,6 +167,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         to_location("gs://bucket/a")
 
 
+@pytest.mark.slow
 def test_local_storage_loads_no_store() -> None:
     program = """
 import pathlib, sys

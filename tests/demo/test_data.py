@@ -11,6 +11,8 @@ from sklearn.datasets import load_digits
 from common.samples import Dataset
 from demo.data import DemoData, contradicts, named_digit, read_lines, write_dataset
 
+pytestmark = pytest.mark.slow
+
 TRUTH = [int(digit) for digit in load_digits().target]
 
 

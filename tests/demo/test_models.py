@@ -17,6 +17,8 @@ from transformers import (
 from demo.data import DemoData, read_lines, write_dataset
 from demo.models import DemoModels, build_models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:

@@ -42,6 +42,7 @@ def figures(config: Any) -> dict[str, Figure]:
     return {figure.name: figure for section in sections for figure in section.figures}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_those_of_the_loaded_model(tmp_path: Path, text: TextFamily, tied: bool) -> None:

@@ -145,6 +145,7 @@ def test_a_whole_cache_passes_every_check(root: Path) -> None:
     assert (report.num_shards, report.num_rows) == (3, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage_is_named_moved_and_written_again(root: Path, output: Path, what: str) -> None:
     damage, name, message, moved = DAMAGE[what]
@@ -279,6 +280,7 @@ def test_the_command_computes_a_cache(root: Path, output: Path, tmp_path: Path) 
     assert contents(tmp_path / "new") == contents(output)
 
 
+@pytest.mark.slow
 def test_verifying_needs_no_torch(root: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from precompute.feature_checks import verify_features; "

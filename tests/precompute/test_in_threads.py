@@ -1,4 +1,5 @@
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +15,17 @@ def test_a_failure_while_loading_ahead_is_raised_at_its_turn() -> None:
     received: list[int] = []
     with pytest.raises(ValueError, match="number five"):
         received.extend(in_threads(load, range(100), num_threads=3, ahead=10))
+    assert received == [0, 1, 2, 3, 4]
+
+
+def test_a_failure_of_the_items_themselves_is_raised_at_its_turn_too() -> None:
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise ValueError("number five")
+
+    received: list[int] = []
+    with pytest.raises(ValueError, match="number five"):
+        received.extend(in_threads(lambda item: item, items(), num_threads=3, ahead=10))
     assert received == [0, 1, 2, 3, 4]
 
 

@@ -331,6 +331,7 @@ def test_json_says_what_the_terminal_says(tmp_path: Path) -> None:
     assert {d["measure"]["name"]: d["mean"] for d in body["distributions"]}["k"] == 2
 
 
+@pytest.mark.slow
 def test_it_needs_no_engine_and_no_transformers(tmp_path: Path) -> None:
     write_known_output(tmp_path / "out")
     code = (

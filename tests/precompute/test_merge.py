@@ -197,6 +197,7 @@ def test_a_destination_that_holds_other_things_is_refused(
         merge([output], tmp_path / name, progress=False)
 
 
+@pytest.mark.slow
 def test_outputs_of_a_store_and_of_a_disk_are_joined(store: Store, whole: Path, tmp_path: Path) -> None:
     for name, data in contents(part(whole / "out", tmp_path / "a", 0, 1)).items():
         to_location(f"s3://{BUCKET}/part/{name}").write_bytes(data)

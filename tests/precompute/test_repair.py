@@ -72,6 +72,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_rerun_after_a_repair_writes_exactly_what_was_broken(output: Path, whole: Path, what: str) -> None:
     damage, expected = DAMAGE[what]
@@ -175,6 +176,7 @@ def test_repairs_in_one_second_do_not_share_a_directory(output: Path) -> None:
     assert sorted(moved) == [b"\0", b"\1", b"\2"]
 
 
+@pytest.mark.slow
 def test_objects_are_copied_before_they_are_deleted(store: Store, output: Path, whole: Path) -> None:
     flip(shard_path(output, 1), 2000)
     for name, data in contents(output).items():

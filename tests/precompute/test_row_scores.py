@@ -78,6 +78,7 @@ def test_best_entries_are_those_of_topk(num_rows: int, size: int, data: st.DataO
     assert all(len(set(row)) == k for row in ids.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 64, 1000])
 def test_draws_follow_the_distribution(size: int) -> None:
     """A chi-squared test of 200,000 draws; one in a million right programs would fail it."""

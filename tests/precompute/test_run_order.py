@@ -72,6 +72,7 @@ def test_the_order_is_the_same_in_every_run(config: PrecomputeConfig) -> None:
     assert orders[0] == orders[1] == orders[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 3, 256])
 def test_the_order_of_scoring_does_not_show_in_the_shards(
     config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch, window: int

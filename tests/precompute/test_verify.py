@@ -347,6 +347,7 @@ def test_a_report_names_the_first_problems_and_counts_all(output: Path) -> None:
     assert "NOT verified" in text
 
 
+@pytest.mark.slow
 def test_verification_loads_no_engine(whole: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from precompute.verify import verify\n"

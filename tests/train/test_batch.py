@@ -97,6 +97,7 @@ def test_the_student_that_is_the_teacher_has_no_distillation_loss(root: Path) ->
     assert float(terms["distillation"].total) < 0.02 * float(other["distillation"].total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(root: Path, cut: int) -> None:
     examples = [source(root, "kd")[i] for i in range(8)]

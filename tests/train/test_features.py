@@ -224,6 +224,7 @@ def test_any_other_weight_that_is_missing_is_still_refused(root: Path, tmp_path:
         load_student(broken, dtype=F32, tower=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_what_is_saved_is_what_the_whole_model_would_have_saved(

@@ -1,6 +1,7 @@
 """Batches made ahead of training: the same ones, in the same order, and errors in their place."""
 
 import itertools
+import multiprocessing
 import threading
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def test_an_error_comes_in_the_place_of_its_batch(
     assert len(list(itertools.islice(batches, 6))) == 6
     with pytest.raises(DataError, match=r"^sample 'bad' cannot be read$"):
         next(batches)
+    # Its worker has ended, though the error's traceback is still there.
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ def test_distillation_agrees_with_the_float64_reference(
     assert_accumulated(loss_R, expected_R, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("divergence", "tail", "temperature"), FORMS)
 @pytest.mark.parametrize("num_kept", [1, KEPT, VOCAB])
 def test_distillation_gradient_agrees_with_finite_differences(

@@ -48,6 +48,7 @@ def mixes(draw: Any) -> list[SampleSet]:
     return sets_of(sizes, weights) if min(weights) * total / sum(weights) >= 1 else sets_of(sizes, [None] * len(sizes))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     mix=mixes(),

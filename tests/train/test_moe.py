@@ -32,6 +32,7 @@ def dense_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_causal_lm(tmp_path_factory.mktemp("lm"), "qwen2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     ("make", "text"),
@@ -211,6 +212,7 @@ def test_more_choices_than_experts_are_refused(dense_lm: Path) -> None:
         upcycle(load_student(dense_lm, dtype=F32), MoEConfig(top_k=5), seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_upcycled_directory_holds_the_upcycled_model(tmp_path: Path, dtype: torch.dtype) -> None:
     dense = tiny_llava(tmp_path / "dense", dtype=dtype)

@@ -134,6 +134,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", STUDENTS)
 def test_packed_sequences_have_the_logits_that_each_has_alone(
@@ -294,6 +295,7 @@ def terms_and_gradient(model: PreTrainedModel, batch: Batch, config: LossConfig)
     return found, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
     [*((name, False) for name in LOSSES), ("distilled, sparse", True), ("preferred", True)],

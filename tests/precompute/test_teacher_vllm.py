@@ -15,6 +15,8 @@ from precompute.scoring import ScoringPlan
 from precompute.teacher import Teacher, draw_seed, expanded_positions, from_flat, to_scores
 from precompute.wishes import Wish
 
+pytestmark = pytest.mark.vllm
+
 IMAGE = 9
 
 # Own sequence: two text tokens, an image, two text tokens, of which the last two and the second are scored.

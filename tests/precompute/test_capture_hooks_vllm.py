@@ -20,6 +20,8 @@ from precompute.capture import start_capture
 from precompute.row_scores import RowScores
 from precompute.wishes import CapturedRows, CapturedSteps, Wish, pack, unpack
 
+pytestmark = pytest.mark.vllm
+
 VOCAB, HIDDEN, K = 200, 8, 5
 WEIGHT = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
 

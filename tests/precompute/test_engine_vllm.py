@@ -16,6 +16,8 @@ from precompute.config import EngineConfig
 from precompute.engine import Engine, Prompt
 from precompute.scoring import Refused
 
+pytestmark = pytest.mark.vllm
+
 
 def params(companion: int, expanded_ids: list[int]) -> SamplingParams:
     return SamplingParams(max_tokens=1, extra_args={"companion": companion, "ids": expanded_ids})
