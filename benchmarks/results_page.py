@@ -75,7 +75,7 @@ def _introduction(results: Results) -> str:
         f"# Results\n\n{quick}What students learn from stored scores, by what was stored. "
         "`python -m benchmarks.results OUT` runs everything with the project's own commands and writes this page; "
         "every figure on it, and every verdict, is computed from the runs.\n\n"
-        f"{results['seeds']} seed(s) of each run. `±` is the standard deviation over the seeds; differences are taken "
+        f"Seeds of each run: {results['seeds']}. `±` is the standard deviation over the seeds; differences are taken "
         "seed by seed, between runs that share the seed, the data, their order and the number of steps. "
         f"Machine: {machine['cpu']}, {machine['cores']} cores, no GPU, float32; {minutes}, side by side on one core "
         f"each. Versions: {packages}."

@@ -7,6 +7,10 @@ optimiser state a parameter, P parameters of which Q are trained, N GPUs.
     stage 1    W P + G Q + O Q / N
     stage 2    W P + (G + O) Q / N
     stage 3   (W P + (G + O) Q) / N
+
+Where E GPUs share the experts, a GPU lacks A = (1 - 1 / E) of the experts' parameters, B of the trained ones': stages 1
+and 2 take P - A for P, and stage 1 takes Q - B for the Q beside G. What is divided by N stays the same, since experts
+are divided by N / E once more.
 """
 
 from collections.abc import Iterable
@@ -24,7 +28,7 @@ from common.errors import ModelError
 from common.figures import Figure, Section, show
 from train.config import TRAINABLE, TrainConfig
 from train.moe import is_sparse, upcycle
-from train.student import freeze, is_multimodal
+from train.student import freeze, groups_of, is_multimodal
 from train.towerless import without_tower
 
 Precision = Literal["bf16", "fp32"]
@@ -92,11 +96,18 @@ class TrainerEstimate:
         return Group(self.parameters.render(), table, *(Text(f"- {note}") for note in self.notes))
 
 
-def memory_bytes(stage: int, num_gpus: int, num_parameters: int, num_trained: int, precision: Precision) -> float:
-    """Bytes a GPU for weights, gradients and optimiser, by the formulae in the module's docstring."""
+def memory_bytes(
+    stage: int,
+    num_gpus: int,
+    num_parameters: int,
+    num_trained: int,
+    precision: Precision,
+    elsewhere: tuple[int, int] = (0, 0),
+) -> float:
+    """Bytes a GPU for weights, gradients and optimiser, by the formulae above; `elsewhere` is A and B."""
     each = BYTES[precision]
-    weights = each.weight * num_parameters / (num_gpus if stage >= 3 else 1)
-    gradients = each.gradient * num_trained / (num_gpus if stage >= 2 else 1)
+    weights = each.weight * (num_parameters / num_gpus if stage >= 3 else num_parameters - elsewhere[0])
+    gradients = each.gradient * (num_trained / num_gpus if stage >= 2 else num_trained - elsewhere[1])
     optimiser = each.optimiser * num_trained / (num_gpus if stage >= 1 else 1)
     return weights + gradients + optimiser
 
@@ -125,6 +136,14 @@ def estimate(
                 model = upcycle(model, config.moe, seed=config.seed)
             counted += f", upcycled to {config.moe.num_experts} experts"
     num_trained = freeze(model, groups)
+    size = 1 if config is None else config.run.expert_parallel_size
+    experts = [parameter for name, parameter in model.named_parameters() if "experts" in groups_of(name)]
+    num_expert_parameters = sum(parameter.numel() for parameter in experts)
+    num_trained_of_experts = sum(parameter.numel() for parameter in experts if parameter.requires_grad)
+    elsewhere = (
+        num_expert_parameters - num_expert_parameters // size,
+        num_trained_of_experts - num_trained_of_experts // size,
+    )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     each = BYTES[precision]
     teacher = TEACHER_BYTES * num_teacher_parameters
@@ -142,18 +161,20 @@ def estimate(
         Memory(
             stage=zero,
             num_gpus=num_gpus,
-            num_bytes=(own := memory_bytes(zero, num_gpus, num_parameters, num_trained, precision)),
+            num_bytes=(own := memory_bytes(zero, num_gpus, num_parameters, num_trained, precision, elsewhere)),
             with_teacher=own + teacher / (num_gpus if zero == 3 else 1),
-            how=_arithmetic(zero, num_gpus, num_parameters, num_trained, BYTES[precision]),
+            how=_arithmetic(zero, num_gpus, num_parameters, num_trained, each, elsewhere),
             chosen=zero == chosen,
         )
-        for zero in STAGES
-        for num_gpus in gpus
+        # Experts are not divided under stage 0.
+        for zero in (STAGES if size == 1 else STAGES[1:])
+        for num_gpus in ([n for n in gpus if n % size == 0] or [size])
     )
     notes = (
         f"bytes a parameter: weight {each.weight}, and if trained gradient {each.gradient}, Adam {each.optimiser} "
         + ("(float32 master copy and two moments)" if precision == "bf16" else "(two moments)"),
         "with teacher: what loading it beside the student would add, whole on each GPU, split under ZeRO 3",
+        *([f"run.expert_parallel_size {size}: a GPU holds 1 / {size} of the experts"] if size > 1 else []),
         "not counted: activations, communication buffers; settings of run.deepspeed are not read",
     )
     return TrainerEstimate(parameters, memory, notes)
@@ -178,15 +199,18 @@ def student_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
     return model
 
 
-def _arithmetic(stage: int, num_gpus: int, num_parameters: int, num_trained: int, each: ParameterBytes) -> str:
+def _arithmetic(
+    stage: int, num_gpus: int, num_parameters: int, num_trained: int, each: ParameterBytes, elsewhere: tuple[int, int]
+) -> str:
     """The formula of `memory_bytes` with its values."""
     p, q = f"{num_parameters:,}", f"{num_trained:,}"
+    held_p, held_q = f"{num_parameters - elsewhere[0]:,}", f"{num_trained - elsewhere[1]:,}"
     match stage:
         case 0:
             return f"{each.weight} x {p} + {each.gradient + each.optimiser} x {q}"
         case 1:
-            return f"{each.weight} x {p} + ({each.gradient} + {each.optimiser} / {num_gpus}) x {q}"
+            return f"{each.weight} x {held_p} + {each.gradient} x {held_q} + {each.optimiser} x {q} / {num_gpus}"
         case 2:
-            return f"{each.weight} x {p} + {each.gradient + each.optimiser} x {q} / {num_gpus}"
+            return f"{each.weight} x {held_p} + {each.gradient + each.optimiser} x {q} / {num_gpus}"
         case _:
             return f"({each.weight} x {p} + {each.gradient + each.optimiser} x {q}) / {num_gpus}"

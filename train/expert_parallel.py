@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.errors import ConfigError
-from train.student import is_multimodal, text_config
+from train.student import groups_of, is_multimodal, text_config
 
 # DeepSpeed's names of a sparse block's parts, and transformers'. Experts are sliced and so not among them.
 _PARTS = {"router.gate.": "gate.", "shared_experts.": "shared_expert.", "shared_experts_gate.": "shared_expert_gate."}
@@ -48,7 +48,7 @@ def refuse_unsupported(model: PreTrainedModel, size: int, *, num_ranks: int, zer
         raise ConfigError(f"{key}: does not divide the {num_ranks} rank(s) of this run; start a multiple of {size}")
     if config.num_experts % size:
         raise ConfigError(f"{key}: does not divide the student's {config.num_experts} experts")
-    if not any(p.requires_grad for name, p in model.named_parameters() if ".mlp.experts." in name):
+    if not any(p.requires_grad for name, p in model.named_parameters() if "experts" in groups_of(name)):
         raise ConfigError(f"{key}: this stage trains no expert, which DeepSpeed then cannot divide; leave the key out")
 
 
@@ -82,7 +82,7 @@ def expert_parallel_settings(model: PreTrainedModel, size: int) -> dict[str, Any
 
 def split_experts(model: PreTrainedModel, groups: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """The optimiser's groups with the experts of each in one of its own, named as DeepSpeed wants it."""
-    experts = {id(parameter) for name, parameter in model.named_parameters() if ".mlp.experts." in name}
+    experts = {id(parameter) for name, parameter in model.named_parameters() if "experts" in groups_of(name)}
     divided = []
     for group in groups:
         divided.append({**group, "params": [p for p in group["params"] if id(p) not in experts]})

@@ -143,8 +143,8 @@ def freeze(model: PreTrainedModel, trainable: frozenset[str]) -> int:
     Raises:
         ModelError: an unknown group, or one that this model does not have.
     """
-    groups_of = {name: _groups(name) for name, _ in model.named_parameters()}
-    present = frozenset[str]().union(*groups_of.values())
+    found = {name: groups_of(name) for name, _ in model.named_parameters()}
+    present = frozenset[str]().union(*found.values())
     if absent := trainable - present:
         raise ModelError(
             f"{type(model).__name__}: cannot train {sorted(absent)}; this model has {sorted(present)}"
@@ -154,7 +154,7 @@ def freeze(model: PreTrainedModel, trainable: frozenset[str]) -> int:
     num_trainable = 0
     for name, parameter in model.named_parameters():
         frozen = keeps_zeros and ".mlp.shared_expert" in name
-        parameter.requires_grad_(bool(groups_of[name] & trainable) and not frozen)
+        parameter.requires_grad_(bool(found[name] & trainable) and not frozen)
         if parameter.requires_grad:
             num_trainable += getattr(parameter, "ds_numel", parameter.numel())
     return num_trainable
@@ -264,7 +264,8 @@ def refuse_incomplete(path: Path, report: Mapping[str, Any]) -> None:
         raise ModelError(f"{path}: {'; '.join(found)}. Expected weights that match config.json exactly")
 
 
-def _groups(parameter_name: str) -> frozenset[str]:
+def groups_of(parameter_name: str) -> frozenset[str]:
+    """Which groups of `trainable` a parameter of this name belongs to."""
     name = f".{parameter_name}"
     if ".vision_tower." in name:
         return frozenset({"vision_tower"})

@@ -113,6 +113,35 @@ def test_the_teacher_adds_its_weights_to_every_gpu_and_only_zero_3_splits_them(t
         assert eval(row.how.replace(" x ", " * ").replace(",", "")) == pytest.approx(row.num_bytes)
 
 
+def test_experts_that_gpus_share_are_held_in_part(tmp_path: Path) -> None:
+    path = tiny_llava(tmp_path)
+    moe = MoEConfig(num_experts=4, top_k=2)
+    model = upcycle(load_student(path, dtype=torch.float32), moe, seed=0)
+    freeze(model, frozenset({"adapter", "experts", "router"}))
+    run = {"expert_parallel_size": 2, "zero_stage": 2}
+    config = stage(path, stage="dense-to-sparse", moe=moe.model_dump(), run=run)
+    found = estimate(without_weights(path), 10, config=config, gpus=(1, 2, 4))
+    assert [(row.stage, row.num_gpus) for row in found.memory] == [(zero, n) for zero in (1, 2, 3) for n in (2, 4)]
+    assert any("expert_parallel_size 2" in note for note in found.notes)
+
+    # By counting what each of 4 GPUs holds, two pairs with one half of the experts each.
+    experts = {name: p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name}
+    others = {name: p for name, p in model.named_parameters() if name not in experts}
+    num_experts, num_others = sum(experts.values()), sum(p.numel() for p in others.values())
+    num_trained = sum(p.numel() for p in others.values() if p.requires_grad)
+    half = num_experts // 2
+    sharded = 14 * (num_trained / 4 + half / 2)
+    expected = {
+        1: 2 * (num_others + half) + 2 * (num_trained + half) + 12 * (num_trained / 4 + half / 2),
+        2: 2 * (num_others + half) + sharded,
+        3: 2 * (num_others / 4 + half / 2) + sharded,
+    }
+    for row in found.memory:
+        if row.num_gpus == 4:
+            assert row.num_bytes == pytest.approx(expected[row.stage])
+        assert eval(row.how.replace(" x ", " * ").replace(",", "")) == pytest.approx(row.num_bytes)
+
+
 @pytest.mark.slow
 def test_the_configured_stage_is_marked(tmp_path: Path) -> None:
     path = without_weights(tiny_llava(tmp_path))
