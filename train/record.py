@@ -9,11 +9,13 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from common.config import digest
 from common.errors import ConfigError, ProvenanceError, StorageError
@@ -47,6 +49,9 @@ def check_continuation(config: TrainConfig, source: Source) -> None:
     path = config.output / "config.json"
     try:
         before, now = json.loads(path.read_text("utf-8")), _record(config, source)
+        # A key that is newer than the run had its default's effect; one that is older than this version differs.
+        with suppress(ValidationError):
+            before["config"] = TrainConfig.model_validate(before["config"]).model_dump(mode="json")
         for side in (before, now):
             side.pop("config_sha256", None)
             for table, keys in _FREE.items():

@@ -86,6 +86,26 @@ def test_a_metrics_package_that_is_missing_is_named_before_anything_is_read(tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_of_an_older_version_continues_where_newer_keys_have_their_defaults(tmp_path: Path) -> None:
+    settings = stage(tmp_path / "run", tmp_path, data={"dataset": "data.json"}, loss={"cross_entropy": 1.0})
+    config = TrainConfig.model_validate(settings)
+    write_config(config, Samples())
+    path = tmp_path / "run" / "config.json"
+    recorded = json.loads(path.read_text())
+    del recorded["config"]["optim"]["betas"], recorded["config"]["data"]["batching"]
+    path.write_text(json.dumps(recorded))
+    check_continuation(config, Samples())
+    # Not the default here.
+    del recorded["config"]["optim"]["eps"]
+    path.write_text(json.dumps(recorded))
+    with pytest.raises(ProvenanceError, match=r"optim\.eps: the output has 1e-08, this run has 0\.0001"):
+        check_continuation(config, Samples())
+    recorded["config"]["optim"] |= {"eps": 1e-4, "gone": 1}
+    path.write_text(json.dumps(recorded))
+    with pytest.raises(ProvenanceError, match=r"optim\.gone"):
+        check_continuation(config, Samples())
+
+
 def test_each_start_is_recorded_and_the_earlier_ones_are_kept(tmp_path: Path) -> None:
     settings = stage(
         tmp_path / "run", tmp_path, data={"dataset": str(tmp_path / "data.json")}, loss={"cross_entropy": 1.0}, seed=3
