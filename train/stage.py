@@ -353,7 +353,8 @@ def _training_arguments(
     if clash := sorted(set(ours) & set(run.training_arguments)):
         raise ConfigError(f"run.training_arguments: {', '.join(clash)} follow from other settings of this file")
     try:
-        return TrainingArguments(**{**ours, **run.training_arguments})
+        # A name that can be changed, for W&B and trackio.
+        return TrainingArguments(**{**ours, "run_name": config.output.name, **run.training_arguments})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"run.training_arguments: {error}") from error
 

@@ -54,7 +54,7 @@ def test_a_tied_output_layer_trains_the_same_whole_and_partitioned(
     reference, found = runs / f"{name}-1-0", runs / f"{name}-{num_ranks}-{zero}"
     assert losses(found) == pytest.approx(losses(reference), rel=2e-6)
     assert len(losses(found)) == NUM_STEPS
-    assert largest_difference(trained(found), trained(reference)) < 2e-5
+    assert largest_difference(trained(found), trained(reference)) < 5e-6
     before, after = load_file(runs / "student" / "model.safetensors")[EMBEDDING], trained(found)[EMBEDDING]
     # Rows that no text has are moved by the output layer's gradient alone.
     assert (before != after).any(1).float().mean() > 0.9

@@ -58,5 +58,5 @@ def test_a_run_stopped_and_continued_on_other_ranks_ends_with_the_same_weights(
     assert second.wait() == [0] * after, second.output[-3000:]
     assert steps_logged(root / name) == list(range(1, NUM_STEPS + 1))
     assert losses(root / name) == pytest.approx(losses(root / "whole"), rel=1e-5)
-    assert largest_difference(weights(root / name), weights(root / "whole")) < 1e-5
+    assert largest_difference(weights(root / name), weights(root / "whole")) < 5e-6
     assert not (root / name / "checkpoints" / ".universal").exists()

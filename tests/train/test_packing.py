@@ -359,8 +359,8 @@ def padding_of(output: Path) -> list[float]:
 def test_a_run_ends_with_the_same_weights_however_its_batches_are_made(runs: Path, name: str, num_ranks: int) -> None:
     reference, found = runs / f"{name.split('-')[0]}-padded-1", runs / f"{name}-{num_ranks}"
     assert losses_of(found) == pytest.approx(losses_of(reference), rel=2e-6)
-    # Adam's steps are 1e-3.
-    assert largest_difference(weights(found), weights(reference)) < 2e-5
+    # Of steps of 1e-3.
+    assert largest_difference(weights(found), weights(reference)) < 5e-6
     padding = padding_of(found)
     assert len(padding) == 3
     if name.endswith("packed"):
