@@ -114,6 +114,7 @@ def test_the_worked_example_is_right() -> None:
         assert scores.rest_mass.tolist() == pytest.approx(rests, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp32", "fp16", "q8", "q6"])
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
 def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path, kind: Kind, form: str) -> None:

@@ -45,6 +45,7 @@ def by_name(inspection: Inspection) -> dict[str, tuple[float, ...]]:
     return {d.measure.name: (*d.quantiles, d.mean, d.num_values) for d in inspection.distributions}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
 def test_distributions_are_those_that_duckdb_and_scipy_find(tmp_path: Path, kind: Kind, drawn: bool) -> None:

@@ -24,6 +24,7 @@ def export(output: Path, out: Path) -> Any:
     return unpack(open_target(output), out, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
 def test_lists_hold_what_the_shards_hold(tmp_path: Path, kind: Kind, drawn: bool) -> None:

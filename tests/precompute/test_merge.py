@@ -35,6 +35,7 @@ def shown(merged: Merged) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
+@pytest.mark.slow
 def test_parts_become_the_whole_byte_for_byte(whole: Path, tmp_path: Path) -> None:
     parts = [part(whole / "out", tmp_path / "a", 0, 2), part(whole / "out", tmp_path / "b", 1)]
     merged = merge(parts, tmp_path / "merged", progress=False)

@@ -22,6 +22,7 @@ from tests.precompute.runs import score
 from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing_file", range(4))
 def test_a_full_disk_stops_the_run_and_a_rerun_completes_it(
     config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch, failing_file: int

@@ -55,6 +55,7 @@ def test_a_bad_sample_stops_the_run_and_is_named(
     assert published_shards(config.output) == ((0,) if how == "unreadable image" else ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", BAD_SAMPLES)
 def test_a_bad_sample_is_skipped_by_choice_and_listed(tmp_path: Path, llava_dir: Path, how: str) -> None:
     records = conversation_records(tmp_path, NUM_SAMPLES)

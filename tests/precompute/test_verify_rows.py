@@ -194,6 +194,7 @@ def no_padding_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llava(tmp_path_factory.mktemp("no-padding"), padded_rows=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "damage", "message"),
     [
@@ -222,6 +223,7 @@ def test_rows_of_the_wrong_length_are_found(
     assert re.search(message, found["mass"]), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "q8", "q6"])
 @pytest.mark.parametrize(
     "settings", [{"top_k": 300, "top_p": 0.9, "min_k": 3}, {"top_k": "all", "top_p": 1.0}, {"top_k": 1}, {"top_k": 40}]

@@ -239,6 +239,7 @@ OBJECTIVES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", OBJECTIVES, ids=range(len(OBJECTIVES)))
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_gets_the_gradient_of_whole_logits(tmp_path: Path, tied: bool, config: LossConfig) -> None:

@@ -114,6 +114,7 @@ def true_lengths(root: Path, source: Source, kind: Kind) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
 def test_lengths_of_shards_are_those_of_the_batch(root: Path, kind: Kind) -> None:
     encoder = Encoder.load(root / "model")

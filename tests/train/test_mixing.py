@@ -206,6 +206,7 @@ def test_batches_of_two_outputs_with_other_k_and_other_image_roots(
     assert any(batch.pixel_values is not None and len(batch.pixel_values) > 1 for batch in batches)
 
 
+@pytest.mark.slow
 def test_a_fraction_of_each_set_is_held_out(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     mix = config(outputs, both(outputs), validation_fraction=0.25)

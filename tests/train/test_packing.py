@@ -234,6 +234,7 @@ def both(root: Path, kind: str, numbers: range | list[int]) -> tuple[Batch, Batc
 BATCHES: list[list[int]] = [[0, 1, 2, 3, 4], [1, 3, 0, 5], [1, 3], [0], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", BATCHES)
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
 def test_a_packed_batch_is_the_padded_one_without_its_padding(root: Path, kind: str, numbers: list[int]) -> None:
