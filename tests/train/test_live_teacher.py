@@ -28,7 +28,7 @@ def live_distillation(teacher_dir: Path, student_dir: Path, dataset_path: Path) 
     trained = [p for n, p in student.named_parameters() if "vision_tower" not in n]
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("vision_tower" not in name)
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0)
     dataset = Dataset.open(dataset_path, "kd")
     steps_per_epoch = -(-len(dataset) // BATCH)
     found = []
