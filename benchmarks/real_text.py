@@ -25,7 +25,7 @@ class RealRows:
 
 def real_ids(model_dir: Path, num_tokens: int) -> npt.NDArray[np.int32]:
     """The first `num_tokens` tokens of the standard library's docstrings, int32."""
-    records = real_conversations(400, max_chars=4000)
+    records = real_conversations(1600, max_chars=4000)
     text = "\n\n".join(message["content"] for record in records for message in record["messages"])
     ids = np.asarray(AutoTokenizer.from_pretrained(model_dir)(text)["input_ids"], np.int32)
     assert len(ids) >= num_tokens, f"only {len(ids)} tokens of text"

@@ -1,11 +1,11 @@
 """How kept entries become bytes, and back; docs/shard-format.md says it to the bit.
 
     ids ─ TokenOrder ─> ranks, ascending in a row ─> differences ─> a symbol each, and what does not fit into it
-    log-probs ─ precision ─> codes or float bits, in the order of the ranks ─> byte planes
+    log-probs ─ precision ─> codes, rows of like rest mass together, or byte planes of floats; in the order of the ranks
     draws ─ in the order of the ranks ─> a bit for more than one, and byte planes of those
 
-Ids are exact. A rank is an id's place among the shard's ids by how often they are kept: what a row keeps are mostly
-frequent words, so their ranks lie close together and differ by little. Each stream is a Parquet column of its own:
+Ids are exact. A rank is an id's place in its row's table, by how often rows of this table keep it: what a row keeps is
+mostly frequent there, so its ranks lie close together and differ by little. Each stream is a Parquet column of its own:
 zstd then sees bytes of one kind.
 
 Legend: R scored tokens, N kept entries of all of them, K kept entries of the longest row, V vocabulary.
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from common.errors import ShardError
 from common.scores import MAX_VOCAB_SIZE, TeacherScores, descending_keys, from_descending_keys, share_logprobs
+from common.streams import NUM_BUCKETS, buckets_of, bytes_of_bits, join_buckets, pack_bits, with_single_draws
 from common.token_order import TokenOrder
 
 Precision = Literal["fp32", "fp16", "q8", "q6"]
@@ -28,11 +29,12 @@ Precision = Literal["fp32", "fp16", "q8", "q6"]
 Form = Precision | None
 
 ID_COLUMNS = ("topk_ids", "topk_ids_low", "topk_ids_high")
+ROOT_COLUMNS = tuple(f"topk_roots_{bucket}" for bucket in range(NUM_BUCKETS))
 _VALUE_COLUMNS: dict[Form, tuple[str, ...]] = {
     "fp32": tuple(f"topk_logprobs_{plane}" for plane in range(4)),
     "fp16": ("topk_logprobs_0", "topk_logprobs_1"),
-    "q8": ("topk_roots",),
-    "q6": ("topk_roots",),
+    "q8": ROOT_COLUMNS,
+    "q6": ROOT_COLUMNS,
     None: ("topk_repeated", "topk_draws_0", "topk_draws_1"),
 }
 
@@ -112,10 +114,15 @@ def _sums(values_N: npt.NDArray[np.float64], counts_R: npt.NDArray[np.int32]) ->
     return np.bincount(rows_N, values_N, minlength=len(counts_R)).astype(np.float64)
 
 
-def pack(scores: Sequence[TeacherScores], order: TokenOrder, form: Form) -> dict[str, Packed]:
-    """The binary columns of these conversations. Scores with `codes` are stored by them, not by their log-probs."""
+def pack(
+    scores: Sequence[TeacherScores], tables: Sequence[npt.NDArray[np.uint8]], order: TokenOrder, form: Form
+) -> dict[str, Packed]:
+    """The binary columns of these conversations, whose rows have these `tables` of the order, [R] each.
+
+    Scores with `codes` are stored by them, not by their log-probs.
+    """
     sizes = [len(each.ids) for each in scores]
-    batches = [_pack_batch(scores[start:stop], order, form) for start, stop in _batches(sizes)]
+    batches = [_pack_batch(scores[a:b], np.concatenate(tables[a:b]), order, form) for a, b in _batches(sizes)]
     packed = {}
     for name in columns_of(form):
         lengths = np.concatenate([np.zeros(1, np.int64), *(batch[name][1] for batch in batches)])
@@ -128,6 +135,7 @@ def unpack(
     columns: Mapping[str, Packed],
     counts: Sequence[npt.NDArray[np.int32]],
     rest_mass: Sequence[npt.NDArray[np.float32]],
+    tables: Sequence[npt.NDArray[np.uint8]],
     order: TokenOrder,
     form: Form,
     num_draws: int | None,
@@ -136,8 +144,8 @@ def unpack(
 ) -> Iterator[Kept]:
     """The kept entries of each conversation, in the order of `TeacherScores`; each array owns its memory.
 
-    `counts` and `rest_mass` have [R] of each conversation; `num_draws` is None unless entries were drawn. `codes` come
-    with `keep_codes` and a quantised form alone.
+    `counts`, `rest_mass` and `tables` have [R] of each conversation; `num_draws` is None unless entries were drawn.
+    `codes` come with `keep_codes` and a quantised form alone.
 
     Raises:
         ShardError: the streams do not fit together, or name a token past the vocabulary.
@@ -145,11 +153,16 @@ def unpack(
     sizes = [int(each.sum()) for each in counts]
     for start, stop in _batches(sizes):
         counts_R, rest_R = np.concatenate(counts[start:stop]), np.concatenate(rest_mass[start:stop])
+        tables_R = np.concatenate(tables[start:stop])
         parts = {name: column.part(start, stop) for name, column in columns.items()}
         if counts_R.min(initial=0) < 0:
             raise ShardError(f"{where}: a row keeps {counts_R.min()} entries; the shard is damaged")
+        if tables_R.max(initial=0) >= order.num_tables:
+            raise ShardError(
+                f"{where}: names table {tables_R.max()}, there are {order.num_tables}; the shard is damaged"
+            )
         ends = np.cumsum([0, *sizes[start:stop]])
-        kept = _unpack_batch(parts, ends, counts_R, rest_R, order, form, num_draws, where, keep_codes)
+        kept = _unpack_batch(parts, ends, counts_R, rest_R, tables_R, order, form, num_draws, where, keep_codes)
         for part in map(slice, ends[:-1], ends[1:]):
             yield Kept(
                 kept.ids[part].copy(),
@@ -160,13 +173,14 @@ def unpack(
 
 
 def _pack_batch(
-    scores: Sequence[TeacherScores], order: TokenOrder, form: Form
+    scores: Sequence[TeacherScores], tables_R: npt.NDArray[np.uint8], order: TokenOrder, form: Form
 ) -> dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:
     """Bytes of each column, and how many of them each conversation has."""
     counts_R = np.concatenate([each.counts for each in scores])
     ends = np.cumsum([0, *(len(each.ids) for each in scores)])
     num_bytes = _VALUE_BYTES[form]
-    keys_N = order.ranks[np.concatenate([each.ids for each in scores])].astype(_key_type(form))
+    ids_N = np.concatenate([each.ids for each in scores])
+    keys_N = order.ranks[np.repeat(tables_R, counts_R), ids_N].astype(_key_type(form))
     keys_N <<= 8 * num_bytes
     keys_N |= np.concatenate([_values(each, form) for each in scores])
     keys_RK = _rows(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
@@ -195,7 +209,15 @@ def _pack_batch(
         assert draws_N.min(initial=1) >= 1
         is_repeated_N = draws_N > 1
         values, value_ends = values[is_repeated_N], np.concatenate([[0], np.cumsum(is_repeated_N)])[ends]
-        streams.append((_pack_bits(is_repeated_N, ends), _bytes_of_bits(np.diff(ends))))
+        streams.append((pack_bits(is_repeated_N, ends), bytes_of_bits(np.diff(ends))))
+    if form in LEVELS:
+        buckets_R = buckets_of(np.concatenate([each.rest_mass for each in scores]))
+        rows_of = np.repeat(np.arange(len(scores)), [each.num_rows for each in scores])
+        codes_N, buckets_N = values.astype(np.uint8), np.repeat(buckets_R, counts_R)
+        for bucket in range(NUM_BUCKETS):
+            sizes = np.bincount(rows_of, counts_R * (buckets_R == bucket), minlength=len(scores))
+            streams.append((codes_N[buckets_N == bucket], sizes.astype(np.int64)))
+        return dict(zip(columns_of(form), streams, strict=True))
     streams += [((values >> 8 * plane).astype(np.uint8), np.diff(value_ends)) for plane in range(num_bytes)]
     return dict(zip(columns_of(form), streams, strict=True))
 
@@ -205,6 +227,7 @@ def _unpack_batch(
     ends: npt.NDArray[np.int64],
     counts_R: npt.NDArray[np.int32],
     rest_R: npt.NDArray[np.float32],
+    tables_R: npt.NDArray[np.uint8],
     order: TokenOrder,
     form: Form,
     num_draws: int | None,
@@ -215,7 +238,9 @@ def _unpack_batch(
     symbols_N, low, high, *planes = (columns[name] for name in columns_of(form))
     num_entries = int(counts_R.sum())
     if form is None:
-        planes = _with_single_draws(planes, ends, where)
+        planes = with_single_draws(planes, ends, where)
+    elif form in LEVELS:
+        planes = [join_buckets(planes, counts_R, buckets_of(rest_R), where)]
     far = np.flatnonzero(symbols_N >= _LITERALS)
     h = symbols_N[far].astype(np.int32) - _LITERALS
     is_high = h == _MOST_H
@@ -235,10 +260,12 @@ def _unpack_batch(
     width = int(counts_R.max(initial=0))
     wide_enough: type[np.signedinteger] = np.int32 if width * (MAX_VOCAB_SIZE + 512) < 2**31 else np.int64
     ranks_RK = np.cumsum(_rows(steps_N, counts_R, 0), axis=1, dtype=wide_enough) - 1
-    if ranks_RK.max(initial=0) >= len(order.ids):
-        raise ShardError(
-            f"{where}: names the token of rank {ranks_RK.max():,}, there are {len(order.ids):,}; the shard is damaged"
-        )
+    starts_R = order.starts[tables_R]
+    # Ranks ascend.
+    beyond_R = ranks_RK[:, -1:] >= (order.starts[1:][tables_R] - starts_R)[:, None]
+    if beyond_R.any():
+        raise ShardError(f"{where}: names an id past the last one of its row's table; the shard is damaged")
+    ranks_RK += starts_R[:, None]
 
     keys_N = _sort_keys(planes, form, num_draws, where)
     keys_N <<= _ID_BITS
@@ -305,50 +332,6 @@ def _values(scores: TeacherScores, form: Form) -> npt.NDArray[np.uint32]:
     levels = np.float32(LEVELS[form])
     roots_N = np.exp(scores.logprobs * np.float32(0.5))
     return np.minimum(np.rint(roots_N * levels), levels).astype(np.uint32)
-
-
-def _with_single_draws(
-    columns: Sequence[npt.NDArray[np.uint8]], ends: npt.NDArray[np.int64], where: str
-) -> list[npt.NDArray[np.uint8]]:
-    """Byte planes of all numbers of draws, from the bits and the planes of those above 1.
-
-    Raises:
-        ShardError: they do not fit together.
-    """
-    bits, *planes = columns
-    if len(bits) != _bytes_of_bits(np.diff(ends)).sum():
-        raise ShardError(f"{where}: {len(bits):,} bytes of bits for {ends[-1]:,} drawn entries; the shard is damaged")
-    repeated = np.flatnonzero(np.unpackbits(bits, bitorder="little")[_places_of_bits(ends)])
-    if any(len(plane) != len(repeated) for plane in planes):
-        raise ShardError(
-            f"{where}: {[len(plane) for plane in planes]} bytes of draws for {len(repeated):,} entries that were drawn "
-            "more than once; the shard is damaged"
-        )
-    low, high = planes
-    if ((low < 2) & (high == 0)).any():
-        raise ShardError(f"{where}: fewer than 2 draws of what was drawn more than once; the shard is damaged")
-    whole = [np.full(ends[-1], value, np.uint8) for value in (1, 0)]
-    for one, plane in zip(whole, planes, strict=True):
-        one[repeated] = plane
-    return whole
-
-
-def _pack_bits(flags_N: npt.NDArray[np.bool_], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """A bit an entry, the lowest first; each conversation begins with a byte of its own."""
-    bits = np.zeros(8 * _bytes_of_bits(np.diff(ends)).sum(), np.uint8)
-    bits[_places_of_bits(ends)] = flags_N
-    return np.packbits(bits, bitorder="little")
-
-
-def _places_of_bits(ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where the bit of each entry stands among all bits."""
-    sizes = np.diff(ends)
-    skipped = 8 * np.cumsum([0, *_bytes_of_bits(sizes)])[:-1] - ends[:-1]
-    return np.arange(ends[-1]) + np.repeat(skipped, sizes)
-
-
-def _bytes_of_bits(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return -(-sizes // 8)
 
 
 def _key_type(form: Form) -> type[np.unsignedinteger]:

@@ -26,7 +26,7 @@ from common.errors import ProvenanceError, ShardError
 from common.samples import Kind
 from common.storage import Location, list_files, open_ranged, publish, publish_new, read_bytes
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FEATURE_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 

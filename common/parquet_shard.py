@@ -12,7 +12,8 @@ from common.manifest import Receipt, ShardedManifest, Skipped, receipt_path, sha
 from common.storage import Location, open_ranged, publish
 
 # Higher levels save 2% and take several times as long.
-ZSTD_LEVEL = 3
+# What columns hold are numbers: there are few repetitions, which higher levels would look for and code at some cost.
+ZSTD_LEVEL = 1
 
 # Keys of the Parquet footer begin with this; what follows it is a key of `ParquetShard.footer`.
 _KEY_PREFIX = b"decant."

@@ -25,7 +25,7 @@ from common.parquet_shard import ZSTD_LEVEL, ParquetShard, footer_of, publish_sh
 from common.samples import ImageRef, Kind, Sample, Turn
 from common.scores import TeacherScores
 from common.storage import Location
-from common.token_order import TokenOrder
+from common.token_order import TokenOrder, classes_from_text, classes_to_text, find_classes
 
 PREFIXES: dict[Kind, tuple[str, ...]] = {"kd": ("",), "dpo": ("chosen_", "rejected_")}
 
@@ -39,6 +39,7 @@ _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _SPANS = pa.list_(pa.struct({"start": pa.int32(), "stop": pa.int32()}))
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
+_BYTES = pa.list_(pa.uint8())
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def schema(kind: Kind, capture: CaptureSettings) -> pa.Schema:
         "own_logprobs": _FLOATS,
         "rest_mass": _FLOATS,
         "topk_counts": _INTS,
+        "topk_tables": _BYTES,
         **dict.fromkeys(columns_of(capture.precision), pa.binary()),
     }
     fields += [pa.field(p + name, kind_, nullable=False) for p in PREFIXES[kind] for name, kind_ in columns.items()]
@@ -90,7 +92,9 @@ def write_shard(
     image_token_ids = {c.encoded.image_token_id for row in rows for c in row.conversations}
     assert len(image_token_ids) <= 1
     image_token_id = next(iter(image_token_ids), None)
-    order = TokenOrder.of([c.scores for row in rows for c in row.conversations], manifest.tokenizer.vocab_size)
+    scores = [c.scores for row in rows for c in row.conversations]
+    classes, tables = find_classes(scores, manifest.tokenizer.vocab_size)
+    order = TokenOrder(classes)
     table_schema = schema(manifest.kind, manifest.capture)
     buffer = io.BytesIO()
     with pq.ParquetWriter(
@@ -107,7 +111,9 @@ def write_shard(
         write_statistics=["sample_id", "index"],
     ) as writer:
         for start in range(0, len(rows), ROWS_PER_GROUP):
-            columns = _to_columns(rows[start : start + ROWS_PER_GROUP], manifest, order)
+            stop = start + ROWS_PER_GROUP
+            at_once = len(PREFIXES[manifest.kind])
+            columns = _to_columns(rows[start:stop], tables[start * at_once : stop * at_once], manifest, order)
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table_schema))
         # Given to the schema it would be written twice, the second time in what Arrow keeps for itself.
         writer.add_key_value_metadata(
@@ -115,7 +121,7 @@ def write_shard(
                 manifest,
                 number,
                 image_token_id="" if image_token_id is None else str(image_token_id),
-                token_classes=order.to_text(),
+                token_classes=classes_to_text(classes),
             )
         )
     return publish_shard(
@@ -148,8 +154,8 @@ class ShardFile(ParquetShard):
         with self.damage_is_named():
             image_token = self.footer.get("image_token_id")
             self.image_token_id = int(image_token) if image_token else None
-        classes = self.footer.get("token_classes", "")
-        self._order = TokenOrder.from_text(classes.encode(), manifest.tokenizer.vocab_size, str(path))
+        text = self.footer.get("token_classes", "")
+        self._order = TokenOrder(classes_from_text(text.encode(), manifest.tokenizer.vocab_size, str(path)))
 
     def read_sizes(self, group: int) -> npt.NDArray[np.int32]:
         """Tokens and images of each row of a group, int32 [rows, 2], without decoding the rows.
@@ -194,20 +200,22 @@ class ShardFile(ParquetShard):
         ]
 
     def _to_conversations(self, table: pa.Table, prefix: str, first_row: int) -> list[ScoredConversation]:
-        spans, own, rest, counts = (
+        spans, own, rest, counts, tables = (
             _split(table.column(prefix + name))
-            for name in ("response_spans", "own_logprobs", "rest_mass", "topk_counts")
+            for name in ("response_spans", "own_logprobs", "rest_mass", "topk_counts", "topk_tables")
         )
-        for row, lengths in enumerate(zip(map(_num_scored, spans), *map(_lengths, (own, rest, counts)), strict=True)):
+        found = map(_lengths, (own, rest, counts, tables))
+        for row, lengths in enumerate(zip(map(_num_scored, spans), *found, strict=True)):
             if len(set(lengths)) > 1:
                 raise ShardError(
-                    f"{self.path}: row {first_row + row}: {lengths[1]} own log-probs, {lengths[2]} rest masses and "
-                    f"{lengths[3]} counts for {lengths[0]} scored tokens; the shard is damaged"
+                    f"{self.path}: row {first_row + row}: {lengths[1]} own log-probs, {lengths[2]} rest masses, "
+                    f"{lengths[3]} counts and {lengths[4]} tables for {lengths[0]} scored tokens; the shard is damaged"
                 )
         kept = unpack(
             {name: _packed(table.column(prefix + name)) for name in columns_of(self._capture.precision)},
             counts,
             rest,
+            tables,
             self._order,
             self._capture.precision,
             self._capture.num_draws,
@@ -224,8 +232,10 @@ class ShardFile(ParquetShard):
         ]
 
 
-def _to_columns(rows: Sequence[ShardRow], manifest: Manifest, order: TokenOrder) -> list[pa.Array]:
-    """The columns of `schema`, in its order."""
+def _to_columns(
+    rows: Sequence[ShardRow], tables: Sequence[npt.NDArray[np.uint8]], manifest: Manifest, order: TokenOrder
+) -> list[pa.Array]:
+    """The columns of `schema`, in its order; `tables` has the conversations of all rows, one after the other."""
     samples = [row.sample for row in rows]
     columns = [
         pa.array([sample.id for sample in samples], pa.string()),
@@ -236,6 +246,7 @@ def _to_columns(rows: Sequence[ShardRow], manifest: Manifest, order: TokenOrder)
         turns = [[{"role": t.role, "content": t.content} for t in s.conversations[which]] for s in samples]
         encoded = [row.conversations[which].encoded for row in rows]
         scores = [row.conversations[which].scores for row in rows]
+        tables_of = tables[which :: len(PREFIXES[manifest.kind])]
         columns += [
             pa.array(turns, _MESSAGES),
             _join([e.input_ids for e in encoded], _INTS),
@@ -244,7 +255,8 @@ def _to_columns(rows: Sequence[ShardRow], manifest: Manifest, order: TokenOrder)
             _join([s.own_logprobs for s in scores], _FLOATS),
             _join([s.rest_mass for s in scores], _FLOATS),
             _join([s.counts for s in scores], _INTS),
-            *map(_binary, pack(scores, order, manifest.capture.precision).values()),
+            _join(list(tables_of), _BYTES),
+            *map(_binary, pack(scores, tables_of, order, manifest.capture.precision).values()),
         ]
     return columns
 

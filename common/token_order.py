@@ -1,7 +1,14 @@
-"""Token ids by how often they are kept, the order in which shards store them."""
+"""Token ids by how often they are kept: the orders in which shards store what a row keeps.
+
+After like words a teacher keeps like ids. So a shard has several tables of frequencies, and each row the one that fits
+it best: its ids are then among the first of that table, close together.
+
+Legend: M tables, V vocabulary, R rows, S rows of a sample, U ids that occur in it, J ids by which a row is known.
+"""
 
 import base64
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -10,45 +17,130 @@ import zstandard
 from common.errors import ShardError
 from common.scores import TeacherScores
 
+MAX_TABLES = 64
+
+# A table takes about a byte for each id in it, which so many entries have to make up for.
+ENTRIES_A_TABLE = 1 << 18
+# Rows are known by their best ids, tables are found on so many rows each.
+_BEST = 16
+_ROWS_A_TABLE = 128
+_ROUNDS = 5
+# Rows whose scores are in memory together.
+_ROWS_AT_ONCE = 4096
+
 
 class TokenOrder:
-    """Token ids by falling class of frequency, ties by ascending id.
+    """Token ids by falling class of frequency, ties by ascending id, in each table.
 
-    `classes` uint8 [V]: binary digits of the number of rows that keep the id. `ids` int32 [V] by rank, `ranks` int32
-    [V] by id.
+    The ids of table m by rank are `ids[starts[m] : starts[m + 1]]`, int32: those whose class is not 0.
     """
 
-    def __init__(self, classes: npt.NDArray[np.uint8]) -> None:
-        self.classes = classes
-        self.ids = np.argsort(~classes, kind="stable").astype(np.int32)
-        self.ranks = np.empty_like(self.ids)
-        self.ranks[self.ids] = np.arange(len(classes), dtype=np.int32)
+    def __init__(self, classes_MV: npt.NDArray[np.uint8]) -> None:
+        self.num_tables, self._vocab_size = classes_MV.shape
+        tables = [np.flatnonzero(classes_V) for classes_V in classes_MV]
+        tables = [ids[np.argsort(~c[ids], kind="stable")] for ids, c in zip(tables, classes_MV, strict=True)]
+        self.ids = np.concatenate(tables).astype(np.int32)
+        self.starts = np.cumsum([0, *map(len, tables)]).astype(np.int32)
 
-    @classmethod
-    def of(cls, scores: Sequence[TeacherScores], vocab_size: int) -> "TokenOrder":
-        """The order by these scores' own frequencies."""
-        counts_V = np.zeros(vocab_size, np.int64)
-        for each in scores:
-            counts_V += np.bincount(each.ids, minlength=vocab_size)
-        return cls(np.frexp(counts_V)[1].astype(np.uint8))
+    @cached_property
+    def ranks(self) -> npt.NDArray[np.int32]:
+        """Rank of each id, int32 [M, V]; without meaning where the class is 0. Only who writes needs them."""
+        ranks_MV = np.zeros((self.num_tables, self._vocab_size), np.int32)
+        for ranks_V, start, stop in zip(ranks_MV, self.starts[:-1], self.starts[1:], strict=True):
+            ranks_V[self.ids[start:stop]] = np.arange(stop - start)
+        return ranks_MV
 
-    def to_text(self) -> str:
-        """Base64 of the zstd frame of `classes`; the frame has a checksum."""
-        return base64.b64encode(
-            zstandard.ZstdCompressor(9, write_checksum=True).compress(self.classes.tobytes())
-        ).decode()
 
-    @classmethod
-    def from_text(cls, text: bytes, vocab_size: int, where: str) -> "TokenOrder":
-        """Inverse of `to_text`.
+def find_classes(
+    scores: Sequence[TeacherScores], vocab_size: int
+) -> tuple[npt.NDArray[np.uint8], list[npt.NDArray[np.uint8]]]:
+    """Classes of each table's ids, uint8 [M, V], and the table of each row, uint8 [R] for each of `scores`.
 
-        Raises:
-            ShardError: damaged, or of another vocabulary.
-        """
-        try:
-            data = zstandard.ZstdDecompressor().decompress(base64.b64decode(text, validate=True), vocab_size)
-        except (ValueError, zstandard.ZstdError) as error:
-            raise ShardError(f"{where}: its token classes cannot be read ({error}); the file is damaged") from error
-        if len(data) != vocab_size:
-            raise ShardError(f"{where}: has classes of {len(data):,} tokens, expected {vocab_size:,}")
-        return cls(np.frombuffer(data, np.uint8))
+    A class is the number of binary digits of how many rows of the table keep the id.
+    """
+    ids_N = np.concatenate([np.zeros(0, np.int32), *(each.ids for each in scores)])
+    counts_R = np.concatenate([np.zeros(0, np.int32), *(each.counts for each in scores)])
+    num_tables = min(1 << max((len(ids_N) // ENTRIES_A_TABLE).bit_length() - 1, 0), MAX_TABLES)
+    tables_R = _tables(ids_N, counts_R, num_tables, vocab_size)
+    cells_N = np.repeat(tables_R.astype(np.int64) * vocab_size, counts_R) + ids_N
+    rows_MV = np.bincount(cells_N, minlength=num_tables * vocab_size).reshape(num_tables, vocab_size)
+    tables = np.split(tables_R, np.cumsum([each.num_rows for each in scores]))[:-1]
+    return np.frexp(rows_MV)[1].astype(np.uint8), tables
+
+
+def classes_to_text(classes_MV: npt.NDArray[np.uint8]) -> str:
+    """Base64 of a zstd frame of them, all of an id beside each other; the frame has a checksum."""
+    data = np.ascontiguousarray(classes_MV.T).tobytes()
+    return base64.b64encode(zstandard.ZstdCompressor(9, write_checksum=True).compress(data)).decode()
+
+
+def classes_from_text(text: bytes, vocab_size: int, where: str) -> npt.NDArray[np.uint8]:
+    """Inverse of `classes_to_text`, uint8 [M, V].
+
+    Raises:
+        ShardError: damaged, or of another vocabulary.
+    """
+    try:
+        frame = base64.b64decode(text, validate=True)
+        data = zstandard.ZstdDecompressor().decompress(frame, MAX_TABLES * vocab_size)
+    except (ValueError, zstandard.ZstdError) as error:
+        raise ShardError(f"{where}: its token classes cannot be read ({error}); the file is damaged") from error
+    num_tables, left = divmod(len(data), vocab_size)
+    if left or not 1 <= num_tables <= MAX_TABLES:
+        raise ShardError(
+            f"{where}: has {len(data):,} token classes, expected 1 to {MAX_TABLES} times {vocab_size:,} tokens"
+        )
+    return np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(vocab_size, num_tables).T)
+
+
+def _tables(
+    ids_N: npt.NDArray[np.int32], counts_R: npt.NDArray[np.int32], num_tables: int, vocab_size: int
+) -> npt.NDArray[np.uint8]:
+    """A table for each row, uint8 [R]: classes of a mixture of frequencies, by rounds of hard assignment."""
+    num_rows = len(counts_R)
+    if num_tables == 1:
+        return np.zeros(num_rows, np.uint8)
+    starts_R = np.cumsum(counts_R) - counts_R
+    sample_S = np.linspace(0, num_rows - 1, min(num_rows, _ROWS_A_TABLE * num_tables)).astype(np.int64)
+    best_SJ = _best(ids_N, counts_R, starts_R, sample_S, vocab_size)
+    used_U = np.unique(best_SJ[best_SJ < vocab_size])
+    # What does not occur in the sample says nothing of a table, as an empty place.
+    places = np.full(vocab_size + 1, len(used_U))
+    places[used_U] = np.arange(len(used_U))
+    places_SJ = places[best_SJ]
+    size = len(used_U) + 1
+    share_U1 = np.bincount(places_SJ.reshape(-1), minlength=size) / len(sample_S)
+
+    weights_U1M = np.zeros((size, num_tables), np.float32)
+    seeds = np.linspace(0, len(sample_S) - 1, num_tables).astype(np.int64)
+    weights_U1M[places_SJ[seeds], np.arange(num_tables)[:, None]] = 1
+    weights_U1M[-1] = 0
+    log_prior_M = np.zeros(num_tables, np.float32)
+    for _ in range(_ROUNDS):
+        tables_S = (weights_U1M[places_SJ].sum(1) + log_prior_M).argmax(1)
+        cells = (places_SJ * num_tables + tables_S[:, None]).reshape(-1)
+        rows_U1M = np.bincount(cells, minlength=size * num_tables).reshape(size, num_tables)
+        rows_M = np.bincount(tables_S, minlength=num_tables)
+        expected_U1M = share_U1[:, None] * (rows_M + 2)
+        weights_U1M[:-1] = np.log((rows_U1M + 2 * share_U1[:, None])[:-1] / expected_U1M[:-1])
+        log_prior_M = np.log((rows_M + 1) / len(sample_S)).astype(np.float32)
+
+    tables_R = np.empty(num_rows, np.uint8)
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        rows = np.arange(start, min(start + _ROWS_AT_ONCE, num_rows))
+        places_RJ = places[_best(ids_N, counts_R, starts_R, rows, vocab_size)]
+        tables_R[rows] = (weights_U1M[places_RJ].sum(1) + log_prior_M).argmax(1)
+    return tables_R
+
+
+def _best(
+    ids_N: npt.NDArray[np.int32],
+    counts_R: npt.NDArray[np.int32],
+    starts_R: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    vocab_size: int,
+) -> npt.NDArray[np.int32]:
+    """The first ids of some rows, int32 [rows, J], with V where a row has no more."""
+    entries = starts_R[rows, None] + np.arange(_BEST)
+    has = np.arange(_BEST) < counts_R[rows, None]
+    return np.where(has, ids_N.take(entries, mode="clip"), vocab_size).astype(np.int32)

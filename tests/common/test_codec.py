@@ -1,5 +1,7 @@
 """Kept entries through the codec: decode(encode(x)) against x, for anything that a capture may keep."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from common.codec import LEVELS, Form, Packed, Precision, columns_of, pack, probability_error, unpack
 from common.errors import ShardError
 from common.scores import MAX_DRAWS, MAX_VOCAB_SIZE, TeacherScores, from_draws, from_rectangle
-from common.token_order import TokenOrder
+from common.token_order import TokenOrder, classes_from_text, classes_to_text, find_classes
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "q8", "q6")
 
@@ -41,13 +43,19 @@ def conversations(draw: st.DrawFn, max_vocab: int = 3000) -> tuple[list[TeacherS
 
 
 def through(
-    scores: list[TeacherScores], vocab_size: int, form: Form, num_draws: int | None = None
+    scores: list[TeacherScores],
+    vocab_size: int,
+    form: Form,
+    num_draws: int | None = None,
+    entries_a_table: int = 1 << 18,
 ) -> list[TeacherScores]:
-    order = TokenOrder.from_text(TokenOrder.of(scores, vocab_size).to_text().encode(), vocab_size, "here")
-    columns = pack(scores, order, form)
+    with patch("common.token_order.ENTRIES_A_TABLE", entries_a_table):
+        classes, tables = find_classes(scores, vocab_size)
+    order = TokenOrder(classes_from_text(classes_to_text(classes).encode(), vocab_size, "here"))
+    columns = pack(scores, tables, order, form)
     assert tuple(columns) == columns_of(form)
     counts, rests = [each.counts for each in scores], [each.rest_mass for each in scores]
-    read = unpack(columns, counts, rests, order, form, num_draws, "here")
+    read = unpack(columns, counts, rests, tables, order, form, num_draws, "here")
     return [
         TeacherScores(each.own_logprobs, each.rest_mass, each.counts, ids, logprobs, draws)
         for each, (ids, logprobs, draws, _) in zip(scores, read, strict=True)
@@ -60,12 +68,13 @@ def by_id(scores: TeacherScores) -> tuple[np.ndarray, np.ndarray]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(conversations(), st.sampled_from(PRECISIONS))
+@given(conversations(), st.sampled_from(PRECISIONS), st.sampled_from([1, 30, 1 << 18]))
 def test_ids_come_back_exactly_and_probabilities_within_the_stated_error(
-    case: tuple[list[TeacherScores], int], precision: Precision
+    case: tuple[list[TeacherScores], int], precision: Precision, entries_a_table: int
 ) -> None:
     written, vocab_size = case
-    for before, after in zip(written, through(written, vocab_size, precision), strict=True):
+    read = through(written, vocab_size, precision, entries_a_table=entries_a_table)
+    for before, after in zip(written, read, strict=True):
         ids, order = by_id(before)
         found_ids, found_order = by_id(after)
         np.testing.assert_array_equal(found_ids, ids)
@@ -107,8 +116,8 @@ def test_draws_come_back_exactly(seed: int, num_draws: int, vocab_size: int) -> 
 
 def test_streams_of_draws_that_do_not_fit_are_named() -> None:
     scores = from_draws(np.zeros(1, np.float32), np.array([[3, 3, 3, 5]]), vocab_size=9)
-    order = TokenOrder(np.zeros(9, np.uint8))
-    columns = pack([scores], order, None)
+    order, tables = TokenOrder(np.ones((1, 9), np.uint8)), [np.zeros(1, np.uint8)]
+    columns = pack([scores], tables, order, None)
     assert [columns[name].data.tolist() for name in columns_of(None)[3:]] == [[1], [3], [0]]
     for name, data, found in (
         ("topk_repeated", [], "0 bytes of bits for 2 drawn"),
@@ -119,18 +128,20 @@ def test_streams_of_draws_that_do_not_fit_are_named() -> None:
     ):
         changed = Packed(np.array(data, np.uint8), np.array([0, len(data)]))
         with pytest.raises(ShardError, match=f"here.*{found}"):
-            list(unpack({**columns, name: changed}, [scores.counts], [scores.rest_mass], order, None, 4, "here"))
+            list(
+                unpack({**columns, name: changed}, [scores.counts], [scores.rest_mass], tables, order, None, 4, "here")
+            )
 
 
 @pytest.mark.parametrize("gap", [0, 191, 192, 193, 192 + 255, 192 + 256, 192 + 63 * 256 - 1, 192 + 63 * 256, 2**20 - 2])
 def test_every_kind_of_difference_comes_back(gap: int) -> None:
     vocab_size = MAX_VOCAB_SIZE
-    order = TokenOrder(np.zeros(vocab_size, np.uint8))
+    order, tables = TokenOrder(np.ones((1, vocab_size), np.uint8)), [np.zeros(1, np.uint8)]
     assert order.ids.tolist() == list(range(vocab_size))
     ids = np.array([[0, gap + 1]]) if gap < vocab_size - 1 else np.array([[0, 0]])
     scores = from_rectangle(np.zeros(1, np.float32), ids, np.log(np.array([[0.25, 0.5]])).astype(np.float32))
-    columns = pack([scores], order, "fp32")
-    ((found, *_),) = unpack(columns, [scores.counts], [scores.rest_mass], order, "fp32", None, "here")
+    columns = pack([scores], tables, order, "fp32")
+    ((found, *_),) = unpack(columns, [scores.counts], [scores.rest_mass], tables, order, "fp32", None, "here")
     assert found.tolist() == [gap + 1, 0]
 
 
@@ -159,40 +170,76 @@ def test_the_same_scores_give_the_same_bytes_whatever_they_are_batched_with() ->
         )
         for _ in range(80)
     ]
-    order = TokenOrder.of(many, 5000)
-    together = pack(many, order, "q8")
+    with patch("common.token_order.ENTRIES_A_TABLE", 1 << 15):
+        classes, tables = find_classes(many, 5000)
+    order = TokenOrder(classes)
+    assert order.num_tables == 4
+    together = pack(many, tables, order, "q8")
     assert sum(len(each.ids) for each in many) > 1 << 17, "more than one batch"
     for number in (0, 41, 79):
-        alone = pack([many[number]], order, "q8")
+        alone = pack([many[number]], [tables[number]], order, "q8")
         for name, column in together.items():
             assert column.part(number, number + 1).tobytes() == alone[name].data.tobytes()
+
+
+def test_rows_of_alike_ids_share_a_table() -> None:
+    rng = np.random.default_rng(2)
+    # Four topics, whose rows come in any order, with words of their own and some of everybody's.
+    topics = rng.integers(0, 4, 400)
+    ids = np.stack(
+        [rng.permutation(np.concatenate([100 * t + rng.choice(60, 20, replace=False), [900, 901]])) for t in topics]
+    )
+    scores = from_rectangle(np.zeros(400, np.float32), ids, np.log(rng.dirichlet(np.ones(22), 400)).astype(np.float32))
+    with patch("common.token_order.ENTRIES_A_TABLE", len(scores.ids) // 4):
+        classes, (tables,) = find_classes([scores], 1000)
+    assert len(classes) == 4
+    assert len({*zip(topics.tolist(), tables.tolist(), strict=True)}) == len({*topics.tolist()})
+    # Each table counts its own rows.
+    for topic, table in {*zip(topics.tolist(), tables.tolist(), strict=True)}:
+        counts = np.bincount(ids[topics == topic].ravel(), minlength=1000)
+        assert classes[table].tolist() == [int(count).bit_length() for count in counts]
+
+
+def test_a_table_for_few_entries_is_one_for_all() -> None:
+    classes, tables = find_classes([], 7)
+    assert (classes.shape, tables) == ((1, 7), [])
+    scores = from_rectangle(np.zeros(2, np.float32), np.array([[3], [5]]), np.zeros((2, 1), np.float32))
+    classes, tables = find_classes([scores, scores], 7)
+    assert classes.tolist() == [[0, 0, 0, 2, 0, 2, 0]]
+    assert [each.tolist() for each in tables] == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("text", [b"", b"!", b"AAAA", b"KLUv/SAAAQAA"])
 def test_a_damaged_table_is_named(text: bytes) -> None:
     with pytest.raises(ShardError, match="here"):
-        TokenOrder.from_text(text, 10, "here")
+        classes_from_text(text, 10, "here")
 
 
 def test_streams_that_do_not_fit_are_named() -> None:
     scores = from_rectangle(np.zeros(1, np.float32), np.array([[500, 3]]), np.array([[-1.0, -2.0]], np.float32))
-    order = TokenOrder(np.zeros(1000, np.uint8))
-    columns = pack([scores], order, "q6")
+    classes = np.ones((2, 1000), np.uint8)
+    classes[:, 900:] = 0
+    order = TokenOrder(classes)
+    columns = pack([scores], [np.ones(1, np.uint8)], order, "q6")
 
-    def read(**changed: bytes) -> object:
+    def read(table: int = 1, **changed: bytes) -> object:
         replaced = {name: np.frombuffer(data, np.uint8) for name, data in changed.items()}
         parts = {name: replaced.get(name, column.data) for name, column in columns.items()}
         packed = {name: Packed(data, np.array([0, len(data)])) for name, data in parts.items()}
-        return list(unpack(packed, [scores.counts], [scores.rest_mass], order, "q6", None, "here"))
+        tables = [np.array([table], np.uint8)]
+        return list(unpack(packed, [scores.counts], [scores.rest_mass], tables, order, "q6", None, "here"))
 
     read()
+    with pytest.raises(ShardError, match=r"here.*names table 2, there are 2"):
+        read(2)
     for name, data, found in (
         ("topk_ids", b"\x00", "expected"),
         ("topk_ids_low", b"", "expected"),
         ("topk_ids_high", b"\x01\x02", "expected"),
-        ("topk_roots", b"\x01\x02\x03", "expected"),
-        ("topk_roots", b"\x01\x40", "value of 64, expected at most 63"),
-        ("topk_ids", b"\x03\xc5", r"rank 1,\d{3}, there are 1,000"),
+        ("topk_roots_7", b"\x01\x02\x03", "expected"),
+        ("topk_roots_0", b"\x01", "expected"),
+        ("topk_roots_7", b"\x01\x40", "value of 64, expected at most 63"),
+        ("topk_ids", b"\x03\xc3", "past the last one of its row's table"),
     ):
         with pytest.raises(ShardError, match=f"here.*{found}"):
             read(**{name: data})
@@ -206,11 +253,13 @@ def test_codes_are_written_again_as_they_are(case: tuple[list[TeacherScores], in
     counts, rests = [each.counts for each in first], [each.rest_mass for each in first]
 
     def read(scores: list[TeacherScores], order: TokenOrder) -> list[TeacherScores]:
-        kept = unpack(pack(scores, order, precision), counts, rests, order, precision, None, "here", keep_codes=True)
+        columns = pack(scores, tables, order, precision)
+        kept = unpack(columns, counts, rests, tables, order, precision, None, "here", keep_codes=True)
         return [TeacherScores(s.own_logprobs, s.rest_mass, s.counts, *k) for s, k in zip(scores, kept, strict=True)]
 
-    before = read(first, TokenOrder.of(first, vocab_size))
-    after = read(before, TokenOrder(np.arange(vocab_size, dtype=np.uint8) % 7))
+    classes, tables = find_classes(first, vocab_size)
+    before = read(first, TokenOrder(classes))
+    after = read(before, TokenOrder(1 + np.arange(vocab_size, dtype=np.uint8)[None, :] % 7))
     for a, b in zip(before, after, strict=True):
         for name in ("ids", "logprobs", "codes"):
             assert getattr(a, name).tobytes() == getattr(b, name).tobytes()

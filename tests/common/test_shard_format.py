@@ -10,6 +10,7 @@ import re
 import struct
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +29,14 @@ from tests.common.builders import make_manifest, make_rows
 PAGE = (Path(__file__).parents[2] / "docs" / "shard-format.md").read_text("utf-8")
 
 
-def ids_of(counts: list[int], order: list[int], symbols: bytes, low: bytes, high: bytes) -> list[list[int]]:
-    """The page's section "Ids": the ids of each row, by ascending rank."""
+def ids_of(
+    counts: list[int], tables: list[int], orders: list[list[int]], symbols: bytes, low: bytes, high: bytes
+) -> list[list[int]]:
+    """The page's section "Ids": the ids of each row, by ascending rank in its table."""
     symbol, low_byte = iter(symbols), iter(low)
     h_high = iter(struct.unpack(f"<{len(high) // 2}H", high))
     rows = []
-    for count in counts:
+    for count, table in zip(counts, tables, strict=True):
         rank, row = -1, []
         for _ in range(count):
             d = next(symbol)
@@ -41,7 +44,7 @@ def ids_of(counts: list[int], order: list[int], symbols: bytes, low: bytes, high
                 h = d - 192 if d < 255 else next(h_high)
                 d = 192 + 256 * h + next(low_byte)
             rank += d + 1
-            row.append(order[rank])
+            row.append(orders[table][rank])
         rows.append(row)
     assert [*symbol, *low_byte, *h_high] == []
     return rows
@@ -50,11 +53,16 @@ def ids_of(counts: list[int], order: list[int], symbols: bytes, low: bytes, high
 def values_of(columns: dict[str, bytes], counts: list[int], rests: list[float], form: str | None) -> list[list[float]]:
     """The page's section "Values": log-probs, or numbers of draws, in the order of the ids."""
     if form in ("q8", "q6"):
-        codes, rows = iter(columns["topk_roots"]), []
+        streams, rows = [iter(columns[f"topk_roots_{bucket}"]) for bucket in range(8)], []
+        edges = [
+            float(np.float32(edge)) for edge in re.findall(r"[\d.]+", PAGE.split("of the edges ")[1].split("(")[0])
+        ]
         for count, rest in zip(counts, rests, strict=True):
+            codes = streams[sum(edge <= rest for edge in edges)]
             weights = [max(16 * next(codes) ** 2, 1) for _ in range(count)]
             mass = math.log(max(1 - rest, 2**-25))
             rows.append([min(mass + math.log(w) - math.log(sum(weights)), 0.0) for w in weights])
+        assert [*itertools.chain(*streams)] == []
         return rows
     name, width, code = {
         "fp32": ("topk_logprobs", 4, "<f"),
@@ -73,8 +81,11 @@ def values_of(columns: dict[str, bytes], counts: list[int], rests: list[float], 
 
 
 def ranked(classes: bytes) -> list[int]:
-    """Ids by descending class, ties by ascending id."""
-    return sorted(range(len(classes)), key=lambda token_id: (-classes[token_id], token_id))
+    """Ids with a class by descending class, ties by ascending id."""
+    return sorted(
+        (token_id for token_id, value in enumerate(classes) if value),
+        key=lambda token_id: (-classes[token_id], token_id),
+    )
 
 
 def test_the_worked_example_is_right() -> None:
@@ -89,11 +100,13 @@ def test_the_worked_example_is_right() -> None:
         assert struct.pack(">f", np.float32(np.log(float(p)))) == bytes.fromhex(bits)
     lines = dict(re.findall(r"^(topk_\w+) +([0-9A-F ]+)$", PAGE, re.MULTILINE))
     counts = [int(count) for count in lines.pop("topk_counts").split()]
-    columns = {name: bytes.fromhex(data) for name, data in lines.items()}
+    tables = [int(table) for table in lines.pop("topk_tables").split()]
+    columns = dict.fromkeys((f"topk_roots_{bucket}" for bucket in range(8)), b"")
+    columns |= {name: bytes.fromhex(data) for name, data in lines.items()}
     rests = [0.14, 0.36]
-    ids = ids_of(counts, order, *(columns[name] for name in ID_COLUMNS))
+    ids = ids_of(counts, tables, [order], *(columns[name] for name in ID_COLUMNS))
     assert ids == [[token_id for token_id, _, _ in row] for row in stated]
-    assert list(columns["topk_roots"]) == [code for row in stated for _, _, code in row]
+    assert [*columns["topk_roots_5"], *columns["topk_roots_7"]] == [code for row in stated for _, _, code in row]
     exact = values_of(columns, counts, rests, "fp32")
     np.testing.assert_allclose(np.exp([*itertools.chain(*exact)]), [p for row in stated for _, p, _ in row], rtol=1e-6)
     coded = values_of(columns, counts, rests, "q8")
@@ -101,13 +114,16 @@ def test_the_worked_example_is_right() -> None:
     assert values_of(columns, counts, rests, None) == [[300, 1], [302]]
 
     # What this program writes of the same entries.
-    for form, names in (("q8", ["topk_roots"]), ("fp32", [f"topk_logprobs_{p}" for p in range(4)])):
+    for form, names in (
+        ("q8", [f"topk_roots_{bucket}" for bucket in range(8)]),
+        ("fp32", [f"topk_logprobs_{p}" for p in range(4)]),
+    ):
         scores = from_rectangle(
             np.zeros(2, np.float32),
             np.array([[151_643, 5], [300, 0]]),
             np.log(np.array([[0.5, 0.36], [0.64, 1e-300]])).astype(np.float32) + np.array([[0, 0], [0, -np.inf]]),
         )
-        packed = pack([scores], TokenOrder(classes), form)
+        packed = pack([scores], [np.array(tables, np.uint8)], TokenOrder(classes[None, :]), form)
         assert {name: column.data.tobytes() for name, column in packed.items()} == {
             name: columns[name] for name in (*ID_COLUMNS, *names)
         }
@@ -120,7 +136,10 @@ def test_the_worked_example_is_right() -> None:
 def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path, kind: Kind, form: str) -> None:
     manifest, rows = make_manifest(kind, precision=form), make_rows(kind, 70)
     open_output(tmp_path, manifest)
-    write_shard(tmp_path, 0, manifest, rows, [Skipped(index=70, id="Ünï 🐈", reason='“missing”: "a\\b"\n\x1f\x7f\t')])
+    with patch("common.token_order.ENTRIES_A_TABLE", 300):
+        write_shard(
+            tmp_path, 0, manifest, rows, [Skipped(index=70, id="Ünï 🐈", reason='“missing”: "a\\b"\n\x1f\x7f\t')]
+        )
 
     contents = {}
     for name in ("manifest.json", "shard-00000.json"):
@@ -136,10 +155,13 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
     file = pq.ParquetFile(tmp_path / "shard-00000.parquet")
     assert file.metadata.metadata[b"decant.manifest_sha256"].decode() == digest
     assert file.metadata.metadata[b"decant.shard"] == b"0"
-    assert file.metadata.metadata[b"decant.schema_version"] == b"3"
+    assert file.metadata.metadata[b"decant.schema_version"] == b"4"
     content = {name: value for name, value in contents["manifest.json"].items() if name != "digest"}
     assert json.loads(file.metadata.metadata[b"decant.manifest"]) == content
-    order = ranked(classes_of(file))
+    classes = classes_of(file)
+    num_tables = len(classes) // manifest.tokenizer.vocab_size
+    assert num_tables >= 4
+    orders = [ranked(classes[table::num_tables]) for table in range(num_tables)]
     assert file.metadata.metadata[b"decant.image_token_id"] == b"151646"
     assert [file.metadata.row_group(i).num_rows for i in range(2)] == [64, 6]
     ours = list(ShardFile(tmp_path / "shard-00000.parquet", manifest, 0))
@@ -155,7 +177,9 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
             assert own == scored.scores.own_logprobs.tolist()
             assert record[prefix + "logprob_sum"] == pytest.approx(sum(own), rel=1e-12)
             counts = record[prefix + "topk_counts"]
-            ids = ids_of(counts, order, *(record[prefix + name] for name in ID_COLUMNS))
+            ids = ids_of(
+                counts, record[prefix + "topk_tables"], orders, *(record[prefix + name] for name in ID_COLUMNS)
+            )
             columns = {name.removeprefix(prefix): data for name, data in record.items()}
             values = values_of(columns, counts, record[prefix + "rest_mass"], form)
             # As it was written, and as this program reads it.
@@ -226,11 +250,13 @@ def test_drawn_entries_are_found_by_the_page_too(tmp_path: Path) -> None:
     assert hashlib.sha256(canonical(content).encode("ascii")).hexdigest() == claimed
     most = 0
     file = pq.ParquetFile(tmp_path / "shard-00000.parquet")
-    order = ranked(classes_of(file))
+    classes = classes_of(file)
+    num_tables = len(classes) // manifest.tokenizer.vocab_size
+    orders = [ranked(classes[table::num_tables]) for table in range(num_tables)]
     for record, row in zip(file.read().to_pylist(), rows, strict=True):
         scores, counts = row.conversations[0].scores, record["topk_counts"]
         assert scores.draws is not None
-        ids = ids_of(counts, order, *(record[name] for name in ID_COLUMNS))
+        ids = ids_of(counts, record["topk_tables"], orders, *(record[name] for name in ID_COLUMNS))
         draws = values_of(record, counts, record["rest_mass"], None)
         expected = iter(zip(scores.ids.tolist(), scores.draws.tolist(), strict=True))
         for found, times, rest in zip(ids, draws, record["rest_mass"], strict=True):
@@ -241,13 +267,13 @@ def test_drawn_entries_are_found_by_the_page_too(tmp_path: Path) -> None:
 
 
 def test_the_page_names_every_column_type_and_key() -> None:
-    length = r"(?:, (?:[TR]|(?:N|⌈N/8⌉) bytes(?: each)?))?"
+    length = r"(?:, (?:[TR]|(?:N|⌈N/8⌉) bytes(?: each| together)?))?"
     table = dict(re.findall(rf"^\| `(\w+)`[^|]* \| ([^|]*?){length} \|", PAGE, re.MULTILINE))
     for precision in ("fp32", "fp16", "q8", "q6", None):
         capture = make_manifest(**({"precision": precision} if precision else {"num_draws": 3, "top_k": 0})).capture
         columns = [field.name for field in schema("kd", capture)]
         for field in schema("kd", capture):
-            stated = re.sub(r"_[123]$", "_0", field.name) if field.name[-1].isdigit() else field.name
+            stated = re.sub(r"_[1-7]$", "_0", field.name) if field.name[-1].isdigit() else field.name
             assert table[stated] == arrow_type(field.type), field.name
         assert [field.name for field in schema("dpo", capture)] == columns[:3] + [
             prefix + name for prefix in ("chosen_", "rejected_") for name in columns[3:]

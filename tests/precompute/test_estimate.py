@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 from common.codec import pack
 from common.errors import DataError, ModelError
 from common.figures import Figure, show
+from common.parquet_shard import ZSTD_LEVEL
 from common.scores import from_draws, from_rectangle
-from common.token_order import TokenOrder
+from common.token_order import TokenOrder, find_classes
 from precompute.estimate import (
     ENTRY_BYTES,
     GPUS,
@@ -210,9 +211,9 @@ def test_entries_take_about_the_bytes_that_are_assumed(tmp_path: Path) -> None:
     drawn = from_draws(own, rng.permutation(VOCAB_SIZE)[np.array(places_RD)], vocab_size=VOCAB_SIZE)
     for form, assumed in ENTRY_BYTES.items():
         scores = drawn if form is None else best
-        order = TokenOrder.of([scores], VOCAB_SIZE)
-        streams = pack([scores], order, form).values()
-        num_bytes = sum(len(zstandard.compress(stream.data.tobytes(), 3)) for stream in streams)
+        classes, tables = find_classes([scores], VOCAB_SIZE)
+        streams = pack([scores], tables, TokenOrder(classes), form).values()
+        num_bytes = sum(len(zstandard.compress(stream.data.tobytes(), ZSTD_LEVEL)) for stream in streams)
         assert num_bytes / len(scores.ids) == pytest.approx(assumed, rel=0.25), form
 
 

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from common.errors import DecantError
 from common.manifest import published_shards, read_manifest, read_receipts, shard_path
 from common.parquet_shard import read_footer
-from common.token_order import TokenOrder
+from common.token_order import classes_from_text
 from precompute.config import PrecomputeConfig
 from precompute.run import run
 from precompute.verify import verify
@@ -48,7 +49,9 @@ def pristine(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> dict[
         root = tmp_path_factory.mktemp(f"set-{number}")
         records = (preference_records if settings.get("kind") == "dpo" else conversation_records)(root, 6)
         config = make_config(root, llava_dir, records, samples_per_shard=2, **settings)
-        run(config, progress=False, start_teacher=StandInTeacher)
+        # So few entries would have one table.
+        with patch("common.token_order.ENTRIES_A_TABLE", 40):
+            run(config, progress=False, start_teacher=StandInTeacher)
         outputs[name] = config.output
     return outputs
 
@@ -64,8 +67,8 @@ def everything(output: Path) -> list[Any]:
     footers = [read_footer(shard_path(output, number)) for number in published_shards(output)]
     for footer in footers:
         # Zstd and base64 have bits that stand for nothing.
-        order = TokenOrder.from_text(footer["token_classes"].encode(), manifest.tokenizer.vocab_size, "here")
-        footer["token_classes"] = order.classes.tobytes().hex()
+        classes = classes_from_text(footer["token_classes"].encode(), manifest.tokenizer.vocab_size, "here")
+        footer["token_classes"] = classes.tobytes().hex()
     return [manifest, read_receipts(output, manifest), footers, [list(values(row)) for row in all_rows(output)]]
 
 
