@@ -192,7 +192,7 @@ class FeatureFile(ParquetShard):
     def read_group(self, group: int) -> list[FeatureRow]:
         """The rows of one row group."""
         with self.damage_is_named():
-            table = self._file.read_row_group(group)
+            table = self._read(group)
             columns = [table.column(name).to_pylist() for name in self._names]
             heads = (table.column(name).to_pylist() for name in ("index", "sha256", "paths"))
             return [

@@ -1,6 +1,8 @@
 """What shards of scores and of features have in common: a Parquet file that says what it belongs to, and a receipt."""
 
 import hashlib
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,7 @@ from common.errors import ShardError
 from common.manifest import Receipt, ShardedManifest, Skipped, receipt_path, shard_path, write_sealed
 from common.storage import Location, open_ranged, publish
 
-# Higher levels save 2% and take several times as long.
-# What columns hold are numbers: there are few repetitions, which higher levels would look for and code at some cost.
+# Columns hold numbers, in which there are few repetitions: higher levels look for some, and code what they find dearly.
 ZSTD_LEVEL = 1
 
 # Keys of the Parquet footer begin with this; what follows it is a key of `ParquetShard.footer`.
@@ -28,6 +29,8 @@ class ParquetShard:
 
     def __init__(self, path: Location, manifest: ShardedManifest, number: int, schema: pa.Schema, what: str) -> None:
         self.path = path
+        # pyarrow's reader crashes now and then where threads share it.
+        self._one_at_a_time = threading.Lock()
         with self.damage_is_named():
             # Of an object, a row group's columns in one request.
             remote = not isinstance(path, Path)
@@ -56,9 +59,13 @@ class ParquetShard:
 
     def read_column(self, name: str) -> list[Any]:
         """All values of one column, or of one part of it, such as images.list.element.path."""
-        with self.damage_is_named():
+        with self.damage_is_named(), self._one_at_a_time:
             values: list[Any] = self._file.read([name]).column(name.partition(".")[0]).to_pylist()
         return values
+
+    def _read(self, group: int, leaves: Sequence[str] | None = None) -> pa.Table:
+        with self._one_at_a_time:
+            return self._file.read_row_group(group, leaves)
 
     def close(self) -> None:
         """Closes the file."""

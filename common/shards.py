@@ -165,7 +165,7 @@ class ShardFile(ParquetShard):
         spans = [f"{prefix}response_spans" for prefix in PREFIXES[self._kind]]
         leaves = [*(f"{name}.list.element.stop" for name in spans), "images.list.element.path"]
         with self.damage_is_named():
-            table = self._file.read_row_group(group, leaves)
+            table = self._read(group, leaves)
             last_stops = [[cell[-1]["stop"] for cell in table.column(name).to_pylist()] for name in spans]
             num_images = [len(cell) for cell in table.column("images").to_pylist()]
         return np.stack([np.max(last_stops, 0), num_images], 1).astype(np.int32)
@@ -173,7 +173,7 @@ class ShardFile(ParquetShard):
     def read_group(self, group: int) -> list[ShardRow]:
         """Decodes one row group."""
         with self.damage_is_named():
-            return self._to_rows(self._file.read_row_group(group), sum(map(self.group_rows, range(group))))
+            return self._to_rows(self._read(group), sum(map(self.group_rows, range(group))))
 
     def __iter__(self) -> Iterator[ShardRow]:
         for group in range(self.num_groups):
