@@ -122,8 +122,9 @@ def _tables(
         rows_U1M = np.bincount(cells, minlength=size * num_tables).reshape(size, num_tables)
         rows_M = np.bincount(tables_S, minlength=num_tables)
         expected_U1M = share_U1[:, None] * (rows_M + 2)
-        weights_U1M[:-1] = np.log((rows_U1M + 2 * share_U1[:, None])[:-1] / expected_U1M[:-1])
-        log_prior_M = np.log((rows_M + 1) / len(sample_S)).astype(np.float32)
+        # Whole numbers, whose sums are exact: a last bit of another CPU's logarithm chooses no other table.
+        weights_U1M[:-1] = np.rint(64 * np.log((rows_U1M + 2 * share_U1[:, None])[:-1] / expected_U1M[:-1]))
+        log_prior_M = np.rint(64 * np.log((rows_M + 1) / len(sample_S))).astype(np.float32)
 
     tables_R = np.empty(num_rows, np.uint8)
     for start in range(0, num_rows, _ROWS_AT_ONCE):
