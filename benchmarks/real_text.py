@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from precompute.row_scores import RowScores, score_logits
-from tests.real_weights import real_conversations, smollm2_dir
+from tests.real_weights import documented, smollm2_dir
 
 _CONTEXT = 1024
 
@@ -24,10 +25,16 @@ class RealRows:
 
 
 def real_ids(model_dir: Path, num_tokens: int) -> npt.NDArray[np.int32]:
-    """The first `num_tokens` tokens of the standard library's docstrings, int32."""
-    records = real_conversations(1600, max_chars=4000)
-    text = "\n\n".join(message["content"] for record in records for message in record["messages"])
-    ids = np.asarray(AutoTokenizer.from_pretrained(model_dir)(text)["input_ids"], np.int32)
+    """The first `num_tokens` tokens of the standard library's docstrings and of Python's reference manual, int32.
+
+    Each paragraph stands there once: what repeats itself would be stored in fewer bytes than text usually takes.
+    """
+    texts = [*(text for _, text in documented()), *(topics[name] for name in sorted(topics))]
+    paragraphs: dict[str, str] = {}
+    for paragraph in "\n\n".join(texts).split("\n\n"):
+        paragraphs.setdefault(" ".join(paragraph.split()), paragraph)
+    paragraphs.pop("", None)
+    ids = np.asarray(AutoTokenizer.from_pretrained(model_dir)("\n\n".join(paragraphs.values()))["input_ids"], np.int32)
     assert len(ids) >= num_tokens, f"only {len(ids)} tokens of text"
     return ids[:num_tokens]
 

@@ -1,6 +1,7 @@
 """How kept entries become bytes, and back; docs/shard-format.md says it to the bit.
 
-    ids ─ TokenOrder ─> ranks, ascending in a row ─> differences ─> a symbol each, and what does not fit into it
+    ids ─ TokenOrder ─> ranks, ascending in a row ─> differences ─> a symbol each, a row's first quarter apart from the
+                        second and so on, and what does not fit into symbols
     log-probs ─ precision ─> codes, rows of like rest mass together, or byte planes of floats; in the order of the ranks
     draws ─ in the order of the ranks ─> a bit for more than one, and byte planes of those
 
@@ -13,22 +14,31 @@ Legend: R scored tokens, N kept entries of all of them, K kept entries of the lo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from common.coding import LEAST_MASS, Coding, Form
 from common.errors import ShardError
 from common.scores import MAX_VOCAB_SIZE, TeacherScores, descending_keys, from_descending_keys, share_logprobs
-from common.streams import NUM_BUCKETS, buckets_of, bytes_of_bits, join_buckets, pack_bits, with_single_draws
+from common.streams import (
+    NUM_BUCKETS,
+    NUM_QUARTERS,
+    buckets_of,
+    bytes_of_bits,
+    join_buckets,
+    join_quarters,
+    pack_bits,
+    quarter_widths,
+    split_quarters,
+    split_rows,
+    with_single_draws,
+)
 from common.token_order import TokenOrder
 
-Precision = Literal["fp32", "fp16", "q8", "q6"]
-
-# How log-probs are stored; None where entries were drawn, of which the numbers of draws are.
-Form = Precision | None
-
-ID_COLUMNS = ("topk_ids", "topk_ids_low", "topk_ids_high")
+_SYMBOL_COLUMNS = tuple(f"topk_ids_{quarter}" for quarter in range(NUM_QUARTERS))
+ID_COLUMNS = (*_SYMBOL_COLUMNS, "topk_ids_low", "topk_ids_high")
 ROOT_COLUMNS = tuple(f"topk_roots_{bucket}" for bucket in range(NUM_BUCKETS))
 _VALUE_COLUMNS: dict[Form, tuple[str, ...]] = {
     "fp32": tuple(f"topk_logprobs_{plane}" for plane in range(4)),
@@ -38,13 +48,9 @@ _VALUE_COLUMNS: dict[Form, tuple[str, ...]] = {
     None: ("topk_repeated", "topk_draws_0", "topk_draws_1"),
 }
 
-# A code counts steps of sqrt(p), of which there are so many from 0 to 1.
-LEVELS: dict[Form, int] = {"q8": 255, "q6": 63}
 # p of a code in sixteenths of a squared step: its square, but code 0 stands for a quarter of a step.
 _WEIGHTS = np.maximum(16 * np.arange(256) ** 2, 1).astype(np.float32)
 _LOG_WEIGHTS = np.log(_WEIGHTS.astype(np.float64)).astype(np.float32)
-# What a kept mass is taken for that float32 rounds to 0: half the distance from 1 to the float32 below it.
-_LEAST_MASS = 2.0**-25
 
 _VALUE_BYTES: dict[Form, int] = {"fp32": 4, "fp16": 2, "q8": 1, "q6": 1, None: 2}
 _ID_BITS = (MAX_VOCAB_SIZE - 1).bit_length()
@@ -83,48 +89,17 @@ def columns_of(form: Form) -> tuple[str, ...]:
     return ID_COLUMNS + _VALUE_COLUMNS[form]
 
 
-def probability_error(scores: TeacherScores, form: Form) -> npt.NDArray[np.float64]:
-    """How far the probability of each kept entry as it is read may be from that written, float64 [N].
-
-    fp32 and draws are exact. fp16 rounds log-probs to 11 significant bits. q8 and q6 round u = sqrt(p) to a root
-    within half a step of it, then scale a row's roots by one factor so that the kept mass m = sum u^2 is right; with
-    a = step sum(u) / m and b = K step^2 / (4 m) that factor is between (-a + sqrt(a^2 + 4 (1 - b))) / 2 and
-    (a + sqrt(a^2 + 4 (1 + b))) / 2, which follows from |sum w^2 - sum r^2| <= sum |w - r| (w + r).
-    """
-    logprobs_N = scores.logprobs.astype(np.float64)
-    probs_N = np.exp(logprobs_N)
-    if form == "fp16":
-        return probs_N * np.expm1(np.maximum(np.abs(logprobs_N) * 2.0**-11, 2.0**-25))
-    if form not in LEVELS:
-        return np.zeros_like(probs_N)
-    step = 1 / LEVELS[form]
-    roots_N = np.sqrt(probs_N)
-    mass_R = np.maximum(_sums(probs_N, scores.counts), _LEAST_MASS)
-    a_R = step * _sums(roots_N, scores.counts) / mass_R
-    b_R = scores.counts * step**2 / (4 * mass_R)
-    most_R = (a_R + np.sqrt(a_R**2 + 4 * (1 + b_R))) / 2 - 1
-    least_R = 1 - np.maximum(-a_R + np.sqrt(np.maximum(a_R**2 + 4 * (1 - b_R), 0)), 0) / 2
-    error_N = step / 2 + roots_N * np.repeat(np.maximum(most_R, least_R), scores.counts)
-    # The last term: what the kept mass itself may be off, float32 as the rest is.
-    return error_N * (2 * roots_N + error_N) + 2.0**-24
-
-
-def _sums(values_N: npt.NDArray[np.float64], counts_R: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    rows_N = np.repeat(np.arange(len(counts_R)), counts_R)
-    return np.bincount(rows_N, values_N, minlength=len(counts_R)).astype(np.float64)
-
-
 def pack(
-    scores: Sequence[TeacherScores], tables: Sequence[npt.NDArray[np.uint8]], order: TokenOrder, form: Form
+    scores: Sequence[TeacherScores], tables: Sequence[npt.NDArray[np.uint8]], order: TokenOrder, coding: Coding
 ) -> dict[str, Packed]:
     """The binary columns of these conversations, whose rows have these `tables` of the order, [R] each.
 
     Scores with `codes` are stored by them, not by their log-probs.
     """
     sizes = [len(each.ids) for each in scores]
-    batches = [_pack_batch(scores[a:b], np.concatenate(tables[a:b]), order, form) for a, b in _batches(sizes)]
+    batches = [_pack_batch(scores[a:b], np.concatenate(tables[a:b]), order, coding) for a, b in _batches(sizes)]
     packed = {}
-    for name in columns_of(form):
+    for name in columns_of(coding.precision):
         lengths = np.concatenate([np.zeros(1, np.int64), *(batch[name][1] for batch in batches)])
         data = np.concatenate([np.zeros(0, np.uint8), *(batch[name][0] for batch in batches)])
         packed[name] = Packed(data, np.cumsum(lengths))
@@ -137,14 +112,13 @@ def unpack(
     rest_mass: Sequence[npt.NDArray[np.float32]],
     tables: Sequence[npt.NDArray[np.uint8]],
     order: TokenOrder,
-    form: Form,
-    num_draws: int | None,
+    coding: Coding,
     where: str,
     keep_codes: bool = False,
 ) -> Iterator[Kept]:
     """The kept entries of each conversation, in the order of `TeacherScores`; each array owns its memory.
 
-    `counts`, `rest_mass` and `tables` have [R] of each conversation; `num_draws` is None unless entries were drawn.
+    `counts`, `rest_mass` and `tables` have [R] of each conversation, rest masses as they are stored.
     `codes` come with `keep_codes` and a quantised form alone.
 
     Raises:
@@ -162,7 +136,7 @@ def unpack(
                 f"{where}: names table {tables_R.max()}, there are {order.num_tables}; the shard is damaged"
             )
         ends = np.cumsum([0, *sizes[start:stop]])
-        kept = _unpack_batch(parts, ends, counts_R, rest_R, tables_R, order, form, num_draws, where, keep_codes)
+        kept = _unpack_batch(parts, ends, counts_R, rest_R, tables_R, order, coding, where, keep_codes)
         for part in map(slice, ends[:-1], ends[1:]):
             yield Kept(
                 kept.ids[part].copy(),
@@ -173,16 +147,19 @@ def unpack(
 
 
 def _pack_batch(
-    scores: Sequence[TeacherScores], tables_R: npt.NDArray[np.uint8], order: TokenOrder, form: Form
+    scores: Sequence[TeacherScores], tables_R: npt.NDArray[np.uint8], order: TokenOrder, coding: Coding
 ) -> dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:
     """Bytes of each column, and how many of them each conversation has."""
+    form = coding.precision
     counts_R = np.concatenate([each.counts for each in scores])
     ends = np.cumsum([0, *(len(each.ids) for each in scores)])
     num_bytes = _VALUE_BYTES[form]
     ids_N = np.concatenate([each.ids for each in scores])
-    keys_N = order.ranks[np.repeat(tables_R, counts_R), ids_N].astype(_key_type(form))
+    cells_N = np.repeat(tables_R * np.int64(order.vocab_size), counts_R)
+    cells_N += ids_N
+    keys_N = order.ranks.reshape(-1).take(cells_N, mode="clip").astype(_key_type(form))
     keys_N <<= 8 * num_bytes
-    keys_N |= np.concatenate([_values(each, form) for each in scores])
+    keys_N |= np.concatenate([_values(each, coding) for each in scores])
     keys_RK = _rows(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
     keys_RK.sort(axis=1)
     ranks_RK = (keys_RK >> 8 * num_bytes).astype(np.int32)
@@ -197,8 +174,11 @@ def _pack_batch(
     symbols_N[far] = _LITERALS + np.minimum(h, _MOST_H)
     far_ends = np.searchsorted(far, ends)
     high_ends = np.searchsorted(high, far_ends)
+    row_ends = np.cumsum([0, *(each.num_rows for each in scores)])
+    widths_R4 = quarter_widths(counts_R)
+    quarter_ends = np.concatenate([np.zeros((1, NUM_QUARTERS), np.int64), np.cumsum(widths_R4, axis=0)])[row_ends]
     streams = [
-        (symbols_N, np.diff(ends)),
+        *zip(split_quarters(symbols_N, widths_R4), np.diff(quarter_ends, axis=0).T, strict=True),
         (beyond.astype(np.uint8), np.diff(far_ends)),
         (h[high].astype("<u2").view(np.uint8), 2 * np.diff(high_ends)),
     ]
@@ -210,13 +190,12 @@ def _pack_batch(
         is_repeated_N = draws_N > 1
         values, value_ends = values[is_repeated_N], np.concatenate([[0], np.cumsum(is_repeated_N)])[ends]
         streams.append((pack_bits(is_repeated_N, ends), bytes_of_bits(np.diff(ends))))
-    if form in LEVELS:
-        buckets_R = buckets_of(np.concatenate([each.rest_mass for each in scores]))
-        rows_of = np.repeat(np.arange(len(scores)), [each.num_rows for each in scores])
-        codes_N, buckets_N = values.astype(np.uint8), np.repeat(buckets_R, counts_R)
-        for bucket in range(NUM_BUCKETS):
-            sizes = np.bincount(rows_of, counts_R * (buckets_R == bucket), minlength=len(scores))
-            streams.append((codes_N[buckets_N == bucket], sizes.astype(np.int64)))
+    if coding.levels is not None:
+        buckets_R = buckets_of(coding.stored_rest(np.concatenate([each.rest_mass for each in scores])))
+        cells_R = np.repeat(np.arange(len(scores)), np.diff(row_ends)) * NUM_BUCKETS + buckets_R
+        sizes = np.bincount(cells_R, counts_R, minlength=len(scores) * NUM_BUCKETS).astype(np.int64)
+        parts = split_rows(values.astype(np.uint8), counts_R, buckets_R, NUM_BUCKETS)
+        streams += zip(parts, sizes.reshape(-1, NUM_BUCKETS).T, strict=True)
         return dict(zip(columns_of(form), streams, strict=True))
     streams += [((values >> 8 * plane).astype(np.uint8), np.diff(value_ends)) for plane in range(num_bytes)]
     return dict(zip(columns_of(form), streams, strict=True))
@@ -229,45 +208,43 @@ def _unpack_batch(
     rest_R: npt.NDArray[np.float32],
     tables_R: npt.NDArray[np.uint8],
     order: TokenOrder,
-    form: Form,
-    num_draws: int | None,
+    coding: Coding,
     where: str,
     keep_codes: bool,
 ) -> Kept:
     """The entries of all rows, each row by descending log-prob, ties by ascending id; `ends` are conversations'."""
-    symbols_N, low, high, *planes = (columns[name] for name in columns_of(form))
+    form = coding.precision
+    symbols_N = join_quarters([columns[name] for name in _SYMBOL_COLUMNS], quarter_widths(counts_R), where)
+    low, high, *planes = (columns[name] for name in columns_of(form)[NUM_QUARTERS:])
     num_entries = int(counts_R.sum())
     if form is None:
         planes = with_single_draws(planes, ends, where)
-    elif form in LEVELS:
+    elif coding.levels is not None:
         planes = [join_buckets(planes, counts_R, buckets_of(rest_R), where)]
     far = np.flatnonzero(symbols_N >= _LITERALS)
     h = symbols_N[far].astype(np.int32) - _LITERALS
     is_high = h == _MOST_H
-    found = [len(symbols_N), len(low), len(high), *map(len, planes)]
-    expected = [num_entries, len(far), 2 * int(is_high.sum()), *[num_entries] * len(planes)]
+    found = [len(low), len(high), *map(len, planes)]
+    expected = [len(far), 2 * int(is_high.sum()), *[num_entries] * len(planes)]
     if found != expected:
         raise ShardError(
             f"{where}: streams of {found} bytes for {num_entries:,} kept entries, expected {expected}; the shard is "
             "damaged"
         )
     h[is_high] = np.frombuffer(high.tobytes(), "<u2")
-    steps_N = symbols_N.astype(np.int32)
+    # From here on a rank is counted from 1, and a difference is one more.
+    steps_N = np.add(symbols_N, 1, dtype=np.int32)
     # What is damaged may be larger than any difference.
-    steps_N[far] = _LITERALS + (np.minimum(h, MAX_VOCAB_SIZE >> 8) << 8) + low
-    steps_N += 1
-    # Damaged ones may add up to more than 32 bits hold.
-    width = int(counts_R.max(initial=0))
-    wide_enough: type[np.signedinteger] = np.int32 if width * (MAX_VOCAB_SIZE + 512) < 2**31 else np.int64
-    ranks_RK = np.cumsum(_rows(steps_N, counts_R, 0), axis=1, dtype=wide_enough) - 1
+    steps_N[far] = _LITERALS + (np.minimum(h, MAX_VOCAB_SIZE >> 8) << 8) + low + 1
+    # 64 bits, which damaged ones cannot exceed.
+    ranks_RK = np.cumsum(_rows(steps_N, counts_R, 0), axis=1, dtype=np.int64)
     starts_R = order.starts[tables_R]
     # Ranks ascend.
-    beyond_R = ranks_RK[:, -1:] >= (order.starts[1:][tables_R] - starts_R)[:, None]
-    if beyond_R.any():
+    if (ranks_RK[:, -1:] > (order.starts[1:][tables_R] - starts_R)[:, None]).any():
         raise ShardError(f"{where}: names an id past the last one of its row's table; the shard is damaged")
-    ranks_RK += starts_R[:, None]
+    ranks_RK += starts_R[:, None] - 1
 
-    keys_N = _sort_keys(planes, form, num_draws, where)
+    keys_N = _sort_keys(planes, coding, where)
     keys_N <<= _ID_BITS
     keys_RK = _rows(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
     keys_RK |= order.ids.take(ranks_RK, mode="clip").astype(keys_N.dtype)
@@ -278,30 +255,31 @@ def _unpack_batch(
     keys_N >>= _ID_BITS
     if form in ("fp32", "fp16"):
         return Kept(ids_N, from_descending_keys(keys_N.astype(np.uint32)), None, None)
-    if form is None:
-        assert num_draws is not None
-        draws_N = num_draws - keys_N.astype(np.int32)
-        return Kept(ids_N, share_logprobs(draws_N, num_draws), draws_N, None)
-    codes_N = np.subtract(LEVELS[form], keys_N, dtype=np.uint32).astype(np.intp)
-    # Integers below 2^24, and so are their sums: float32 is exact.
-    sums_R = np.einsum("rk->r", _rows(_WEIGHTS.take(codes_N, mode="clip"), counts_R, 0)).astype(np.float64)
-    mass_R = np.maximum(1.0 - rest_R.astype(np.float64), _LEAST_MASS)
+    if coding.levels is None:
+        assert coding.num_draws is not None
+        draws_N = coding.num_draws - keys_N.astype(np.int32)
+        return Kept(ids_N, share_logprobs(draws_N, coding.num_draws), draws_N, None)
+    codes_RK = _rows(np.subtract(coding.levels, keys_N, dtype=np.intp), counts_R, 0)
+    # Integers below 2^24, and so are their sums: float32 is exact. What fills a row up weighs 1.
+    sums_R = np.einsum("rk->r", _WEIGHTS.take(codes_RK, mode="clip")).astype(np.float64)
+    sums_R -= codes_RK.shape[1] - counts_R
+    mass_R = np.maximum(1.0 - rest_R.astype(np.float64), LEAST_MASS)
     scale_R = np.log(mass_R) - np.log(np.maximum(sums_R, 1))
-    logprobs_N = _LOG_WEIGHTS.take(codes_N, mode="clip")
-    logprobs_N += np.repeat(scale_R.astype(np.float32), counts_R)
-    # A row's one entry of probability 1 may be rounded to just above 0.
-    np.minimum(logprobs_N, np.float32(0), out=logprobs_N)
-    return Kept(ids_N, logprobs_N, None, codes_N.astype(np.uint8) if keep_codes else None)
+    logprobs_RK = _LOG_WEIGHTS.take(codes_RK, mode="clip")
+    logprobs_RK += scale_R.astype(np.float32)[:, None]
+    # A row's one entry of probability 1 may be rounded to just above 0; the others are less.
+    np.minimum(logprobs_RK[:, :1], 0, out=logprobs_RK[:, :1])
+    codes_N = _entries(codes_RK, counts_R).astype(np.uint8) if keep_codes else None
+    return Kept(ids_N, _entries(logprobs_RK, counts_R), None, codes_N)
 
 
-def _sort_keys(
-    planes: Sequence[npt.NDArray[np.uint8]], form: Form, num_draws: int | None, where: str
-) -> npt.NDArray[np.unsignedinteger]:
+def _sort_keys(planes: Sequence[npt.NDArray[np.uint8]], coding: Coding, where: str) -> npt.NDArray[np.unsignedinteger]:
     """Integers that ascend as values descend: keys of floats, or what a code or a number of draws lacks to the highest.
 
     Raises:
         ShardError: a value above the highest.
     """
+    form = coding.precision
     values_N = planes[0].astype(_key_type(form))
     for plane, data in enumerate(planes[1:], 1):
         values_N |= data.astype(values_N.dtype) << 8 * plane
@@ -309,15 +287,16 @@ def _sort_keys(
         return descending_keys(values_N.astype(np.uint32).view(np.float32)).astype(values_N.dtype)
     if form == "fp16":
         return descending_keys(values_N.astype(np.uint16).view(np.float16).astype(np.float32)).astype(values_N.dtype)
-    highest = num_draws if form is None else LEVELS[form]
+    highest = coding.num_draws if form is None else coding.levels
     assert highest is not None
     if values_N.max(initial=0) > highest:
         raise ShardError(f"{where}: a value of {values_N.max()}, expected at most {highest}; the shard is damaged")
     return np.subtract(highest, values_N, out=values_N)
 
 
-def _values(scores: TeacherScores, form: Form) -> npt.NDArray[np.uint32]:
+def _values(scores: TeacherScores, coding: Coding) -> npt.NDArray[np.uint32]:
     """Numbers of draws, bits of the float, or steps of sqrt(p): those given, or else the nearest; entry by entry."""
+    form = coding.precision
     if form is None:
         assert scores.draws is not None
         return scores.draws.astype(np.uint32)
@@ -325,18 +304,19 @@ def _values(scores: TeacherScores, form: Form) -> npt.NDArray[np.uint32]:
         return scores.logprobs.view(np.uint32)
     if form == "fp16":
         return scores.logprobs.astype(np.float16).view(np.uint16).astype(np.uint32)
+    assert coding.levels is not None
     if scores.codes is not None:
-        assert scores.codes.max(initial=0) <= LEVELS[form]
+        assert scores.codes.max(initial=0) <= coding.levels
         return scores.codes.astype(np.uint32)
     assert np.isfinite(scores.logprobs).all()
-    levels = np.float32(LEVELS[form])
+    levels = np.float32(coding.levels)
     roots_N = np.exp(scores.logprobs * np.float32(0.5))
     return np.minimum(np.rint(roots_N * levels), levels).astype(np.uint32)
 
 
 def _key_type(form: Form) -> type[np.unsignedinteger]:
     """Holds an id or rank beside a value; sorting the narrower is twice as fast."""
-    return np.uint32 if form in LEVELS else np.uint64
+    return np.uint32 if form in ("q8", "q6") else np.uint64
 
 
 def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

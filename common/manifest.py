@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from common.codec import Form
+from common.coding import Coding, Form
 from common.config import Strict, digest
 from common.errors import ProvenanceError, ShardError
 from common.samples import Kind
 from common.storage import Location, list_files, open_ranged, publish, publish_new, read_bytes
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 FEATURE_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -100,6 +100,11 @@ class CaptureSettings(Strict):
     score: Literal["response", "all"]
     max_tokens: int
     on_bad_sample: Literal["stop", "skip"]
+
+    @property
+    def coding(self) -> Coding:
+        """How shards store what is kept."""
+        return Coding(self.precision, self.top_k, self.num_draws)
 
     @property
     def max_kept(self) -> int:

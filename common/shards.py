@@ -217,8 +217,7 @@ class ShardFile(ParquetShard):
             rest,
             tables,
             self._order,
-            self._capture.precision,
-            self._capture.num_draws,
+            self._capture.coding,
             f"{self.path}: rows {first_row} to {first_row + len(counts) - 1}",
             self._keep_codes,
         )
@@ -236,6 +235,7 @@ def _to_columns(
     rows: Sequence[ShardRow], tables: Sequence[npt.NDArray[np.uint8]], manifest: Manifest, order: TokenOrder
 ) -> list[pa.Array]:
     """The columns of `schema`, in its order; `tables` has the conversations of all rows, one after the other."""
+    coding = manifest.capture.coding
     samples = [row.sample for row in rows]
     columns = [
         pa.array([sample.id for sample in samples], pa.string()),
@@ -253,10 +253,10 @@ def _to_columns(
             _join([e.spans for e in encoded], _SPANS),
             pa.array([s.total_logprob for s in scores], pa.float64()),
             _join([s.own_logprobs for s in scores], _FLOATS),
-            _join([s.rest_mass for s in scores], _FLOATS),
+            _join([coding.stored_rest(s.rest_mass) for s in scores], _FLOATS),
             _join([s.counts for s in scores], _INTS),
             _join(list(tables_of), _BYTES),
-            *map(_binary, pack(scores, tables_of, order, manifest.capture.precision).values()),
+            *map(_binary, pack(scores, tables_of, order, coding).values()),
         ]
     return columns
 

@@ -3,21 +3,77 @@
 Legend: R scored tokens, N kept entries of all of them.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import ShardError
 
-# Codes of rows with about the same rest mass are alike: each bucket has the rows from one edge to the next.
-REST_EDGES = np.array([0.0025, 0.01, 0.025, 0.05, 0.09, 0.15, 0.25], np.float32)
-NUM_BUCKETS = len(REST_EDGES) + 1
+_Value = TypeVar("_Value", bound=np.generic)
+
+NUM_QUARTERS = 4
+NUM_BUCKETS = 16
+
+
+def quarter_widths(counts_R: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Entries of each quarter of a row, int64 [R, 4]: quarter q of c entries ends before entry floor(c (q + 1) / 4)."""
+    edges_R5 = counts_R.astype(np.int64)[:, None] * np.arange(NUM_QUARTERS + 1) // NUM_QUARTERS
+    return np.diff(edges_R5, axis=1)
+
+
+def split_quarters(values_N: npt.NDArray[np.uint8], widths_R4: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+    """The first quarters of all rows, the second ones and so on; from values that stand row after row."""
+    edges = _edges_of_all(widths_R4)
+    if edges is not None:
+        rows_RK = values_N.reshape(len(widths_R4), -1)
+        return [rows_RK[:, a:b].reshape(-1) for a, b in itertools.pairwise(edges)]
+    return np.split(values_N[_places_of_quarters(widths_R4)], np.cumsum(widths_R4.sum(0))[:-1])
+
+
+def join_quarters(
+    quarters: Sequence[npt.NDArray[np.uint8]], widths_R4: npt.NDArray[np.int64], where: str
+) -> npt.NDArray[np.uint8]:
+    """Inverse of `split_quarters`.
+
+    Raises:
+        ShardError: a quarter has not the values of its rows.
+    """
+    found, expected = [len(quarter) for quarter in quarters], widths_R4.sum(0).tolist()
+    if found != expected:
+        raise ShardError(f"{where}: {found} symbols in quarters of rows, expected {expected}; the shard is damaged")
+    values_N = np.empty(sum(expected), np.uint8)
+    edges = _edges_of_all(widths_R4)
+    if edges is None:
+        values_N[_places_of_quarters(widths_R4)] = np.concatenate(quarters)
+        return values_N
+    rows_RK = values_N.reshape(len(widths_R4), -1)
+    for quarter, (a, b) in zip(quarters, itertools.pairwise(edges), strict=True):
+        rows_RK[:, a:b] = quarter.reshape(len(widths_R4), b - a)
+    return values_N
 
 
 def buckets_of(rest_R: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
-    """Which bucket has a row's codes, by its rest mass: int [R]."""
-    return np.searchsorted(REST_EDGES, rest_R, side="right")
+    """Which bucket has a row's codes, int [R]; b < 15: a rest mass from 2^-(b + 1) to 2^-b, 15: a smaller one.
+
+    Codes of rows with about the same rest mass are alike.
+    """
+    exponents_R = np.frexp(rest_R)[1]
+    return np.where(rest_R > 0, np.clip(-exponents_R, 0, NUM_BUCKETS - 1), NUM_BUCKETS - 1).astype(np.intp)
+
+
+def split_rows(
+    values_N: npt.NDArray[_Value], counts_R: npt.NDArray[np.int32], labels_R: npt.NDArray[np.integer], num_labels: int
+) -> list[npt.NDArray[_Value]]:
+    """The values of the rows of each label; from values that stand row after row."""
+    order_R = np.argsort(labels_R, kind="stable")
+    if _edges_of_all(counts_R[:, None]) is not None:
+        values_N = values_N.reshape(len(counts_R), -1)[order_R].reshape(-1)
+    else:
+        values_N = values_N[_places_of_rows(counts_R, order_R)]
+    return np.split(values_N, np.cumsum(_sizes(counts_R, labels_R, num_labels))[:-1])
 
 
 def join_buckets(
@@ -26,30 +82,57 @@ def join_buckets(
     buckets_R: npt.NDArray[np.intp],
     where: str,
 ) -> npt.NDArray[np.uint8]:
-    """Codes [N] in the order of the rows, from those of each bucket.
+    """Inverse of `split_rows` by buckets.
 
     Raises:
         ShardError: a bucket has not the codes of its rows.
     """
-    found = [len(codes) for codes in buckets]
-    expected = np.bincount(buckets_R, counts_R, minlength=len(buckets)).astype(np.int64).tolist()
+    found, expected = [len(codes) for codes in buckets], _sizes(counts_R, buckets_R, NUM_BUCKETS).tolist()
     if found != expected:
         raise ShardError(
             f"{where}: {found} codes of rows by their rest mass, expected {expected}; the shard is damaged"
         )
-    codes_N = np.concatenate(buckets)
-    # Rows in the order in which their codes follow each other there.
     order_R = np.argsort(buckets_R, kind="stable")
-    width = int(counts_R.max(initial=0))
-    if len(codes_N) == width * len(counts_R):
-        rows_RK = np.empty((len(counts_R), width), np.uint8)
-        rows_RK[order_R] = codes_N.reshape(-1, width) if width else rows_RK
-        return rows_RK.reshape(-1)
-    starts_R = np.empty(len(counts_R), np.int64)
-    sizes_R = counts_R[order_R]
-    starts_R[order_R] = np.cumsum(sizes_R) - sizes_R
-    shifts_R = starts_R - (np.cumsum(counts_R) - counts_R)
-    return codes_N[np.repeat(shifts_R, counts_R) + np.arange(len(codes_N))]
+    codes_N = np.concatenate(buckets)
+    joined_N = np.empty_like(codes_N)
+    if _edges_of_all(counts_R[:, None]) is not None:
+        joined_N.reshape(len(counts_R), -1)[order_R] = codes_N.reshape(len(counts_R), -1)
+    else:
+        joined_N[_places_of_rows(counts_R, order_R)] = codes_N
+    return joined_N
+
+
+def _edges_of_all(widths_RP: npt.NDArray[np.integer]) -> list[int] | None:
+    """Where the parts of a row begin and end, if that is the same in all rows and none is without entries."""
+    if not len(widths_RP) or not widths_RP[0].any() or (widths_RP != widths_RP[0]).any():
+        return None
+    return [0, *np.cumsum(widths_RP[0]).tolist()]
+
+
+def _places_of_quarters(widths_R4: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where values of all first quarters stand, then those of all second ones and so on, [N]."""
+    widths = widths_R4.reshape(-1)
+    starts_4R = (np.cumsum(widths) - widths).reshape(widths_R4.shape).T
+    return _places(starts_4R.reshape(-1), widths_R4.T.reshape(-1))
+
+
+def _places_of_rows(counts_R: npt.NDArray[np.int32], order_R: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+    """Where values of the rows stand in this order of them, [N]."""
+    starts_R = np.cumsum(counts_R, dtype=np.int64) - counts_R
+    return _places(starts_R[order_R], counts_R[order_R])
+
+
+def _places(starts: npt.NDArray[np.int64], widths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Places from each start on, so many as its width, one start after the other."""
+    ends = np.cumsum(widths, dtype=np.int64)
+    return np.repeat(starts - ends + widths, widths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _sizes(
+    counts_R: npt.NDArray[np.int32], labels_R: npt.NDArray[np.integer], num_labels: int
+) -> npt.NDArray[np.int64]:
+    """Entries of the rows of each label."""
+    return np.bincount(labels_R, counts_R, minlength=num_labels).astype(np.int64)
 
 
 def with_single_draws(

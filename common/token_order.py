@@ -3,7 +3,7 @@
 After like words a teacher keeps like ids. So a shard has several tables of frequencies, and each row the one that fits
 it best: its ids are then among the first of that table, close together.
 
-Legend: M tables, V vocabulary, R rows, S rows of a sample, U ids that occur in it, J ids by which a row is known.
+Legend: M tables, V vocabulary, R rows, S rows of a sample, U ids that occur, J ids by which a row is known.
 """
 
 import base64
@@ -16,17 +16,22 @@ import zstandard
 
 from common.errors import ShardError
 from common.scores import TeacherScores
+from common.streams import split_rows
 
 MAX_TABLES = 64
+# What fits into half a byte.
+MAX_CLASS = 15
 
 # A table takes about a byte for each id in it, which so many entries have to make up for.
-ENTRIES_A_TABLE = 1 << 18
+ENTRIES_A_TABLE = 1 << 17
 # Rows are known by their best ids, tables are found on so many rows each.
-_BEST = 16
+_BEST = 32
 _ROWS_A_TABLE = 128
 _ROUNDS = 5
+# Logarithms are counted in steps of 1/32: those of a row's best ids, each below 20, then add up to less than 2^15.
+_SCALE = 32
 # Rows whose scores are in memory together.
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 2048
 
 
 class TokenOrder:
@@ -36,16 +41,15 @@ class TokenOrder:
     """
 
     def __init__(self, classes_MV: npt.NDArray[np.uint8]) -> None:
-        self.num_tables, self._vocab_size = classes_MV.shape
-        tables = [np.flatnonzero(classes_V) for classes_V in classes_MV]
-        tables = [ids[np.argsort(~c[ids], kind="stable")] for ids, c in zip(tables, classes_MV, strict=True)]
+        self.num_tables, self.vocab_size = classes_MV.shape
+        tables = [_by_class(classes_V) for classes_V in classes_MV]
         self.ids = np.concatenate(tables).astype(np.int32)
         self.starts = np.cumsum([0, *map(len, tables)]).astype(np.int32)
 
     @cached_property
     def ranks(self) -> npt.NDArray[np.int32]:
         """Rank of each id, int32 [M, V]; without meaning where the class is 0. Only who writes needs them."""
-        ranks_MV = np.zeros((self.num_tables, self._vocab_size), np.int32)
+        ranks_MV = np.zeros((self.num_tables, self.vocab_size), np.int32)
         for ranks_V, start, stop in zip(ranks_MV, self.starts[:-1], self.starts[1:], strict=True):
             ranks_V[self.ids[start:stop]] = np.arange(stop - start)
         return ranks_MV
@@ -56,22 +60,28 @@ def find_classes(
 ) -> tuple[npt.NDArray[np.uint8], list[npt.NDArray[np.uint8]]]:
     """Classes of each table's ids, uint8 [M, V], and the table of each row, uint8 [R] for each of `scores`.
 
-    A class is the number of binary digits of how many rows of the table keep the id.
+    A class is the number of binary digits of how many rows of the table keep the id, 15 if there are more.
     """
     ids_N = np.concatenate([np.zeros(0, np.int32), *(each.ids for each in scores)])
     counts_R = np.concatenate([np.zeros(0, np.int32), *(each.counts for each in scores)])
     num_tables = min(1 << max((len(ids_N) // ENTRIES_A_TABLE).bit_length() - 1, 0), MAX_TABLES)
     tables_R = _tables(ids_N, counts_R, num_tables, vocab_size)
-    cells_N = np.repeat(tables_R.astype(np.int64) * vocab_size, counts_R) + ids_N
-    rows_MV = np.bincount(cells_N, minlength=num_tables * vocab_size).reshape(num_tables, vocab_size)
+    of_tables = split_rows(ids_N, counts_R, tables_R, num_tables)
+    rows_MV = np.stack([np.bincount(ids, minlength=vocab_size) for ids in of_tables])
     tables = np.split(tables_R, np.cumsum([each.num_rows for each in scores]))[:-1]
-    return np.frexp(rows_MV)[1].astype(np.uint8), tables
+    return np.minimum(np.frexp(rows_MV)[1], MAX_CLASS).astype(np.uint8), tables
 
 
 def classes_to_text(classes_MV: npt.NDArray[np.uint8]) -> str:
-    """Base64 of a zstd frame of them, all of an id beside each other; the frame has a checksum."""
-    data = np.ascontiguousarray(classes_MV.T).tobytes()
-    return base64.b64encode(zstandard.ZstdCompressor(9, write_checksum=True).compress(data)).decode()
+    """Base64 of a zstd frame with a checksum: each id's highest class, then its class in each table, 4 bits each.
+
+    The latter of ids that have one, by falling highest class: like numbers stand together then.
+    """
+    highest_V = classes_MV.max(axis=0)
+    classes_UM = classes_MV[:, _by_class(highest_V)].T
+    pairs = classes_UM[:, 0::2] | classes_UM[:, 1::2] << 4 if len(classes_MV) > 1 else classes_UM[:0]
+    frame = zstandard.ZstdCompressor(9, write_checksum=True).compress(highest_V.tobytes() + pairs.tobytes())
+    return base64.b64encode(frame).decode()
 
 
 def classes_from_text(text: bytes, vocab_size: int, where: str) -> npt.NDArray[np.uint8]:
@@ -82,15 +92,29 @@ def classes_from_text(text: bytes, vocab_size: int, where: str) -> npt.NDArray[n
     """
     try:
         frame = base64.b64decode(text, validate=True)
-        data = zstandard.ZstdDecompressor().decompress(frame, MAX_TABLES * vocab_size)
+        data = zstandard.ZstdDecompressor().decompress(frame, (1 + MAX_TABLES // 2) * vocab_size)
     except (ValueError, zstandard.ZstdError) as error:
         raise ShardError(f"{where}: its token classes cannot be read ({error}); the file is damaged") from error
-    num_tables, left = divmod(len(data), vocab_size)
-    if left or not 1 <= num_tables <= MAX_TABLES:
+    highest_V, pairs = np.split(np.frombuffer(data, np.uint8), [vocab_size])
+    used = _by_class(highest_V)
+    pairs_each, left = divmod(len(pairs), max(len(used), 1))
+    if len(highest_V) < vocab_size or left or pairs_each > MAX_TABLES // 2:
         raise ShardError(
-            f"{where}: has {len(data):,} token classes, expected 1 to {MAX_TABLES} times {vocab_size:,} tokens"
+            f"{where}: has {len(data):,} bytes of token classes, expected one for each of {vocab_size:,} tokens and up "
+            f"to {MAX_TABLES // 2} more for each that is kept"
         )
-    return np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(vocab_size, num_tables).T)
+    if not len(pairs):
+        return highest_V[None, :]
+    pairs_UP = pairs.reshape(len(used), pairs_each)
+    classes_MV = np.zeros((2 * pairs_each, vocab_size), np.uint8)
+    classes_MV[0::2, used], classes_MV[1::2, used] = (pairs_UP & 15).T, (pairs_UP >> 4).T
+    return classes_MV
+
+
+def _by_class(classes_V: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Ids whose class is not 0 by falling class, ties by ascending id."""
+    ids = np.flatnonzero(classes_V)
+    return ids[np.argsort(~classes_V[ids], kind="stable")]
 
 
 def _tables(
@@ -111,27 +135,37 @@ def _tables(
     size = len(used_U) + 1
     share_U1 = np.bincount(places_SJ.reshape(-1), minlength=size) / len(sample_S)
 
-    weights_U1M = np.zeros((size, num_tables), np.float32)
+    weights_U1M = np.zeros((size, num_tables), np.int16)
     seeds = np.linspace(0, len(sample_S) - 1, num_tables).astype(np.int64)
     weights_U1M[places_SJ[seeds], np.arange(num_tables)[:, None]] = 1
     weights_U1M[-1] = 0
-    log_prior_M = np.zeros(num_tables, np.float32)
+    log_prior_M = np.zeros(num_tables, np.int16)
     for _ in range(_ROUNDS):
-        tables_S = (weights_U1M[places_SJ].sum(1) + log_prior_M).argmax(1)
+        tables_S = _best_table(places_SJ, weights_U1M, log_prior_M)
         cells = (places_SJ * num_tables + tables_S[:, None]).reshape(-1)
         rows_U1M = np.bincount(cells, minlength=size * num_tables).reshape(size, num_tables)
         rows_M = np.bincount(tables_S, minlength=num_tables)
         expected_U1M = share_U1[:, None] * (rows_M + 2)
         # Whole numbers, whose sums are exact: a last bit of another CPU's logarithm chooses no other table.
-        weights_U1M[:-1] = np.rint(64 * np.log((rows_U1M + 2 * share_U1[:, None])[:-1] / expected_U1M[:-1]))
-        log_prior_M = np.rint(64 * np.log((rows_M + 1) / len(sample_S))).astype(np.float32)
+        weights_U1M[:-1] = np.rint(_SCALE * np.log((rows_U1M + 2 * share_U1[:, None])[:-1] / expected_U1M[:-1]))
+        log_prior_M = np.rint(_SCALE * np.log((rows_M + 1) / len(sample_S))).astype(np.int16)
 
     tables_R = np.empty(num_rows, np.uint8)
     for start in range(0, num_rows, _ROWS_AT_ONCE):
         rows = np.arange(start, min(start + _ROWS_AT_ONCE, num_rows))
         places_RJ = places[_best(ids_N, counts_R, starts_R, rows, vocab_size)]
-        tables_R[rows] = (weights_U1M[places_RJ].sum(1) + log_prior_M).argmax(1)
+        tables_R[rows] = _best_table(places_RJ, weights_U1M, log_prior_M)
     return tables_R
+
+
+def _best_table(
+    places_RJ: npt.NDArray[np.int64], weights_U1M: npt.NDArray[np.int16], log_prior_M: npt.NDArray[np.int16]
+) -> npt.NDArray[np.intp]:
+    """The table under which a row's ids are the most probable, int [R]."""
+    log_odds_RM = np.tile(log_prior_M, (len(places_RJ), 1))
+    for places_R in places_RJ.T:
+        log_odds_RM += weights_U1M.take(places_R, axis=0)
+    return log_odds_RM.argmax(1)
 
 
 def _best(

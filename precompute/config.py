@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, PositiveInt, field_validator, model_validator
 
-from common.codec import Precision
+from common.coding import Precision
 from common.config import Strict
 from common.encoding import Score
 from common.images import AspectRatio
@@ -115,10 +115,10 @@ class PrecomputeConfig(Strict):
     What is kept of each distribution: the `top_k` best entries ("all": the whole vocabulary; absent, 64 for "kd" and
     0 for "dpo"); with `top_p`, only as many of them as hold that mass, but at least `min_k`; with `num_draws`
     instead, the ids of so many draws from the distribution itself, with replacement. `precision` is how kept log-probs
-    are stored: q8 in steps of 1/255 of sqrt(p), q6 of 1/63, fp16, or exactly as fp32; absent, q8. `store_images` puts
-    the image files into the shards, so that training needs no image folder. `seed` is for draws and `generate`.
-    `max_tokens` counts an image by the tokens it expands to. Of `num_nodes` processes that share an
-    output, the one with number `node_rank` takes every num_nodes-th shard.
+    are stored: q8 in 127 to 255 steps of sqrt(p), by `top_k`, q6 in 63, fp16, or exactly as fp32; absent, q8.
+    `store_images` puts the image files into the shards, so that training needs no image folder. `seed` is for draws and
+    `generate`. `max_tokens` counts an image by the tokens it expands to. Of `num_nodes` processes that share an output,
+    the one with number `node_rank` takes every num_nodes-th shard.
     """
 
     kind: Kind = "kd"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.codec import Form
+from common.coding import Form
 from common.figures import Figure, Section, show
 from precompute.config import EngineDtype, PrecomputeConfig
 from precompute.measure import Measured, ModelShape, Total, measure
@@ -23,8 +23,8 @@ DTYPE_BYTES: dict[EngineDtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4
 # Bytes in a finished shard, as `benchmarks.codec` finds them on real text (SmolLM2-135M, 49,152 words, k = 64; drawn:
 # 37 draws): of one kept entry by how its log-prob is stored, None for drawn ones, and of one scored token besides: own
 # log-prob, rest mass, number of entries. A larger vocabulary or a smaller shard takes a little more.
-ENTRY_BYTES: dict[Form, float] = {"fp32": 3.65, "fp16": 2.1, "q8": 1.3, "q6": 1.1, None: 1.5}
-ROW_BYTES = 7.5
+ENTRY_BYTES: dict[Form, float] = {"fp32": 3.6, "fp16": 2.05, "q8": 1.2, "q6": 1.05, None: 1.4}
+ROW_BYTES = 7.0
 TEXT_COMPRESSION = 0.33
 
 # Copies in float32, rounded up: of a chunk, its logits in the engine's dtype and in float32; of all positions, for

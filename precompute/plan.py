@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from common.codec import Form
+from common.coding import Form
 from common.encoding import Encoded, Encoder
 from common.errors import DataError, ModelError
 from common.images import ImageSpec, load_image, read_image, require_image

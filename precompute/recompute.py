@@ -21,7 +21,6 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from common.codec import LEVELS
 from common.encoding import expand_placeholders, predicting_positions
 from common.errors import DataError, ModelError, ProvenanceError
 from common.images import ImageSpec, load_image
@@ -140,8 +139,8 @@ def recompute(
 
 def _codec_kl(manifest: Manifest) -> float:
     """KL that storing a row's log-probs may add, nats."""
-    capture = manifest.capture
-    return _STEPS_OF_KL * capture.top_k / LEVELS[capture.precision] ** 2 if capture.precision in LEVELS else 0.0
+    levels = manifest.capture.coding.levels
+    return _STEPS_OF_KL * manifest.capture.top_k / levels**2 if levels else 0.0
 
 
 class Reference:

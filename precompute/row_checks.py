@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from common.codec import probability_error
+from common.coding import REST_ROUNDING, probability_error
 from common.encoding import Encoded
 from common.manifest import Manifest
 from common.scores import TeacherScores
@@ -69,7 +69,7 @@ def mass_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
             weights_N, total, tolerance = scores.draws.astype(np.float64), manifest.capture.num_draws, 0.0
         mass_R = _sum(weights_N, scores) / total
         error_R = np.abs(np.clip(1.0 - mass_R, 0.0, 1.0) - scores.rest_mass)
-        rounding_N = probability_error(scores, manifest.capture.precision)
+        rounding_N = probability_error(scores, manifest.capture.coding)
         # What the best entries but the last hold at least; what all of them may be off together.
         before_last_R = mass_R - _last(weights_N + rounding_N, scores.counts) / total
         # Of a quantised row the sum is right although its terms are not.
@@ -80,6 +80,8 @@ def mass_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
         row = int((error_R - slack_R).argmax())
         yield f"row {row} keeps a mass of {mass_R[row]:.6f} and rests {scores.rest_mass[row]:.6f}, expected a sum of 1"
     if scores.draws is None:
+        if manifest.capture.coding.levels is not None:
+            slack_R = rest_R.astype(np.float64) * REST_ROUNDING
         yield from _length_problems(scores.counts, mass_R, before_last_R, slack_R, manifest)
 
 
@@ -133,7 +135,7 @@ def own_problems(encoded: Encoded, scores: TeacherScores, logprob_sum: float, ma
         return
     own_N = own_R[rows_N]
     same_N = scores.ids == ids_R[rows_N]
-    rounding_N = probability_error(scores, manifest.capture.precision)
+    rounding_N = probability_error(scores, manifest.capture.coding)
     with np.errstate(divide="ignore"):
         low_N, high_N = (
             np.log(np.maximum(np.exp(scores.logprobs, dtype=np.float64) + d, 0)) for d in (-rounding_N, rounding_N)

@@ -50,7 +50,7 @@ def real_conversations(n: int, *, max_chars: int = 400) -> list[dict[str, Any]]:
     Every third has a second question and answer. They are those of the Python version, and of what is imported: some
     packages put documented functions into the standard library's modules.
     """
-    entries = _documented()
+    entries = documented()
     step = max(1, len(entries) // (2 * n))
     records = []
     for number in range(n):
@@ -70,7 +70,7 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def _documented() -> list[tuple[str, str]]:
+def documented() -> list[tuple[str, str]]:
     """Names and docstrings of functions and classes of the standard library, each docstring once."""
     found: dict[str, str] = {}
     for module_name in _MODULES.split():

@@ -7,12 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codec import LEVELS, Form, Packed, Precision, columns_of, pack, probability_error, unpack
+from common.codec import Packed, columns_of, pack, unpack
+from common.coding import Coding, Form, Precision, probability_error
 from common.errors import ShardError
 from common.scores import MAX_DRAWS, MAX_VOCAB_SIZE, TeacherScores, from_draws, from_rectangle
 from common.token_order import TokenOrder, classes_from_text, classes_to_text, find_classes
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "q8", "q6")
+# Of which q8 derives its steps.
+TOP_K = 64
 
 
 @st.composite
@@ -52,13 +55,14 @@ def through(
     with patch("common.token_order.ENTRIES_A_TABLE", entries_a_table):
         classes, tables = find_classes(scores, vocab_size)
     order = TokenOrder(classes_from_text(classes_to_text(classes).encode(), vocab_size, "here"))
-    columns = pack(scores, tables, order, form)
+    coding = Coding(form, TOP_K, num_draws)
+    columns = pack(scores, tables, order, coding)
     assert tuple(columns) == columns_of(form)
-    counts, rests = [each.counts for each in scores], [each.rest_mass for each in scores]
-    read = unpack(columns, counts, rests, tables, order, form, num_draws, "here")
+    counts, rests = [each.counts for each in scores], [coding.stored_rest(each.rest_mass) for each in scores]
+    read = unpack(columns, counts, rests, tables, order, coding, "here")
     return [
-        TeacherScores(each.own_logprobs, each.rest_mass, each.counts, ids, logprobs, draws)
-        for each, (ids, logprobs, draws, _) in zip(scores, read, strict=True)
+        TeacherScores(each.own_logprobs, rest, each.counts, ids, logprobs, draws)
+        for each, rest, (ids, logprobs, draws, _) in zip(scores, rests, read, strict=True)
     ]
 
 
@@ -79,7 +83,8 @@ def test_ids_come_back_exactly_and_probabilities_within_the_stated_error(
         found_ids, found_order = by_id(after)
         np.testing.assert_array_equal(found_ids, ids)
         p, q = (np.exp(s.logprobs[o], dtype=np.float64) for s, o in ((before, order), (after, found_order)))
-        assert (np.abs(p - q) <= probability_error(after, precision)[found_order] * (1 + 1e-6) + 1e-7 * p).all()
+        allowed = probability_error(after, Coding(precision, TOP_K, None))[found_order]
+        assert (np.abs(p - q) <= allowed * (1 + 1e-6) + 1e-7 * p).all()
         assert (after.logprobs <= 0).all() or precision == "fp32"
         assert np.isfinite(after.logprobs).all()
         # In the order that is promised: by descending log-prob, ties by ascending id.
@@ -87,7 +92,8 @@ def test_ids_come_back_exactly_and_probabilities_within_the_stated_error(
         np.testing.assert_array_equal(np.lexsort((after.ids, -after.logprobs, rows)), np.arange(len(rows)))
         if precision == "fp32":
             assert after.logprobs.tobytes() == before.logprobs.tobytes()
-        if precision in LEVELS:
+        if precision in ("q8", "q6"):
+            np.testing.assert_allclose(after.rest_mass, before.rest_mass, rtol=2.0**-12)
             mass = np.bincount(rows, np.exp(after.logprobs, dtype=np.float64), minlength=after.num_rows)
             kept = after.counts > 0
             np.testing.assert_allclose(mass[kept], 1.0 - after.rest_mass[kept], rtol=3e-6, atol=1e-7)
@@ -117,8 +123,9 @@ def test_draws_come_back_exactly(seed: int, num_draws: int, vocab_size: int) -> 
 def test_streams_of_draws_that_do_not_fit_are_named() -> None:
     scores = from_draws(np.zeros(1, np.float32), np.array([[3, 3, 3, 5]]), vocab_size=9)
     order, tables = TokenOrder(np.ones((1, 9), np.uint8)), [np.zeros(1, np.uint8)]
-    columns = pack([scores], tables, order, None)
-    assert [columns[name].data.tolist() for name in columns_of(None)[3:]] == [[1], [3], [0]]
+    coding = Coding(None, 0, 4)
+    columns = pack([scores], tables, order, coding)
+    assert [columns[name].data.tolist() for name in columns_of(None)[-3:]] == [[1], [3], [0]]
     for name, data, found in (
         ("topk_repeated", [], "0 bytes of bits for 2 drawn"),
         ("topk_repeated", [3], "for 2 entries that were drawn more than once"),
@@ -128,9 +135,7 @@ def test_streams_of_draws_that_do_not_fit_are_named() -> None:
     ):
         changed = Packed(np.array(data, np.uint8), np.array([0, len(data)]))
         with pytest.raises(ShardError, match=f"here.*{found}"):
-            list(
-                unpack({**columns, name: changed}, [scores.counts], [scores.rest_mass], tables, order, None, 4, "here")
-            )
+            list(unpack({**columns, name: changed}, [scores.counts], [scores.rest_mass], tables, order, coding, "here"))
 
 
 @pytest.mark.parametrize("gap", [0, 191, 192, 193, 192 + 255, 192 + 256, 192 + 63 * 256 - 1, 192 + 63 * 256, 2**20 - 2])
@@ -140,8 +145,9 @@ def test_every_kind_of_difference_comes_back(gap: int) -> None:
     assert order.ids.tolist() == list(range(vocab_size))
     ids = np.array([[0, gap + 1]]) if gap < vocab_size - 1 else np.array([[0, 0]])
     scores = from_rectangle(np.zeros(1, np.float32), ids, np.log(np.array([[0.25, 0.5]])).astype(np.float32))
-    columns = pack([scores], tables, order, "fp32")
-    ((found, *_),) = unpack(columns, [scores.counts], [scores.rest_mass], tables, order, "fp32", None, "here")
+    coding = Coding("fp32", 2, None)
+    columns = pack([scores], tables, order, coding)
+    ((found, *_),) = unpack(columns, [scores.counts], [scores.rest_mass], tables, order, coding, "here")
     assert found.tolist() == [gap + 1, 0]
 
 
@@ -151,13 +157,49 @@ def test_the_mean_divergence_of_codes_is_that_of_rounding_square_roots() -> None
     p = rng.dirichlet(np.full(32, 5.0), 4000)
     ids = np.tile(np.arange(32), (4000, 1))
     written = from_rectangle(np.zeros(4000, np.float32), ids, np.log(p).astype(np.float32))
-    for precision in ("q8", "q6"):
+    precisions: tuple[Precision, ...] = ("q8", "q6")
+    for precision in precisions:
         (read,) = through([written], 32, precision)
         (_, a), (_, b) = by_id(written), by_id(read)
         log_p, log_q = written.logprobs[a].astype(np.float64), read.logprobs[b].astype(np.float64)
         kl = (np.exp(log_p) * (log_p - log_q)).sum() / 4000
         # One degree of freedom of 32 goes to the scaling.
-        assert kl == pytest.approx(31 / (6 * LEVELS[precision] ** 2), rel=0.1)
+        levels = Coding(precision, TOP_K, None).levels
+        assert levels is not None
+        assert kl == pytest.approx(31 / (6 * levels**2), rel=0.1)
+
+
+def test_q8_has_as_many_steps_as_its_entries_need_and_a_byte_holds() -> None:
+    levels = {k: Coding("q8", k, None).levels for k in (1, 29, 30, 50, 64, 120, 121, 49_152)}
+    assert levels == {1: 127, 29: 127, 30: 127, 50: 164, 64: 185, 120: 254, 121: 255, 49_152: 255}
+    others: tuple[Coding, ...] = (Coding("q6", 9, None), Coding("fp16", 9, None), Coding("fp32", 9, None))
+    assert [coding.levels for coding in (*others, Coding(None, 0, 9))] == [63, None, None, None]
+
+
+def test_rest_masses_beside_codes_have_12_significant_bits() -> None:
+    rng = np.random.default_rng(3)
+    rest = np.concatenate([[0, 1, 2e-6], rng.random(1000) ** 8]).astype(np.float32)
+    stored = Coding("q8", 50, None).stored_rest(rest)
+    mantissas, exponents = np.frexp(rest.astype(np.float64))
+    # NumPy's rint takes ties to the even one; none is among these.
+    np.testing.assert_array_equal(stored, np.ldexp(np.rint(mantissas * 4096), exponents - 12))
+    np.testing.assert_array_equal(Coding("q6", 50, None).stored_rest(stored), stored)
+    for form in ("fp32", "fp16", None):
+        np.testing.assert_array_equal(Coding(form, 50, None).stored_rest(rest), rest)
+
+
+@pytest.mark.parametrize("num_tables", [1, 2, 64])
+def test_tables_come_back_from_the_footer(num_tables: int) -> None:
+    rng = np.random.default_rng(num_tables)
+    classes = (rng.integers(0, 16, (num_tables, 999)) * (rng.random((num_tables, 999)) < 0.2)).astype(np.uint8)
+    found = classes_from_text(classes_to_text(classes).encode(), 999, "here")
+    np.testing.assert_array_equal(found, classes)
+
+
+def test_a_class_ends_at_what_half_a_byte_holds() -> None:
+    scores = from_rectangle(np.zeros(1 << 16, np.float32), np.zeros((1 << 16, 1), int), np.zeros((1 << 16, 1)))
+    classes, _ = find_classes([scores], 2)
+    assert classes.tolist() == [[15, 0]]
 
 
 def test_the_same_scores_give_the_same_bytes_whatever_they_are_batched_with() -> None:
@@ -174,10 +216,11 @@ def test_the_same_scores_give_the_same_bytes_whatever_they_are_batched_with() ->
         classes, tables = find_classes(many, 5000)
     order = TokenOrder(classes)
     assert order.num_tables == 4
-    together = pack(many, tables, order, "q8")
+    coding = Coding("q8", 64, None)
+    together = pack(many, tables, order, coding)
     assert sum(len(each.ids) for each in many) > 1 << 17, "more than one batch"
     for number in (0, 41, 79):
-        alone = pack([many[number]], [tables[number]], order, "q8")
+        alone = pack([many[number]], [tables[number]], order, coding)
         for name, column in together.items():
             assert column.part(number, number + 1).tobytes() == alone[name].data.tobytes()
 
@@ -220,42 +263,45 @@ def test_streams_that_do_not_fit_are_named() -> None:
     classes = np.ones((2, 1000), np.uint8)
     classes[:, 900:] = 0
     order = TokenOrder(classes)
-    columns = pack([scores], [np.ones(1, np.uint8)], order, "q6")
+    coding = Coding("q6", 2, None)
+    columns = pack([scores], [np.ones(1, np.uint8)], order, coding)
 
     def read(table: int = 1, **changed: bytes) -> object:
         replaced = {name: np.frombuffer(data, np.uint8) for name, data in changed.items()}
         parts = {name: replaced.get(name, column.data) for name, column in columns.items()}
         packed = {name: Packed(data, np.array([0, len(data)])) for name, data in parts.items()}
         tables = [np.array([table], np.uint8)]
-        return list(unpack(packed, [scores.counts], [scores.rest_mass], tables, order, "q6", None, "here"))
+        return list(unpack(packed, [scores.counts], [scores.rest_mass], tables, order, coding, "here"))
 
     read()
     with pytest.raises(ShardError, match=r"here.*names table 2, there are 2"):
         read(2)
     for name, data, found in (
-        ("topk_ids", b"\x00", "expected"),
+        ("topk_ids_1", b"\x00\x00", "symbols in quarters"),
+        ("topk_ids_0", b"\x00", "symbols in quarters"),
         ("topk_ids_low", b"", "expected"),
         ("topk_ids_high", b"\x01\x02", "expected"),
-        ("topk_roots_7", b"\x01\x02\x03", "expected"),
+        ("topk_roots_1", b"\x01\x02\x03", "expected"),
         ("topk_roots_0", b"\x01", "expected"),
-        ("topk_roots_7", b"\x01\x40", "value of 64, expected at most 63"),
-        ("topk_ids", b"\x03\xc3", "past the last one of its row's table"),
+        ("topk_roots_1", b"\x01\x40", "value of 64, expected at most 63"),
+        ("topk_ids_3", b"\xc4", "past the last one of its row's table"),
     ):
         with pytest.raises(ShardError, match=f"here.*{found}"):
             read(**{name: data})
 
 
 @settings(max_examples=50, deadline=None)
-@given(conversations(), st.sampled_from(sorted(LEVELS)))
+@given(conversations(), st.sampled_from(["q6", "q8"]))
 def test_codes_are_written_again_as_they_are(case: tuple[list[TeacherScores], int], precision: Precision) -> None:
     """Between two orders of tokens; coding the decoded log-probs instead would shift some by a step."""
     first, vocab_size = case
-    counts, rests = [each.counts for each in first], [each.rest_mass for each in first]
+    coding = Coding(precision, TOP_K, None)
+    counts, rests = [each.counts for each in first], [coding.stored_rest(each.rest_mass) for each in first]
 
     def read(scores: list[TeacherScores], order: TokenOrder) -> list[TeacherScores]:
-        columns = pack(scores, tables, order, precision)
-        kept = unpack(columns, counts, rests, tables, order, precision, None, "here", keep_codes=True)
-        return [TeacherScores(s.own_logprobs, s.rest_mass, s.counts, *k) for s, k in zip(scores, kept, strict=True)]
+        columns = pack(scores, tables, order, coding)
+        kept = unpack(columns, counts, rests, tables, order, coding, "here", keep_codes=True)
+        return [TeacherScores(s.own_logprobs, r, s.counts, *k) for s, r, k in zip(scores, rests, kept, strict=True)]
 
     classes, tables = find_classes(first, vocab_size)
     before = read(first, TokenOrder(classes))

@@ -19,6 +19,7 @@ import pytest
 import zstandard
 
 from common.codec import ID_COLUMNS, pack
+from common.coding import Coding, Form
 from common.manifest import CaptureSettings, GenerateSettings, Manifest, Receipt, Skipped, open_output
 from common.samples import Kind
 from common.scores import TeacherScores, from_rectangle
@@ -29,36 +30,33 @@ from tests.common.builders import make_manifest, make_rows
 PAGE = (Path(__file__).parents[2] / "docs" / "shard-format.md").read_text("utf-8")
 
 
-def ids_of(
-    counts: list[int], tables: list[int], orders: list[list[int]], symbols: bytes, low: bytes, high: bytes
-) -> list[list[int]]:
+def ids_of(counts: list[int], tables: list[int], orders: list[list[int]], *streams: bytes) -> list[list[int]]:
     """The page's section "Ids": the ids of each row, by ascending rank in its table."""
-    symbol, low_byte = iter(symbols), iter(low)
+    *quarters, low, high = streams
+    symbols, low_byte = [iter(quarter) for quarter in quarters], iter(low)
     h_high = iter(struct.unpack(f"<{len(high) // 2}H", high))
     rows = []
     for count, table in zip(counts, tables, strict=True):
         rank, row = -1, []
-        for _ in range(count):
-            d = next(symbol)
+        for place in range(count):
+            (quarter,) = (q for q in range(4) if count * q // 4 <= place < count * (q + 1) // 4)
+            d = next(symbols[quarter])
             if d >= 192:
                 h = d - 192 if d < 255 else next(h_high)
                 d = 192 + 256 * h + next(low_byte)
             rank += d + 1
             row.append(orders[table][rank])
         rows.append(row)
-    assert [*symbol, *low_byte, *h_high] == []
+    assert [*itertools.chain(*symbols), *low_byte, *h_high] == []
     return rows
 
 
 def values_of(columns: dict[str, bytes], counts: list[int], rests: list[float], form: str | None) -> list[list[float]]:
     """The page's section "Values": log-probs, or numbers of draws, in the order of the ids."""
     if form in ("q8", "q6"):
-        streams, rows = [iter(columns[f"topk_roots_{bucket}"]) for bucket in range(8)], []
-        edges = [
-            float(np.float32(edge)) for edge in re.findall(r"[\d.]+", PAGE.split("of the edges ")[1].split("(")[0])
-        ]
+        streams, rows = [iter(columns[f"topk_roots_{bucket}"]) for bucket in range(16)], []
         for count, rest in zip(counts, rests, strict=True):
-            codes = streams[sum(edge <= rest for edge in edges)]
+            codes = streams[next((b for b in range(15) if rest >= 2.0 ** -(b + 1)), 15)]
             weights = [max(16 * next(codes) ** 2, 1) for _ in range(count)]
             mass = math.log(max(1 - rest, 2**-25))
             rows.append([min(mass + math.log(w) - math.log(sum(weights)), 0.0) for w in weights])
@@ -101,12 +99,13 @@ def test_the_worked_example_is_right() -> None:
     lines = dict(re.findall(r"^(topk_\w+) +([0-9A-F ]+)$", PAGE, re.MULTILINE))
     counts = [int(count) for count in lines.pop("topk_counts").split()]
     tables = [int(table) for table in lines.pop("topk_tables").split()]
-    columns = dict.fromkeys((f"topk_roots_{bucket}" for bucket in range(8)), b"")
+    columns = dict.fromkeys((*ID_COLUMNS, *(f"topk_roots_{bucket}" for bucket in range(16))), b"")
     columns |= {name: bytes.fromhex(data) for name, data in lines.items()}
-    rests = [0.14, 0.36]
+    rests = re.findall(r"stored as\n([\d.]+) and ([\d.]+) beside codes", PAGE)[0]
+    rests = [float(rest) for rest in rests]
     ids = ids_of(counts, tables, [order], *(columns[name] for name in ID_COLUMNS))
     assert ids == [[token_id for token_id, _, _ in row] for row in stated]
-    assert [*columns["topk_roots_5"], *columns["topk_roots_7"]] == [code for row in stated for _, _, code in row]
+    assert [*columns["topk_roots_2"], *columns["topk_roots_1"]] == [code for row in stated for _, _, code in row]
     exact = values_of(columns, counts, rests, "fp32")
     np.testing.assert_allclose(np.exp([*itertools.chain(*exact)]), [p for row in stated for _, p, _ in row], rtol=1e-6)
     coded = values_of(columns, counts, rests, "q8")
@@ -114,20 +113,24 @@ def test_the_worked_example_is_right() -> None:
     assert values_of(columns, counts, rests, None) == [[300, 1], [302]]
 
     # What this program writes of the same entries.
-    for form, names in (
-        ("q8", [f"topk_roots_{bucket}" for bucket in range(8)]),
+    cases: tuple[tuple[Form, list[str]], ...] = (
+        ("q8", [f"topk_roots_{bucket}" for bucket in range(16)]),
         ("fp32", [f"topk_logprobs_{p}" for p in range(4)]),
-    ):
+    )
+    for form, names in cases:
+        coding = Coding(form, 128, None)
         scores = from_rectangle(
             np.zeros(2, np.float32),
             np.array([[151_643, 5], [300, 0]]),
             np.log(np.array([[0.5, 0.36], [0.64, 1e-300]])).astype(np.float32) + np.array([[0, 0], [0, -np.inf]]),
         )
-        packed = pack([scores], [np.array(tables, np.uint8)], TokenOrder(classes[None, :]), form)
+        packed = pack([scores], [np.array(tables, np.uint8)], TokenOrder(classes[None, :]), coding)
         assert {name: column.data.tobytes() for name, column in packed.items()} == {
             name: columns[name] for name in (*ID_COLUMNS, *names)
         }
-        assert scores.rest_mass.tolist() == pytest.approx(rests, rel=1e-6)
+        assert scores.rest_mass.tolist() == pytest.approx([0.14, 0.36], rel=1e-6)
+        if form == "q8":
+            assert coding.stored_rest(scores.rest_mass).tolist() == pytest.approx(rests, rel=1e-7)
 
 
 @pytest.mark.slow
@@ -155,13 +158,11 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
     file = pq.ParquetFile(tmp_path / "shard-00000.parquet")
     assert file.metadata.metadata[b"decant.manifest_sha256"].decode() == digest
     assert file.metadata.metadata[b"decant.shard"] == b"0"
-    assert file.metadata.metadata[b"decant.schema_version"] == b"4"
+    assert file.metadata.metadata[b"decant.schema_version"] == b"5"
     content = {name: value for name, value in contents["manifest.json"].items() if name != "digest"}
     assert json.loads(file.metadata.metadata[b"decant.manifest"]) == content
-    classes = classes_of(file)
-    num_tables = len(classes) // manifest.tokenizer.vocab_size
-    assert num_tables >= 4
-    orders = [ranked(classes[table::num_tables]) for table in range(num_tables)]
+    orders = orders_of(file, manifest.tokenizer.vocab_size)
+    assert len(orders) >= 4
     assert file.metadata.metadata[b"decant.image_token_id"] == b"151646"
     assert [file.metadata.row_group(i).num_rows for i in range(2)] == [64, 6]
     ours = list(ShardFile(tmp_path / "shard-00000.parquet", manifest, 0))
@@ -186,7 +187,7 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
             read = ours[row.index].conversations[prefix == "rejected_"].scores
             for found, probs, expected in zip(ids, values, by_row(scored.scores), strict=True):
                 assert sorted(found) == sorted(expected)
-                slack = {"fp32": 0, "fp16": 2e-4, "q8": 1.5 / 255, "q6": 1.5 / 63}[form]
+                slack = {"fp32": 0, "fp16": 2e-4, "q8": 1.5 / 127, "q6": 1.5 / 63}[form]
                 for token_id, logprob in zip(found, probs, strict=True):
                     assert math.exp(logprob / 2) == pytest.approx(math.exp(expected[token_id] / 2), abs=slack + 1e-12)
             for found, probs, entries in zip(ids, values, by_row(read), strict=True):
@@ -196,8 +197,22 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
     assert num_scored == receipt["num_scored_tokens"]
 
 
-def classes_of(file: pq.ParquetFile) -> bytes:
-    return zstandard.ZstdDecompressor().decompress(base64.b64decode(file.metadata.metadata[b"decant.token_classes"]))
+def orders_of(file: pq.ParquetFile, vocab_size: int) -> list[list[int]]:
+    """Ids by rank in each table."""
+    frame = base64.b64decode(file.metadata.metadata[b"decant.token_classes"])
+    data = zstandard.ZstdDecompressor().decompress(frame)
+    highest, pairs = data[:vocab_size], data[vocab_size:]
+    used = ranked(highest)
+    if not pairs:
+        return [used]
+    tables = [bytearray(vocab_size) for _ in range(2 * len(pairs) // len(used))]
+    for number, byte in enumerate(pairs):
+        place, pair = divmod(number, len(tables) // 2)
+        tables[2 * pair][used[place]] = byte & 15
+        tables[2 * pair + 1][used[place]] = byte >> 4
+    for token_id in used:
+        assert highest[token_id] == max(table[token_id] for table in tables)
+    return [ranked(bytes(table)) for table in tables]
 
 
 def by_row(scores: TeacherScores) -> list[dict[int, float]]:
@@ -250,9 +265,7 @@ def test_drawn_entries_are_found_by_the_page_too(tmp_path: Path) -> None:
     assert hashlib.sha256(canonical(content).encode("ascii")).hexdigest() == claimed
     most = 0
     file = pq.ParquetFile(tmp_path / "shard-00000.parquet")
-    classes = classes_of(file)
-    num_tables = len(classes) // manifest.tokenizer.vocab_size
-    orders = [ranked(classes[table::num_tables]) for table in range(num_tables)]
+    orders = orders_of(file, manifest.tokenizer.vocab_size)
     for record, row in zip(file.read().to_pylist(), rows, strict=True):
         scores, counts = row.conversations[0].scores, record["topk_counts"]
         assert scores.draws is not None
@@ -273,7 +286,7 @@ def test_the_page_names_every_column_type_and_key() -> None:
         capture = make_manifest(**({"precision": precision} if precision else {"num_draws": 3, "top_k": 0})).capture
         columns = [field.name for field in schema("kd", capture)]
         for field in schema("kd", capture):
-            stated = re.sub(r"_[1-7]$", "_0", field.name) if field.name[-1].isdigit() else field.name
+            stated = re.sub(r"_\d+$", "_0", field.name) if field.name[-1].isdigit() else field.name
             assert table[stated] == arrow_type(field.type), field.name
         assert [field.name for field in schema("dpo", capture)] == columns[:3] + [
             prefix + name for prefix in ("chosen_", "rejected_") for name in columns[3:]

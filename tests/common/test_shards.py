@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from common.codec import ID_COLUMNS
 from common.encoding import Encoded
 from common.errors import ProvenanceError, ShardError, StorageError
 from common.manifest import Skipped, file_sha256, published_shards, read_receipt, receipt_path, shard_path
@@ -33,9 +34,7 @@ NATIVE = {
     "rest_mass": "FLOAT[]",
     "topk_counts": "INTEGER[]",
     "topk_tables": "UTINYINT[]",
-    "topk_ids": "BLOB",
-    "topk_ids_low": "BLOB",
-    "topk_ids_high": "BLOB",
+    **dict.fromkeys(ID_COLUMNS, "BLOB"),
 }
 
 
@@ -269,7 +268,7 @@ def test_what_is_no_parquet_is_a_shard_error(tmp_path: Path, data: bytes) -> Non
         ("topk_counts", [-1] * 8),
         ("topk_tables", [0]),
         ("topk_tables", [1] * 8),
-        ("topk_ids", b"123"),
+        ("topk_ids_3", b"123"),
         ("topk_ids_low", b"1"),
         ("topk_ids_high", b"12"),
         ("topk_logprobs_3", b""),

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from common.codec import pack
+from common.coding import Coding
 from common.errors import DataError, ModelError
 from common.figures import Figure, show
 from common.parquet_shard import ZSTD_LEVEL
@@ -210,9 +211,9 @@ def test_entries_take_about_the_bytes_that_are_assumed(tmp_path: Path) -> None:
     places_RD = [np.searchsorted(row[:-1], rng.random(34)) for row in cumulative_RV]
     drawn = from_draws(own, rng.permutation(VOCAB_SIZE)[np.array(places_RD)], vocab_size=VOCAB_SIZE)
     for form, assumed in ENTRY_BYTES.items():
-        scores = drawn if form is None else best
+        scores, coding = (drawn, Coding(None, 0, 34)) if form is None else (best, Coding(form, top_k, None))
         classes, tables = find_classes([scores], VOCAB_SIZE)
-        streams = pack([scores], tables, TokenOrder(classes), form).values()
+        streams = pack([scores], tables, TokenOrder(classes), coding).values()
         num_bytes = sum(len(zstandard.compress(stream.data.tobytes(), ZSTD_LEVEL)) for stream in streams)
         assert num_bytes / len(scores.ids) == pytest.approx(assumed, rel=0.25), form
 

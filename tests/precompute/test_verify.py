@@ -108,7 +108,7 @@ def test_damage_to_files_is_found(output: Path, what: str) -> None:
 
 def test_a_flipped_bit_behind_a_matching_receipt_is_found_by_the_page_checksum(output: Path) -> None:
     file = pq.ParquetFile(shard_path(output, 1)).metadata.row_group(0)
-    column = next(file.column(i) for i in range(file.num_columns) if file.column(i).path_in_schema == "topk_ids")
+    column = next(file.column(i) for i in range(file.num_columns) if file.column(i).path_in_schema == "topk_ids_3")
     flip(shard_path(output, 1), column.data_page_offset + column.total_compressed_size - 8)
     sign_again(output, 1)
     assert "row group 0" in failed(verify(output, progress=False))["pages"]

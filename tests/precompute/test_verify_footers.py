@@ -20,7 +20,7 @@ from tests.precompute.outputs import failed, rewrite, rows_of, with_sample
 from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config, preference_records
 
 FOOTER_DAMAGE: dict[str, tuple[dict[str, Any], str, str]] = {
-    "another version": ({"schema_version": "2"}, "footers", "schema version '2', expected 4"),
+    "another version": ({"schema_version": "2"}, "footers", "schema version '2', expected 5"),
     "no version": ({"schema_version": None}, "footers", "schema version None"),
     "another manifest": (
         {"manifest": make_manifest().model_dump_json()},
