@@ -1,12 +1,13 @@
 """What a terminal and a page both say of an inspection, in words and rounded numbers."""
 
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
 from precompute.inspect_numbers import Distribution, Measure
 from precompute.inspect_tokens import SampleView, Token
-from precompute.inspection import FOOTERS, Inspection
+from precompute.inspection import FOOTERS, ColumnBytes, Inspection
 
 Facts = list[tuple[str, str]]
 
@@ -113,17 +114,18 @@ def reading(inspection: Inspection) -> str:
 
 
 def column_rows(inspection: Inspection) -> list[tuple[str, int, float, float]]:
-    """Columns by size: name, compressed bytes, bytes a scored token, share of all bytes."""
+    """Columns by size: name, compressed bytes, bytes a scored token, share of all bytes; numbered ones as one."""
     counts = inspection.counts
-    return [
-        (
-            column.name,
-            column.num_bytes,
-            column.num_bytes / max(1, counts.num_scored_tokens),
-            column.num_bytes / max(1, counts.num_bytes),
-        )
-        for column in inspection.columns
-    ]
+    families: dict[str, list[ColumnBytes]] = {}
+    for column in inspection.columns:
+        families.setdefault(re.sub(r"_\d+$", "_", column.name), []).append(column)
+    rows = []
+    for family, columns in families.items():
+        name = columns[0].name if len(columns) == 1 else f"{family}0 to _{len(columns) - 1}"
+        num_bytes = sum(column.num_bytes for column in columns)
+        a_token, share = num_bytes / max(1, counts.num_scored_tokens), num_bytes / max(1, counts.num_bytes)
+        rows.append((name, num_bytes, a_token, share))
+    return sorted(rows, key=lambda row: -row[1])
 
 
 def column_note(inspection: Inspection) -> str:

@@ -145,6 +145,12 @@ def test_bytes_by_column_are_those_of_duckdb_and_add_up_to_the_files(tmp_path: P
     num_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
     assert footers + sum(columns.values()) == num_bytes == found.counts.num_bytes
     assert {c.name for c in found.columns if c.is_packed} == {name for name in columns if name.startswith("topk_")}
+    # For eyes the numbered ones are one.
+    shown = {name: num_bytes for name, num_bytes, _, _ in inspect_facts.column_rows(found)}
+    assert shown["topk_logprobs_0 to _3"] == sum(columns[f"topk_logprobs_{plane}"] for plane in range(4))
+    assert len(shown) == len(columns) + 1 - 3 - 3
+    assert sum(shown.values()) == num_bytes
+    assert list(shown.values()) == sorted(shown.values(), reverse=True)
 
 
 def test_positions_are_spread_evenly() -> None:
