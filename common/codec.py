@@ -175,10 +175,10 @@ def _pack_batch(
     far_ends = np.searchsorted(far, ends)
     high_ends = np.searchsorted(high, far_ends)
     row_ends = np.cumsum([0, *(each.num_rows for each in scores)])
-    widths_R4 = quarter_widths(counts_R)
-    quarter_ends = np.concatenate([np.zeros((1, NUM_QUARTERS), np.int64), np.cumsum(widths_R4, axis=0)])[row_ends]
+    quarters_R4 = np.cumsum(quarter_widths(counts_R), axis=0)
+    quarter_ends = np.concatenate([np.zeros((1, NUM_QUARTERS), np.int64), quarters_R4])[row_ends]
     streams = [
-        *zip(split_quarters(symbols_N, widths_R4), np.diff(quarter_ends, axis=0).T, strict=True),
+        *zip(split_quarters(symbols_N, counts_R), np.diff(quarter_ends, axis=0).T, strict=True),
         (beyond.astype(np.uint8), np.diff(far_ends)),
         (h[high].astype("<u2").view(np.uint8), 2 * np.diff(high_ends)),
     ]
@@ -214,7 +214,7 @@ def _unpack_batch(
 ) -> Kept:
     """The entries of all rows, each row by descending log-prob, ties by ascending id; `ends` are conversations'."""
     form = coding.precision
-    symbols_N = join_quarters([columns[name] for name in _SYMBOL_COLUMNS], quarter_widths(counts_R), where)
+    symbols_N = join_quarters([columns[name] for name in _SYMBOL_COLUMNS], counts_R, where)
     low, high, *planes = (columns[name] for name in columns_of(form)[NUM_QUARTERS:])
     num_entries = int(counts_R.sum())
     if form is None:

@@ -24,44 +24,47 @@ def quarter_widths(counts_R: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     return np.diff(edges_R5, axis=1)
 
 
-def split_quarters(values_N: npt.NDArray[np.uint8], widths_R4: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+def split_quarters(values_N: npt.NDArray[np.uint8], counts_R: npt.NDArray[np.int32]) -> list[npt.NDArray[np.uint8]]:
     """The first quarters of all rows, the second ones and so on; from values that stand row after row."""
-    edges = _edges_of_all(widths_R4)
-    if edges is not None:
-        rows_RK = values_N.reshape(len(widths_R4), -1)
-        return [rows_RK[:, a:b].reshape(-1) for a, b in itertools.pairwise(edges)]
-    return np.split(values_N[_places_of_quarters(widths_R4)], np.cumsum(widths_R4.sum(0))[:-1])
+    if not _equally_long(counts_R):
+        widths_R4 = quarter_widths(counts_R)
+        return np.split(values_N[_places_of_quarters(widths_R4)], np.cumsum(widths_R4.sum(0))[:-1])
+    rows_RK = values_N.reshape(len(counts_R), -1)
+    edges = np.cumsum([0, *quarter_widths(counts_R[:1])[0]])
+    return [rows_RK[:, a:b].reshape(-1) for a, b in itertools.pairwise(edges)]
 
 
 def join_quarters(
-    quarters: Sequence[npt.NDArray[np.uint8]], widths_R4: npt.NDArray[np.int64], where: str
+    quarters: Sequence[npt.NDArray[np.uint8]], counts_R: npt.NDArray[np.int32], where: str
 ) -> npt.NDArray[np.uint8]:
     """Inverse of `split_quarters`.
 
     Raises:
         ShardError: a quarter has not the values of its rows.
     """
-    found, expected = [len(quarter) for quarter in quarters], widths_R4.sum(0).tolist()
+    alike = _equally_long(counts_R)
+    widths_R4 = quarter_widths(counts_R[:1] if alike else counts_R)
+    found = [len(quarter) for quarter in quarters]
+    expected = (widths_R4.sum(0) * (len(counts_R) if alike else 1)).tolist()
     if found != expected:
         raise ShardError(f"{where}: {found} symbols in quarters of rows, expected {expected}; the shard is damaged")
     values_N = np.empty(sum(expected), np.uint8)
-    edges = _edges_of_all(widths_R4)
-    if edges is None:
+    if not alike:
         values_N[_places_of_quarters(widths_R4)] = np.concatenate(quarters)
         return values_N
-    rows_RK = values_N.reshape(len(widths_R4), -1)
-    for quarter, (a, b) in zip(quarters, itertools.pairwise(edges), strict=True):
-        rows_RK[:, a:b] = quarter.reshape(len(widths_R4), b - a)
+    rows_RK = values_N.reshape(len(counts_R), -1)
+    for quarter, (a, b) in zip(quarters, itertools.pairwise(np.cumsum([0, *widths_R4[0]])), strict=True):
+        rows_RK[:, a:b] = quarter.reshape(len(counts_R), b - a)
     return values_N
 
 
-def buckets_of(rest_R: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
-    """Which bucket has a row's codes, int [R]; b < 15: a rest mass from 2^-(b + 1) to 2^-b, 15: a smaller one.
+def buckets_of(rest_R: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Which bucket has a row's codes, uint8 [R]; b < 15: a rest mass from 2^-(b + 1) to 2^-b, 15: a smaller one.
 
     Codes of rows with about the same rest mass are alike.
     """
     exponents_R = np.frexp(rest_R)[1]
-    return np.where(rest_R > 0, np.clip(-exponents_R, 0, NUM_BUCKETS - 1), NUM_BUCKETS - 1).astype(np.intp)
+    return np.where(rest_R > 0, np.clip(-exponents_R, 0, NUM_BUCKETS - 1), NUM_BUCKETS - 1).astype(np.uint8)
 
 
 def split_rows(
@@ -69,7 +72,7 @@ def split_rows(
 ) -> list[npt.NDArray[_Value]]:
     """The values of the rows of each label; from values that stand row after row."""
     order_R = np.argsort(labels_R, kind="stable")
-    if _edges_of_all(counts_R[:, None]) is not None:
+    if _equally_long(counts_R):
         values_N = values_N.reshape(len(counts_R), -1)[order_R].reshape(-1)
     else:
         values_N = values_N[_places_of_rows(counts_R, order_R)]
@@ -79,7 +82,7 @@ def split_rows(
 def join_buckets(
     buckets: Sequence[npt.NDArray[np.uint8]],
     counts_R: npt.NDArray[np.int32],
-    buckets_R: npt.NDArray[np.intp],
+    buckets_R: npt.NDArray[np.uint8],
     where: str,
 ) -> npt.NDArray[np.uint8]:
     """Inverse of `split_rows` by buckets.
@@ -95,18 +98,16 @@ def join_buckets(
     order_R = np.argsort(buckets_R, kind="stable")
     codes_N = np.concatenate(buckets)
     joined_N = np.empty_like(codes_N)
-    if _edges_of_all(counts_R[:, None]) is not None:
+    if _equally_long(counts_R):
         joined_N.reshape(len(counts_R), -1)[order_R] = codes_N.reshape(len(counts_R), -1)
     else:
         joined_N[_places_of_rows(counts_R, order_R)] = codes_N
     return joined_N
 
 
-def _edges_of_all(widths_RP: npt.NDArray[np.integer]) -> list[int] | None:
-    """Where the parts of a row begin and end, if that is the same in all rows and none is without entries."""
-    if not len(widths_RP) or not widths_RP[0].any() or (widths_RP != widths_RP[0]).any():
-        return None
-    return [0, *np.cumsum(widths_RP[0]).tolist()]
+def _equally_long(counts_R: npt.NDArray[np.int32]) -> bool:
+    """Whether all rows have as many entries, and have some."""
+    return bool(len(counts_R) and counts_R[0] and (counts_R == counts_R[0]).all())
 
 
 def _places_of_quarters(widths_R4: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

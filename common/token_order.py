@@ -105,15 +105,17 @@ def classes_from_text(text: bytes, vocab_size: int, where: str) -> npt.NDArray[n
         )
     if not len(pairs):
         return highest_V[None, :]
-    pairs_UP = pairs.reshape(len(used), pairs_each)
+    pairs_PU = np.ascontiguousarray(pairs.reshape(len(used), pairs_each).T)
     classes_MV = np.zeros((2 * pairs_each, vocab_size), np.uint8)
-    classes_MV[0::2, used], classes_MV[1::2, used] = (pairs_UP & 15).T, (pairs_UP >> 4).T
+    for lower_V, upper_V, pairs_U in zip(classes_MV[0::2], classes_MV[1::2], pairs_PU, strict=True):
+        lower_V[used], upper_V[used] = pairs_U & 15, pairs_U >> 4
     return classes_MV
 
 
 def _by_class(classes_V: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
     """Ids whose class is not 0 by falling class, ties by ascending id."""
-    ids = np.flatnonzero(classes_V)
+    # Of booleans in half the time.
+    ids = np.flatnonzero(classes_V != 0)
     return ids[np.argsort(~classes_V[ids], kind="stable")]
 
 
