@@ -181,6 +181,12 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
             ids = ids_of(
                 counts, record[prefix + "topk_tables"], orders, *(record[prefix + name] for name in ID_COLUMNS)
             )
+            rests = np.array(record[prefix + "rest_mass"], np.float32)
+            if form in ("q8", "q6"):
+                assert not (rests.view(np.uint32) & 0xFFF).any()
+                np.testing.assert_allclose(rests, scored.scores.rest_mass, rtol=2**-12)
+            else:
+                np.testing.assert_array_equal(rests, scored.scores.rest_mass)
             columns = {name.removeprefix(prefix): data for name, data in record.items()}
             values = values_of(columns, counts, record[prefix + "rest_mass"], form)
             # As it was written, and as this program reads it.
