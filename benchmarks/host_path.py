@@ -2,7 +2,7 @@
 
     python -m benchmarks.host_path
 
-The scores are SmolLM2-135M's over the standard library's docstrings, in the records that the engine hands over. Timed:
+The scores are SmolLM2-135M's over text of Python's documentation, in the records that the engine hands over. Timed:
 taking the records apart, building the rows, encoding, compressing, writing, flushing to the disk, and the receipt.
 """
 

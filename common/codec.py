@@ -267,8 +267,6 @@ def _unpack_batch(
     scale_R = np.log(mass_R) - np.log(np.maximum(sums_R, 1))
     logprobs_RK = _LOG_WEIGHTS.take(codes_RK, mode="clip")
     logprobs_RK += scale_R.astype(np.float32)[:, None]
-    # A row's one entry of probability 1 may be rounded to just above 0; the others are less.
-    np.minimum(logprobs_RK[:, :1], 0, out=logprobs_RK[:, :1])
     codes_N = _entries(codes_RK, counts_R).astype(np.uint8) if keep_codes else None
     return Kept(ids_N, _entries(logprobs_RK, counts_R), None, codes_N)
 

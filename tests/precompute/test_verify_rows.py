@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from common.manifest import read_manifest, shard_path
-from common.scores import TeacherScores, from_draws
-from common.shards import ShardRow, write_shard
+from common.scores import TeacherScores, from_draws, from_rectangle
+from common.shards import ShardFile, ShardRow, write_shard
 from precompute.row_checks import mass_problems
 from precompute.run import run
 from precompute.verify import verify
+from tests.common.builders import make_manifest, make_rows
 from tests.models import tiny_llava
 from tests.precompute.outputs import failed, rows_of
 from tests.precompute.stand_in import StandInTeacher, conversation_records, make_config
@@ -303,6 +304,28 @@ def test_a_row_of_all_draws_has_a_mass_of_1_whatever_their_number(drawn: Path) -
         capture = manifest.capture.model_copy(update={"num_draws": num_draws})
         scores = from_draws(np.zeros(1), np.arange(num_draws)[None], vocab_size=293)
         assert list(mass_problems(scores, manifest.model_copy(update={"capture": capture}))) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "q8", "q6"])
+def test_a_row_that_just_reaches_top_p_is_long_enough_as_it_is_stored(tmp_path: Path, precision: str) -> None:
+    # Beside codes a rest of 0.3 is rounded by up to 6e-5.
+    manifest = make_manifest(precision=precision, top_k=300, top_p=0.7)
+    (row,) = make_rows("kd", 1)
+    conversation = row.conversations[0]
+    rng = np.random.default_rng(0)
+    probs = np.stack([np.full(8, 0.4), 0.3 + rng.uniform(1e-7, 2e-5, 8)], axis=1)
+    own, ids = np.full(8, -9.0), np.tile([5, 7], (8, 1))
+    scores = from_rectangle(own, ids, np.log(probs).astype(np.float32), top_p=0.7)
+    assert scores.counts.tolist() == [2] * 8
+    conversation = dataclasses.replace(conversation, scores=scores)
+    write_shard(tmp_path, 0, manifest, [dataclasses.replace(row, conversations=(conversation,))], ())
+    (read,) = ShardFile(shard_path(tmp_path, 0), manifest, 0)
+    if precision in ("q8", "q6"):
+        assert read.conversations[0].scores.rest_mass.max() > 0.3 + 1.1e-5
+    assert list(mass_problems(read.conversations[0].scores, manifest)) == []
+    # One entry alone is too little in any case.
+    alone = from_rectangle(own, ids[:, :1], np.log(probs[:, :1]).astype(np.float32))
+    assert "too few" in " ".join(mass_problems(alone, manifest))
 
 
 @pytest.mark.parametrize("what", DRAW_DAMAGE)
