@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from common.console import JsonOption, hide_loading_bars, on_this_machine, resumable, show
+from common.console import JsonOption, check_local_path, hide_loading_bars, report_interrupt, show
 from common.errors import DecantError
 from precompute import commands, feature_commands
 
@@ -62,14 +62,14 @@ def precompute_logits(
     """
     from common.config import load_config
     from precompute.config import PrecomputeConfig
-    from precompute.nodes import resolve_nodes
-    from precompute.run import run
+    from precompute.logits.nodes import resolve_nodes
+    from precompute.logits.run import run_capture
 
     settings = load_config(PrecomputeConfig, config, overrides or ())
     # Ray deals out the shards itself: a driver in an srun step is not one of several that share them.
     settings = resolve_nodes(settings, node_rank, num_nodes, {} if engine == "ray" else os.environ)
-    with resumable():
-        summary = run(settings, engine=engine)
+    with report_interrupt():
+        summary = run_capture(settings, engine=engine)
     show(summary.render())
     if summary.interrupted:
         raise typer.Exit(130)
@@ -85,7 +85,7 @@ app.command("merge-shards")(commands.merge_shards)
 def plan(
     config: ConfigOption,
     student: Annotated[
-        Path | None, typer.Option(help="Student directory, for the trainer's memory.", callback=on_this_machine)
+        Path | None, typer.Option(help="Student directory, for the trainer's memory.", callback=check_local_path)
     ] = None,
     train_config: Annotated[
         Path | None, typer.Option(help="TOML file of a stage: what is trained, and of which student.")
@@ -104,24 +104,24 @@ def plan(
 
     from common.config import load_config
     from precompute.config import PrecomputeConfig
-    from precompute.estimate import estimate
+    from precompute.planning.capture_cost import estimate_capture
 
     num_gpus = _numbers(gpus)
     settings = load_config(PrecomputeConfig, config, overrides or ())
-    teacher, sections = estimate(settings, progress=not as_json)
+    teacher, sections = estimate_capture(settings, progress=not as_json)
     results: dict[str, Any] = {"capture": [asdict(section) for section in sections]}
     shown = [section.render() for section in sections]
     if student is None and train_config is None:
         shown.append("For the trainer's memory give --student DIR or --train-config FILE.")
     else:
         from train.config import TrainConfig
-        from train.estimate import estimate as estimate_trainer
+        from train.memory_estimate import estimate_training_memory
 
         stage = None if train_config is None else load_config(TrainConfig, train_config)
         if student is None:
             assert stage is not None
             student = stage.model.path
-        trainer = estimate_trainer(student, teacher.num_parameters, config=stage, gpus=num_gpus)
+        trainer = estimate_training_memory(student, teacher.num_parameters, config=stage, gpus=num_gpus)
         results["trainer"] = trainer.to_dict()
         shown.append(trainer.render())
     if as_json:
@@ -151,21 +151,21 @@ def train(
 
     settings = load_config(TrainConfig, config, [*(overrides or ()), *([f"run.resume={resume}"] if resume else [])])
 
-    from train.stage import train as train_stage
+    from train.run.stage import train_stage
 
     hide_loading_bars()
-    with resumable():
+    with report_interrupt():
         result = train_stage(settings)
     _log.info("%s: trained to step %d", result.final, result.steps)
 
 
 @app.command("init-student")
 def init_student(
-    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=on_this_machine)],
+    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=check_local_path)],
     vision: Annotated[
         Path | None,
         typer.Option(
-            help="LLaVA or CLIP directory whose vision tower is taken.", show_default=False, callback=on_this_machine
+            help="LLaVA or CLIP directory whose vision tower is taken.", show_default=False, callback=check_local_path
         ),
     ] = None,
     language: Annotated[
@@ -173,13 +173,13 @@ def init_student(
         typer.Option(
             help="Causal language model directory that becomes the student's.",
             show_default=False,
-            callback=on_this_machine,
+            callback=check_local_path,
         ),
     ] = None,
     dense: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of composing: a dense student to upcycle.", show_default=False, callback=on_this_machine
+            help="Instead of composing: a dense student to upcycle.", show_default=False, callback=check_local_path
         ),
     ] = None,
     experts: Annotated[int, typer.Option(min=2, help="Experts a sparse layer, with --dense.")] = 4,
@@ -201,7 +201,7 @@ def init_student(
     if (dense is None) == (vision is None and language is None) or (dense is None and not (vision and language)):
         raise typer.BadParameter("give --vision and --language, or --dense alone")
     if dense is None:
-        from train.compose import compose_student
+        from train.model.compose import compose_student
 
         hide_loading_bars()
         assert vision is not None
@@ -215,7 +215,7 @@ def init_student(
     from pydantic import ValidationError
 
     from train.config import MoEConfig
-    from train.moe import upcycle_directory
+    from train.moe.upcycle import upcycle_directory
 
     hide_loading_bars()
     try:
@@ -234,13 +234,13 @@ def export(
         typer.Argument(
             help="A stage's output, one of its checkpoints, or a student.",
             show_default=False,
-            callback=on_this_machine,
+            callback=check_local_path,
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=on_this_machine)],
+    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=check_local_path)],
 ) -> None:
     """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed."""
-    from train.export import export as export_student
+    from train.model.export import export_student
 
     hide_loading_bars()
     export_student(source, out)
@@ -255,7 +255,7 @@ def demo(
     """Run the whole chain on real handwritten digits: teacher, scores, verification, four stages, export, table."""
     from demo.run import run_demo
 
-    with resumable():
+    with report_interrupt():
         run_demo(out, seed=seed)
 
 

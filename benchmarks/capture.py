@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.real_text import real_ids
-from tests.real_weights import smollm2_dir
+from tests.support.real_weights import smollm2_dir
 
 TOP_K = 64
 PROMPT_TOKENS = 2048
@@ -72,10 +72,10 @@ def _measure(model_dir: Path, rounds: int) -> dict[str, list[float]]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from precompute.capture import start_capture
     from precompute.config import EngineConfig
-    from precompute.engine import Engine, Prompt
-    from precompute.wishes import Wish
+    from precompute.engine.row_request import RowRequest
+    from precompute.engine.vllm_engine import Engine, Prompt
+    from precompute.engine.vllm_patch import start_capture
 
     settings = EngineConfig(dtype="float32", kv_cache_gib=1, enforce_eager=True, max_num_batched_tokens=PROMPT_TOKENS)
     engine = Engine(model_dir, settings, max_model_len=PROMPT_TOKENS + 1, max_images=0, max_logprobs=TOP_K)
@@ -94,7 +94,9 @@ def _measure(model_dir: Path, rounds: int) -> dict[str, list[float]]:
         elif name in ("all", "quarter"):
             num_rows = len(ids) - 1 if name == "all" else len(ids) // 4
             rows = np.arange(len(ids) - 1 - num_rows, len(ids) - 1, dtype=np.int32)
-            made.extra_args = Wish(rows, np.array(ids, np.int32)[rows + 1], output_layer.shape[0], TOP_K).extra_args()
+            made.extra_args = RowRequest(
+                rows, np.array(ids, np.int32)[rows + 1], output_layer.shape[0], TOP_K
+            ).extra_args()
         return made
 
     def read(name: str, number: int) -> float:

@@ -54,7 +54,7 @@ def _model(directory: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.models import tiny_tokenizer
+    from tests.support.models import tiny_tokenizer
 
     tiny_tokenizer(directory)
     config = LlamaConfig(
@@ -76,10 +76,10 @@ def _measure(model_dir: Path, way: str, length: int) -> float:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from precompute.capture import start_capture
     from precompute.config import EngineConfig
-    from precompute.engine import Engine, Prompt
-    from precompute.wishes import Wish
+    from precompute.engine.row_request import RowRequest
+    from precompute.engine.vllm_engine import Engine, Prompt
+    from precompute.engine.vllm_patch import start_capture
 
     settings = EngineConfig(
         dtype="float32", kv_cache_gib=0.25, enforce_eager=True, max_num_batched_tokens=LONG, max_num_seqs=1
@@ -95,7 +95,7 @@ def _measure(model_dir: Path, way: str, length: int) -> float:
             made.prompt_logprobs, made.flat_logprobs = TOP_K, True
         elif way == "in-engine":
             rows = np.arange(len(ids) - 1, dtype=np.int32)
-            made.extra_args = Wish(rows, np.array(ids[1:], np.int32), VOCAB_SIZE, TOP_K).extra_args()
+            made.extra_args = RowRequest(rows, np.array(ids[1:], np.int32), VOCAB_SIZE, TOP_K).extra_args()
         return made
 
     prompt = Prompt(np.random.default_rng(0).integers(0, VOCAB_SIZE, length, np.int32), (), "benchmark")

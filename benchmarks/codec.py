@@ -25,12 +25,12 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.real_text import RealRows, real_rows
-from common.encoding import Encoded
-from common.manifest import Manifest, shard_path
-from common.samples import Sample, Turn
-from common.scores import TeacherScores, from_draws, from_rectangle
-from common.shards import ScoredConversation, ShardFile, ShardRow, write_shard
-from tests.common.builders import make_manifest
+from common.data.chat_encoding import EncodedChat
+from common.data.samples import Sample, Turn
+from common.shards.manifest import Manifest, shard_path
+from common.shards.score_shard import ScoredConversation, ShardFile, ShardRow, write_shard
+from common.shards.scores import TeacherScores, scores_from_draws, scores_from_topk
+from tests.support.builders import make_manifest
 
 # A shard of usual size; in a smaller one the tables weigh more.
 NUM_TOKENS = 131_072
@@ -135,11 +135,11 @@ def _rows(real: RealRows, top_k: int, num_draws: int = 0) -> list[ShardRow]:
     for index, start in enumerate(range(0, NUM_TOKENS, TOKENS_A_SAMPLE)):
         part = slice(start, start + TOKENS_A_SAMPLE)
         if num_draws:
-            scores = from_draws(parts["own"][part], parts["drawn"][part], vocab_size=real.vocab_size)
+            scores = scores_from_draws(parts["own"][part], parts["drawn"][part], vocab_size=real.vocab_size)
         else:
-            scores = from_rectangle(parts["own"][part], parts["ids"][part, :top_k], parts["logprobs"][part, :top_k])
+            scores = scores_from_topk(parts["own"][part], parts["ids"][part, :top_k], parts["logprobs"][part, :top_k])
         ids = real.ids[part]
-        encoded = Encoded(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
+        encoded = EncodedChat(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
         turns = (Turn("user", "What is it?"), Turn("assistant", "It is text."))
         sample = Sample(str(index), "kd", (), (turns,))
         rows.append(ShardRow(index, sample, (ScoredConversation(encoded, scores),)))

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from benchmarks.real_text import RealRows, real_rows
-from common.encoding import Encoded
-from common.samples import Sample, Turn
-from common.shards import ScoredConversation, ShardRow, write_shard
+from common.data.chat_encoding import EncodedChat
+from common.data.samples import Sample, Turn
+from common.shards.score_shard import ScoredConversation, ShardRow, write_shard
 from precompute.config import EngineConfig
-from precompute.row_scores import RowScores
-from precompute.scoring import ScoringPlan
-from precompute.teacher import to_scores
-from precompute.wishes import pack, unpack
-from tests.common.builders import make_manifest
+from precompute.engine.row_request import pack_row_scores, unpack_row_scores
+from precompute.engine.row_scores import RowScores
+from precompute.engine.teacher import to_scores
+from precompute.scorer import ScorerSettings
+from tests.support.builders import make_manifest
 
 TOP_K = 64
 NUM_TOKENS = 16_384
@@ -59,11 +59,14 @@ def _records(real: RealRows) -> Any:
     """As the engine returns them: one a conversation, with the ids of its response."""
     for start in range(0, NUM_TOKENS, TOKENS_A_SAMPLE):
         rows = slice(start, start + TOKENS_A_SAMPLE)
-        yield real.ids[rows], pack(RowScores(**{name: part[rows] for name, part in vars(real.scores).items()}))
+        yield (
+            real.ids[rows],
+            pack_row_scores(RowScores(**{name: part[rows] for name, part in vars(real.scores).items()})),
+        )
 
 
 def _write(root: Path, number: int, records: list[Any], vocab_size: int) -> int:
-    plan = ScoringPlan(
+    plan = ScorerSettings(
         model_dir=root,
         engine=EngineConfig(),
         max_tokens=2048,
@@ -80,8 +83,8 @@ def _write(root: Path, number: int, records: list[Any], vocab_size: int) -> int:
     )
     rows = []
     for index, (ids, record) in enumerate(records):
-        scores = to_scores(unpack(record), plan, "benchmark")
-        encoded = Encoded(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
+        scores = to_scores(unpack_row_scores(record), plan, "benchmark")
+        encoded = EncodedChat(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
         turns = (Turn("user", "What is it?"), Turn("assistant", "It is text."))
         sample = Sample(str(index), "kd", (), (turns,))
         rows.append(ShardRow(index, sample, (ScoredConversation(encoded, scores),)))

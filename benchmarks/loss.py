@@ -20,12 +20,12 @@ import sys
 import time
 
 import torch
+from tests.reference import unfused
 from torch import Tensor
 
 from benchmarks.memory import forget_peak, status_mib
-from tests.reference import unfused
-from train.fused import picked_logits, read_rows
-from train.losses import distillation_loss
+from train.loss.functional import distillation_loss
+from train.loss.fused_output import gather_logits, to_row_logits
 
 NUM_TOKENS, HIDDEN, VOCAB_SIZE, TOP_K = 1024, 1024, 151_936, 64
 WAYS = ("fused", "dense", "gather")
@@ -115,9 +115,9 @@ class _Problem:
         """The loss of the stages of distillation, with the scored token's logit in the same pass."""
         own_R1 = self.ids_RK[:, :1]
         ids_RJ = torch.cat([self.ids_RK, own_R1], 1)
-        struck_RJ = torch.cat([torch.ones_like(self.ids_RK), torch.zeros_like(own_R1)], 1).bool()
-        picked_RJ1 = picked_logits(self.hidden_RH, self.weight_VH, None, ids_RJ, struck_RJ, vocab_size=self.vocab_size)
-        rows = read_rows(picked_RJ1, struck_RJ)
+        masked_RJ = torch.cat([torch.ones_like(self.ids_RK), torch.zeros_like(own_R1)], 1).bool()
+        picked_RJ1 = gather_logits(self.hidden_RH, self.weight_VH, None, ids_RJ, masked_RJ, vocab_size=self.vocab_size)
+        rows = to_row_logits(picked_RJ1, masked_RJ)
         return distillation_loss(rows, self.topk_logprobs_RK, self.rest_R, vocab_size=self.vocab_size)
 
 

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from precompute.row_scores import RowScores, score_logits
-from tests.real_weights import documented, smollm2_dir
+from precompute.engine.row_scores import RowScores, score_logits
+from tests.support.real_weights import documented, smollm2_dir
 
 _CONTEXT = 1024
 

@@ -35,17 +35,17 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import train.stage
-import train.trainer
+import train.run.stage
+import train.run.trainer
 from benchmarks.memory import status_mib
-from tests.real_weights import real_conversations, smollm2_dir, write_jsonl
-from tests.train.runs import LiveTeacher, losses, stage
-from train.batch import Batch
+from tests.support.real_weights import real_conversations, smollm2_dir, write_jsonl
+from tests.support.training import LiveTeacher, losses, stage
 from train.config import TrainConfig
-from train.loader import Loader
-from train.objective import Term
-from train.student import load_student
-from train.trainer import StudentTrainer
+from train.data.collator import Batch
+from train.data.loader import MicroBatchLoader
+from train.loss.objective import Term
+from train.model.student import load_student
+from train.run.trainer import StudentTrainer
 
 # Each against the second.
 PAIRS = (("offline", "ce"), ("online", "offline"))
@@ -162,15 +162,15 @@ def _train(root: Path, output: Path, way: str) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = _config(root, output, way)
     resting_mib = status_mib("VmRSS")
-    train.trainer.Loader = _TakesTurns  # type: ignore[attr-defined]
+    train.run.trainer.Loader = _TakesTurns  # type: ignore[attr-defined]
     if way == "online":
         _Online.teacher = load_student(root / "teacher", dtype=torch.float32).eval()
-        train.stage.StudentTrainer = _Online  # type: ignore[attr-defined]
-    train.stage.train(config)
+        train.run.stage.StudentTrainer = _Online  # type: ignore[attr-defined]
+    train.run.stage.train_stage(config)
     print(status_mib("VmHWM") - resting_mib, flush=True)
 
 
-class _TakesTurns(Loader):
+class _TakesTurns(MicroBatchLoader):
     """Hands over a batch when a line comes in, and tells how long it was until the next one was asked for."""
 
     def __iter__(self) -> Iterator[Batch]:

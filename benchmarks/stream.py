@@ -31,25 +31,25 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import train.trainer
+import train.run.trainer
 from common.config import load_config
 from demo.data import write_dataset
 from demo.models import build_models
 from demo.run import CONFIGS
-from tests.real_weights import real_conversations, smollm2_dir, write_jsonl
-from tests.train.runs import LiveTeacher, stage
-from train.batch import Batch
-from train.compose import compose_student
+from tests.support.real_weights import real_conversations, smollm2_dir, write_jsonl
+from tests.support.training import LiveTeacher, stage
 from train.config import TrainConfig
-from train.loader import Loader
-from train.stage import train as run_stage
+from train.data.collator import Batch
+from train.data.loader import MicroBatchLoader
+from train.model.compose import compose_student
+from train.run.stage import train_stage as run_stage
 
 ROUNDS = 3
 TOP_K = 64
 EPOCHS_ALONE = 8
 
 
-class _Timed(Loader):
+class _Timed(MicroBatchLoader):
     """Notes when each batch was asked for and when it came."""
 
     last: "_Timed"
@@ -131,7 +131,7 @@ def _measure(config: TrainConfig, num_threads: int) -> dict[str, float]:
 def _train(config: TrainConfig, loader: type[_Timed]) -> _Timed:
     """Trains from the start and returns the loader that fed it."""
     shutil.rmtree(config.output, ignore_errors=True)
-    train.trainer.Loader = loader  # type: ignore[misc]
+    train.run.trainer.Loader = loader  # type: ignore[misc]
     run_stage(config)
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()

@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from common.errors import ConfigError
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Base of every configuration and manifest model: unknown keys are refused, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-ConfigT = TypeVar("ConfigT", bound=Strict)
+ConfigT = TypeVar("ConfigT", bound=StrictModel)
 
 # The type of a pydantic error whose message says all that may be said of the value.
 ADDRESS_ERROR = "address"

@@ -11,7 +11,7 @@ import typer
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 
 
-def on_this_machine(path: Path | None) -> Path | None:
+def check_local_path(path: Path | None) -> Path | None:
     """Refuses an address such as s3://bucket/model, of which a Path keeps one slash."""
     if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise typer.BadParameter("models and students are local directories; copy it to this machine first")
@@ -19,7 +19,7 @@ def on_this_machine(path: Path | None) -> Path | None:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
+def report_interrupt() -> Iterator[None]:
     """Tells what an interrupt leaves behind."""
     try:
         yield

@@ -7,7 +7,7 @@
     ├── ProvenanceError   things that do not belong together: another teacher, dataset, tokenizer
     ├── ShardError        an output whose bytes, schema or values are not what was written
     ├── StorageError      the disk or the object store said no
-    └── DivergedError     a training loss that is no number or exploded (train.watch)
+    └── DivergedError     a training loss that is no number or exploded (train.run.divergence)
 
 A message says where, what was found, what was expected and what to do. Anything else that is raised
 is a defect of this project.

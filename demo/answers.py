@@ -4,16 +4,16 @@ import json
 import sys
 from pathlib import Path
 
-from common.samples import Dataset
+from common.data.samples import Dataset
 from demo.data import MAX_NEW_TOKENS
 from precompute.config import EngineConfig
-from precompute.generate import generate
+from precompute.engine.generate import generate_answers
 
 if __name__ == "__main__":
     model, questions, number, out = sys.argv[1:]
     dataset = Dataset.open(Path(questions), "kd")
     samples = [dataset[i] for i in range(int(number))]
-    answers = generate(
+    answers = generate_answers(
         Path(model),
         samples,
         max_new_tokens=MAX_NEW_TOKENS,

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from common.encoding import Encoder, expand_placeholders
-from common.images import ImageSpec, load_image
-from common.samples import Dataset, Sample
+from common.data.chat_encoding import ChatEncoder, expand_placeholders
+from common.data.images import ImageSpec, load_image
+from common.data.samples import Dataset, Sample
 from demo.data import MAX_NEW_TOKENS, contradicts, named_digit, read_lines
-from train.batch import Collator
-from train.fused import FusedOutput
-from train.losses import distillation_loss
-from train.stream import ShardSource
-from train.student import load_student
+from train.data.collator import Collator
+from train.data.sources import ShardSource
+from train.loss.functional import distillation_loss
+from train.loss.fused_output import FusedOutput
+from train.model.student import load_student
 
 BATCH_SIZE = 64
 
@@ -43,7 +43,7 @@ def evaluate(model_dir: Path, questions: Path, scores: Path) -> Evaluation:
     every entry kept, so that the KL is that of the whole distributions.
     """
     model = load_student(model_dir, dtype=torch.float32).eval()
-    encoder = Encoder.load(model_dir)
+    encoder = ChatEncoder.load(model_dir)
     image_root = questions.parent
     spec = ImageSpec.load(model_dir)
     assert spec is not None
@@ -71,7 +71,9 @@ def evaluate(model_dir: Path, questions: Path, scores: Path) -> Evaluation:
 
 
 @torch.no_grad()
-def _belief(model: PreTrainedModel, encoder: Encoder, collator: Collator, source: ShardSource) -> tuple[float, float]:
+def _belief(
+    model: PreTrainedModel, encoder: ChatEncoder, collator: Collator, source: ShardSource
+) -> tuple[float, float]:
     """Mean negative log-likelihood of the responses, and mean KL(teacher || model), a response token."""
     nll, kl, count = 0.0, 0.0, 0
     output = FusedOutput(model, encoder.vocab_size)
@@ -92,7 +94,7 @@ def _belief(model: PreTrainedModel, encoder: Encoder, collator: Collator, source
 @torch.no_grad()
 def _answers(
     model: PreTrainedModel,
-    encoder: Encoder,
+    encoder: ChatEncoder,
     spec: ImageSpec,
     processor: Any,
     image_root: Path,

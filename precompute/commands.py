@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.console import JsonOption, hide_loading_bars, on_this_machine, resumable, show
+from common.console import JsonOption, check_local_path, hide_loading_bars, report_interrupt, show
 
 
 def verify_shards(
@@ -19,7 +19,7 @@ def verify_shards(
     ] = 0,
     teacher: Annotated[
         Path | None,
-        typer.Option(help="Teacher, or model with the vision tower, for --recompute.", callback=on_this_machine),
+        typer.Option(help="Teacher, or model with the vision tower, for --recompute.", callback=check_local_path),
     ] = None,
     image_root: Annotated[
         str | None,
@@ -43,16 +43,16 @@ def verify_shards(
     """
     import json
 
-    from common.features import is_feature_cache
-    from common.storage import to_location
+    from common.shards.feature_shard import is_feature_cache
+    from common.storage.files import parse_location
 
     if recompute and teacher is None:
         raise typer.BadParameter("--recompute needs --teacher DIR")
-    output, root = to_location(path), None if image_root is None else to_location(image_root)
-    data = None if dataset is None else to_location(dataset)
+    output, root = parse_location(path), None if image_root is None else parse_location(image_root)
+    data = None if dataset is None else parse_location(dataset)
     has_features = is_feature_cache(output)
     if has_features:
-        from precompute.feature_checks import verify_features
+        from precompute.verify.features import verify_features
 
         if against:
             raise typer.BadParameter("--against compares scored samples, of which a feature cache has none")
@@ -60,18 +60,18 @@ def verify_shards(
             raise typer.BadParameter("--recompute of features needs --image-root: the cache holds no image files")
         report = verify_features(output, data, root, progress=not as_json)
     else:
-        from precompute.verify import verify
+        from precompute.verify.logits import verify_logits
 
-        report = verify(output, dataset=data, progress=not as_json)
+        report = verify_logits(output, dataset=data, progress=not as_json)
     results: dict[str, Any] = {"verify": report}
     if repair:
-        from precompute.repair import repair as move_aside
+        from precompute.verify.repair import repair_output
 
-        results["repair"] = move_aside(report)
+        results["repair"] = repair_output(report)
     if against and report.ok:
-        from precompute.compare import compare
+        from precompute.verify.dataset_diff import diff_dataset
 
-        results["against"] = compare(output, to_location(against), progress=not as_json)
+        results["against"] = diff_dataset(output, parse_location(against), progress=not as_json)
     elif against:
         typer.echo(f"{against} was not compared with the output, which is not what was written", err=True)
     if recompute and report.ok:
@@ -79,13 +79,13 @@ def verify_shards(
         assert teacher is not None
         options: dict[str, Any] = {"image_root": root, "seed": seed, "progress": not as_json}
         if has_features:
-            from precompute.feature_recompute import recompute_features
+            from precompute.verify.recompute_features import recompute_features
 
             results["recompute"] = recompute_features(output, teacher, recompute, **options)
         else:
-            from precompute.recompute import recompute as score_again
+            from precompute.verify.recompute_logits import recompute_logits
 
-            results["recompute"] = score_again(output, teacher, recompute, **options)
+            results["recompute"] = recompute_logits(output, teacher, recompute, **options)
     if as_json:
         typer.echo(json.dumps({name: json.loads(result.to_json()) for name, result in results.items()}, indent=1))
     else:
@@ -110,11 +110,11 @@ def merge_shards(
     Without --samples-per-shard files are copied byte for byte, and what is missing is listed. Outputs that differ in
     teacher, dataset or settings are refused. An interrupted merge continues when it is started again.
     """
-    from common.storage import to_location
-    from precompute.merge import merge
+    from common.storage.files import parse_location
+    from precompute.merge import merge_outputs
 
-    with resumable():
-        merged = merge([to_location(output) for output in outputs], to_location(out), samples_per_shard)
+    with report_interrupt():
+        merged = merge_outputs([parse_location(output) for output in outputs], parse_location(out), samples_per_shard)
     show(merged.render())
 
 
@@ -142,32 +142,31 @@ def inspect_shards(
     """
     import json
 
-    from common.storage import publish, to_location
-    from precompute import inspect_facts, inspect_page, inspect_text
-    from precompute.inspection import inspect, open_target
-    from precompute.unpack import check_destination
-    from precompute.unpack import unpack as unpack_shards
+    from common.storage.files import parse_location, publish
+    from precompute.inspection import formatting, html_page, terminal
+    from precompute.inspection.collect import inspect_output, open_target
+    from precompute.inspection.unpack import check_unpack_destination, unpack_output
 
-    location = to_location(path)
+    location = parse_location(path)
     if unpack is not None:
-        check_destination(open_target(location), unpack)
-    found = inspect(
+        check_unpack_destination(open_target(location), unpack)
+    found = inspect_output(
         location,
         sample=sample,
-        num_samples=1 if html is None else inspect_page.NUM_SAMPLES,
+        num_samples=1 if html is None else html_page.NUM_SAMPLES,
         num_alternatives=top,
-        max_tokens=tokens if html is None else max(tokens, inspect_page.MAX_TOKENS),
+        max_tokens=tokens if html is None else max(tokens, html_page.MAX_TOKENS),
         max_groups=None if read_all else max_groups,
         tokenizer=tokenizer,
         progress=not as_json,
     )
     if html is not None:
-        publish(to_location(html), inspect_page.page(found).encode())
-    exported = None if unpack is None else unpack_shards(open_target(location), unpack, progress=not as_json)
+        publish(parse_location(html), html_page.render_page(found).encode())
+    exported = None if unpack is None else unpack_output(open_target(location), unpack, progress=not as_json)
     if as_json:
-        typer.echo(json.dumps(inspect_facts.to_dict(found), indent=1))
+        typer.echo(json.dumps(formatting.to_dict(found), indent=1))
     else:
-        show(inspect_text.render(found, max_tokens=tokens))
+        show(terminal.render_terminal(found, max_tokens=tokens))
     for line in [
         *([] if html is None else [f"{html}: {len(found.samples):,} samples as a page"]),
         *([] if exported is None else [exported.summary]),

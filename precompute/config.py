@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, PositiveInt, field_validator, model_validator
 
-from common.coding import Precision
-from common.config import Strict
-from common.encoding import Score
-from common.images import AspectRatio
-from common.samples import Kind
-from common.scores import MAX_DRAWS, MAX_VOCAB_SIZE
-from common.storage import LocalPath, LocationField
+from common.config import StrictModel
+from common.data.chat_encoding import ScoredTokens
+from common.data.images import AspectRatio
+from common.data.samples import Kind
+from common.shards.quantization import Precision
+from common.shards.scores import MAX_DRAWS, MAX_VOCAB_SIZE
+from common.storage.files import LocalPath, LocationField
 
 EngineDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -45,7 +45,7 @@ _OWN_OPTIONS = frozenset(
 )
 
 
-class EngineConfig(Strict):
+class EngineConfig(StrictModel):
     """How vLLM runs a model. `kv_cache_gib` replaces the share of the device's memory that vLLM would take.
 
     `data_parallel_size` is for mixture-of-experts teachers whose replicas share their experts and so work in step: one
@@ -75,7 +75,7 @@ class EngineConfig(Strict):
         return options
 
 
-class GenerateConfig(Strict):
+class GenerateConfig(StrictModel):
     """The teacher writes the last response itself, `num_samples` times a prompt, up to `max_new_tokens` each.
 
     `temperature` 0 is greedy; `top_p` cuts what it draws from. Both shape the text, not the stored distribution.
@@ -95,7 +95,7 @@ class GenerateConfig(Strict):
         return self
 
 
-class RayConfig(Strict):
+class RayConfig(StrictModel):
     """Where `--engine ray` runs and what each of its actors, which hold a teacher each, asks of the cluster.
 
     `address` absent: the cluster of RAY_ADDRESS or of this machine, else one that is started for the run. `max_actors`
@@ -109,7 +109,7 @@ class RayConfig(Strict):
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
 
 
-class PrecomputeConfig(Strict):
+class PrecomputeConfig(StrictModel):
     """A run of the teacher over a dataset.
 
     What is kept of each distribution: the `top_k` best entries ("all": the whole vocabulary; absent, 64 for "kd" and
@@ -127,7 +127,7 @@ class PrecomputeConfig(Strict):
     image_root: LocationField | None = None
     output: LocationField
     chat_template: LocalPath | None = None
-    score: Score = "response"
+    score: ScoredTokens = "response"
     image_aspect_ratio: AspectRatio = "pad"
     top_k: Annotated[int, Field(ge=0, lt=MAX_VOCAB_SIZE)] | Literal["all"]
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

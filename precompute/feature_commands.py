@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from common.console import hide_loading_bars, on_this_machine, resumable, show
+from common.console import check_local_path, hide_loading_bars, report_interrupt, show
 
 
 def precompute_features(
@@ -14,7 +14,7 @@ def precompute_features(
         typer.Option(
             help="LLaVA or CLIP directory whose vision tower computes: the student's.",
             show_default=False,
-            callback=on_this_machine,
+            callback=check_local_path,
         ),
     ],
     dataset: Annotated[
@@ -37,17 +37,17 @@ def precompute_features(
     Image files are read twice: first all of them to find those that are the same. An interrupted run continues when
     it is started again. Training then needs neither the tower nor the images.
     """
-    from common.storage import to_location
-    from precompute.features import FeatureSettings, run_features
+    from common.storage.files import parse_location
+    from precompute.features.run import FeatureSettings, run_features
 
     hide_loading_bars()
-    with resumable():
+    with report_interrupt():
         summary = run_features(
             FeatureSettings(
                 model=model,
-                dataset=to_location(dataset),
-                image_root=None if image_root is None else to_location(image_root),
-                output=to_location(output),
+                dataset=parse_location(dataset),
+                image_root=None if image_root is None else parse_location(image_root),
+                output=parse_location(output),
                 form=form,
                 aspect_ratio=image_aspect_ratio,
                 batch_size=batch_size,

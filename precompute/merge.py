@@ -20,27 +20,27 @@ from rich.text import Text
 from tqdm import tqdm
 
 from common.errors import ConfigError, ProvenanceError, ShardError
-from common.manifest import (
+from common.shards.manifest import (
     MANIFEST_NAME,
     Manifest,
     Receipt,
-    Skipped,
+    SkippedSample,
+    is_complete,
     list_differences,
     open_output,
     read_manifest,
     read_receipts,
     receipt_path,
     shard_path,
-    write_sealed,
+    write_with_digest,
 )
-from common.shards import ShardFile, ShardRow, write_shard
-from common.storage import LOCK_NAME, Location, exclusive, list_files, publish, read_bytes, remove_partials
-from precompute.plan import is_complete
+from common.shards.score_shard import ShardFile, ShardRow, write_shard
+from common.storage.files import LOCK_NAME, Location, directory_lock, list_files, publish, read_bytes, remove_partials
 from precompute.report import ranges
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """What the merged output holds. `notes` say which copy of a shard was taken where copies differ."""
 
     out: Location
@@ -90,9 +90,9 @@ class _Copy:
         return data if hashlib.sha256(data).hexdigest() == self.receipt.sha256 else None
 
 
-def merge(
+def merge_outputs(
     outputs: Sequence[Location], out: Location, samples_per_shard: int | None = None, *, progress: bool = True
-) -> Merged:
+) -> MergeResult:
     """Joins outputs of one manifest into `out`; with `samples_per_shard` rows are written into shards of that size.
 
     Raises:
@@ -111,7 +111,7 @@ def merge(
             f"{len(missing)} of {before.num_shards} shards are in none of the outputs: {ranges(missing)}; shards of "
             "another size need all of them: write them with precompute-logits, or merge without --samples-per-shard"
         )
-    with exclusive(out):
+    with directory_lock(out):
         open_output(out, manifest)
         remove_partials(out)
         numbers = sorted(copies) if manifest == before else range(manifest.num_shards)
@@ -123,7 +123,7 @@ def merge(
             else:
                 _write(number, manifest, rows, out)
     receipts = read_receipts(out, manifest)
-    return Merged(
+    return MergeResult(
         out=out,
         num_shards=manifest.num_shards,
         num_new_shards=len(todo),
@@ -208,7 +208,7 @@ def _copy(copies: Sequence[_Copy], out: Location) -> list[str]:
         data = copy.read()
         if data is not None:
             publish(shard_path(out, copy.receipt.shard), data)
-            write_sealed(receipt_path(out, copy.receipt.shard), copy.receipt)
+            write_with_digest(receipt_path(out, copy.receipt.shard), copy.receipt)
             return notes
         notes.append(f"{copy.path}: is gone or not what its receipt names; another output's copy is taken")
     raise _no_whole_copy(copies)
@@ -260,7 +260,7 @@ class _Rows:
                         yield from (row for row in shard.read_group(group) if row.index in indices)
                     start = stop
 
-    def skipped(self, indices: range) -> list[Skipped]:
+    def skipped(self, indices: range) -> list[SkippedSample]:
         receipts = (self._whole_copy(number).receipt for number in self._numbers(indices))
         entries = chain.from_iterable(receipt.skipped for receipt in receipts)
         return [entry for entry in entries if entry.index in indices]

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.manifest import Manifest, ShardedManifest
-from common.storage import Location
+from common.shards.manifest import Manifest, ShardedManifest
+from common.storage.files import Location
 
 # Kept of each check; the others are counted.
 MAX_LISTED = 20

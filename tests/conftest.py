@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from common import object_store
-from tests.object_store import Store, running_store
+from common.storage import object_store
+from tests.support.object_store import Store, running_store
+
+pytest_plugins = ["tests.support.capture_fixtures"]
 
 
 @pytest.fixture(scope="module")

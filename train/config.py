@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from upath import UPath
 
-from common.config import Strict
+from common.config import StrictModel
 from common.errors import ConfigError
-from common.storage import LocalPath, Location, LocationField
+from common.storage.files import LocalPath, Location, LocationField
 
 Stage = Literal["init", "dense-to-dense", "dense-to-sparse", "preference", "sft"]
 Group = Literal["vision_tower", "adapter", "language_model", "experts", "router"]
@@ -23,14 +23,14 @@ TRAINABLE: dict[Stage, tuple[Group, ...]] = {
 }
 
 
-class ModelConfig(Strict):
+class ModelConfig(StrictModel):
     """The student: a local Hugging Face directory, as `init-student`, `export` or a stage's `final/` left it."""
 
     path: LocalPath
     chat_template: LocalPath | None = None
 
 
-class MoEConfig(Strict):
+class MoEConfig(StrictModel):
     """Sparse upcycling of a dense student at the start of the stage; a sparse one is left as it is.
 
     `noise` tells the experts apart from the first step on: the standard deviation of Gaussian noise on every copy's
@@ -51,7 +51,7 @@ def _one_or_more(value: Any) -> Any:
 Caches = Annotated[tuple[LocationField, ...], BeforeValidator(_one_or_more)]
 
 
-class SetConfig(Strict):
+class SetConfig(StrictModel):
     """One of several sets to train on: an output of `precompute-logits`, or a dataset file.
 
     `weight` is the set's share of the samples of every stretch of training, relative to the other sets' weights.
@@ -78,7 +78,7 @@ class SetConfig(Strict):
         return self
 
 
-class DataConfig(Strict):
+class DataConfig(StrictModel):
     """Where samples come from: shards of teacher scores, or a dataset file when no teacher is needed.
 
     `mix` instead names several of them. An epoch has as many samples as all sets together: without weights each
@@ -166,7 +166,7 @@ class DataConfig(Strict):
         return self.sets[0].shards is not None
 
 
-class LossConfig(Strict):
+class LossConfig(StrictModel):
     """Weights of the terms of the objective, and the form of each.
 
     `divergence` is that of the distillation term, over the teacher's kept entries and what `tail` makes of the others;
@@ -217,7 +217,7 @@ class LossConfig(Strict):
         return self
 
 
-class OptimConfig(Strict):
+class OptimConfig(StrictModel):
     """AdamW and its schedule. `global_batch_size` is samples a step over all ranks and accumulation steps."""
 
     learning_rate: float = Field(gt=0.0)
@@ -247,7 +247,7 @@ class OptimConfig(Strict):
         return self.global_batch_size // at_once
 
 
-class RunConfig(Strict):
+class RunConfig(StrictModel):
     """Precision, memory, checkpoints, logs.
 
     `resume` "auto" continues from the output's newest whole checkpoint; "never" refuses an output that has one.
@@ -275,7 +275,7 @@ class RunConfig(Strict):
     training_arguments: dict[str, Any] = {}
 
 
-class TrainConfig(Strict):
+class TrainConfig(StrictModel):
     """One stage."""
 
     stage: Stage

@@ -14,19 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from common.features import CachedImage, FeatureRow, images_digest, pack, write_feature_shard, write_index
-from common.manifest import (
+from common.data.samples import Kind
+from common.shards.feature_shard import (
+    CachedImage,
+    FeatureRow,
+    images_digest,
+    pack_features,
+    write_feature_shard,
+    write_index,
+)
+from common.shards.manifest import (
     DatasetIdentity,
     EncoderIdentity,
     EngineIdentity,
     FeatureManifest,
     GenerateSettings,
-    Skipped,
+    SkippedSample,
     open_output,
 )
-from common.samples import Kind
-from common.shards import write_shard
-from tests.common.builders import make_manifest, make_rows
+from common.shards.score_shard import write_shard
+from tests.support.builders import make_manifest, make_rows
 
 DIGESTS = Path(__file__).with_name("same_bytes.json")
 
@@ -63,7 +70,9 @@ def _write_scores(output: Path, kind: Kind, top_k: int, settings: dict[str, Any]
     open_output(output, manifest)
     rows = make_rows(kind, 300, seed=11, top_k=top_k, num_tokens=40, num_draws=settings.get("num_draws"))
     write_shard(output, 0, manifest, rows[:150], [])
-    write_shard(output, 1, manifest, rows[150:-2], [Skipped(index=n, id=f"s{n}", reason="bad") for n in (298, 299)])
+    write_shard(
+        output, 1, manifest, rows[150:-2], [SkippedSample(index=n, id=f"s{n}", reason="bad") for n in (298, 299)]
+    )
 
 
 def _write_features(output: Path, form: Any) -> None:
@@ -94,7 +103,7 @@ def _write_features(output: Path, form: Any) -> None:
     write_index(output, images)
     rng = np.random.default_rng(3)
     rows = [
-        FeatureRow(index, image, pack(rng.normal(size=(num_patches, num_channels)).astype(np.float32), form))
+        FeatureRow(index, image, pack_features(rng.normal(size=(num_patches, num_channels)).astype(np.float32), form))
         for index, image in enumerate(images)
     ]
     write_feature_shard(output, 0, manifest, rows[:4])

@@ -1,0 +1,163 @@
+"""Steps of a long measurement: each command and each evaluation runs once, and a start after a stop goes on behind it.
+
+DIRECTORY/
+  done/NAME.json      a command that has finished, with its seconds
+  metrics/NAME.json   what an evaluation found, or what a capture holds
+  log.txt             what the commands say
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import DecantError
+from common.shards.manifest import published_shards, read_manifest, read_receipts, shard_path
+from common.shards.score_shard import ShardFile
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "demo"
+
+
+class StepError(DecantError):
+    """A command failed, or the directory holds the steps of another measurement."""
+
+
+class Steps:
+    """Runs steps of one directory; commands run in it, on one thread each."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.resolve()
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Makes the directory for a measurement of these sizes, or finds it made for them.
+
+        Raises:
+            StepError: it was made for others.
+        """
+        for name in ("done", "metrics"):
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+        path = self.directory / "settings.json"
+        # By way of JSON, which knows no tuples.
+        wanted = json.loads(json.dumps(settings))
+        if path.exists() and self.settings() != wanted:
+            raise StepError(f"{path}: begun with other sizes than are asked for now; choose another directory")
+        path.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
+
+    def settings(self) -> dict[str, Any]:
+        """The sizes that the directory was begun with.
+
+        Raises:
+            StepError: it was not.
+        """
+        path = self.directory / "settings.json"
+        if not path.exists():
+            raise StepError(f"{path}: not there, so nothing was measured; run this half first")
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return found
+
+    def decant(self, name: str, *arguments: str) -> None:
+        """Runs a command of the command line."""
+        self._run(name, "-m", "cli", *arguments)
+
+    def module(self, name: str, module: str, *arguments: str) -> None:
+        """Runs a module of the project."""
+        self._run(name, "-m", module, *arguments)
+
+    def train(self, name: str, config: Path, overrides: Mapping[str, Any]) -> Path:
+        """Trains a stage into `runs/NAME`; returns its final student, relative to the directory."""
+        run = Path("runs", name)
+        self.decant(f"train-{name}", "train", "--config", str(config), *_set({"output": str(run), **overrides}))
+        # Several times as large as the student, and of use only to a run that was stopped.
+        shutil.rmtree(self.directory / run / "checkpoints", ignore_errors=True)
+        return run / "final"
+
+    def capture(
+        self, name: str, config: Path, dataset: str, overrides: Mapping[str, Any], *, verify: bool = True
+    ) -> None:
+        """Scores `dataset` into `scores/NAME`, verifies that, and measures what a token takes there.
+
+        Measured: `ids`, the mean number of kept entries a token; `bytes`, those of the shards' files a token.
+        """
+        output = f"scores/{name}"
+        settings = _set({"dataset": dataset, "output": output, **overrides})
+        self.decant(f"capture-{name}", "precompute-logits", "--config", str(config), *settings)
+        if verify:
+            self.decant(f"verify-{name}", "verify-shards", output, "--dataset", dataset)
+        self.measure(f"capture-{name}", lambda: _held(self.directory / output))
+
+    def measure(self, name: str, work: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        """What `work` finds, or found before."""
+        path = self.directory / "metrics" / f"{name}.json"
+        if not path.exists():
+            started = time.monotonic()
+            found = dict(work())
+            path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            self._mark(f"measure-{name}", time.monotonic() - started)
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+            self._say(f"{name}: {shown}")
+        body: dict[str, float] = json.loads(path.read_text("utf-8"))
+        return body
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Everything that has been measured, by name."""
+        paths = sorted((self.directory / "metrics").glob("*.json"))
+        return {path.stem: json.loads(path.read_text("utf-8")) for path in paths}
+
+    def seconds(self) -> dict[str, float]:
+        """Wall clock of each step."""
+        paths = sorted((self.directory / "done").glob("*.json"))
+        return {path.stem: json.loads(path.read_text("utf-8"))["seconds"] for path in paths}
+
+    def _run(self, name: str, *command: str) -> None:
+        marker = self.directory / "done" / f"{name}.json"
+        if marker.exists():
+            return
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        started = time.monotonic()
+        with (self.directory / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"\n$ {shlex.join(command)}\n")
+            log.flush()
+            code = subprocess.run(
+                [sys.executable, *command], cwd=self.directory, env=environment, stdout=log, stderr=log, check=False
+            ).returncode
+        if code:
+            raise StepError(f"{name}: exit code {code}; {self.directory / 'log.txt'} says why. Start again to continue")
+        self._mark(name, time.monotonic() - started)
+
+    def _mark(self, name: str, seconds: float) -> None:
+        body = {"seconds": round(seconds, 1)}
+        (self.directory / "done" / f"{name}.json").write_text(json.dumps(body) + "\n", "utf-8")
+        self._say(f"{name}: {seconds:.0f} s")
+
+    def _say(self, text: str) -> None:
+        print(f"{self.directory.name}: {text}", flush=True)
+
+
+def _set(overrides: Mapping[str, Any]) -> list[str]:
+    """Values as TOML has them, where it has JSON's form too."""
+    return [part for key, value in overrides.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def _held(output: Path) -> dict[str, float]:
+    manifest = read_manifest(output)
+    receipts = read_receipts(output, manifest)
+    tokens = sum(each.num_scored_tokens for each in receipts)
+    entries = 0
+    for number in published_shards(output):
+        for row in ShardFile(shard_path(output, number), manifest, number):
+            entries += int(row.conversations[0].scores.counts.sum())
+    num_bytes = sum(each.num_bytes for each in receipts)
+    return {"tokens": tokens, "ids": entries / tokens, "bytes": num_bytes / tokens}

@@ -1,0 +1,197 @@
+"""The text half of the results: SmolLM2-135M-Instruct on documentation of the standard library.
+
+    docstrings ─> train.jsonl, held_out.jsonl          no document is in both
+    teacher ─> student: some of its layers, all of its embeddings
+            ─> scores/TARGET, once for all seeds
+            ─> log-probs of held-out text by transformers, once
+    train, each target x each seed ─> what each student believes of held-out text
+
+The seed of a run is that of its order of samples. All runs of a seed see the same samples in the same steps.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.results.measures import belief, mean_divergence
+from benchmarks.results.steps import CONFIGS, Steps
+from common.data.chat_encoding import ChatEncoder, EncodedChat, predicting_positions
+from common.data.samples import Dataset
+from tests.support.real_weights import real_conversations, smollm2_dir, write_jsonl
+from train.model.student import load_student, save_student
+
+# So many records are all documents there are; long ones are cut, so that samples are alike in length.
+NUM_RECORDS = 338
+MAX_CHARS = 400
+HELD_OUT_EVERY = 12
+# Every fifth layer, and the last, whose output the teacher's last norm and output layer know.
+LAYERS = (0, 5, 10, 15, 20, 25, 29)
+
+# How the distribution at each token is kept. fp16 for all of it, because 49,152 entries in steps of q8 would be off by
+# a tenth of a nat; the others as they are by default.
+TARGETS: dict[str, dict[str, Any]] = {
+    "full": {"top_k": "all", "precision": "fp16"},
+    "top-64": {"top_k": 64},
+    "top-8": {"top_k": 8},
+    "top-p": {"top_k": 64, "top_p": 0.95, "min_k": 1},
+    "sampled": {"top_k": 0, "num_draws": 37},
+}
+CROSS_ENTROPY_ALONE = {"loss.distillation": 0.0, "loss.cross_entropy": 1.0}
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """How much is trained on; `batch_size` in samples a step."""
+
+    train_samples: int
+    held_out_samples: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+FULL = TextSizes(train_samples=68, held_out_samples=28, steps=40, batch_size=2, learning_rate=1e-3)
+QUICK = TextSizes(train_samples=8, held_out_samples=3, steps=4, batch_size=2, learning_rate=1e-3)
+
+
+def run_text(out: Path, sizes: TextSizes, seeds: int) -> None:
+    """Measures every target with so many seeds below `out`; what was measured before is left as it is.
+
+    Raises:
+        StepError: a command failed.
+    """
+    torch.set_num_threads(1)
+    steps = Steps(out)
+    steps.begin({**asdict(sizes), "targets": TARGETS, "layers": LAYERS})
+    root = steps.directory
+    teacher = smollm2_dir(root)
+    train, held_out = write_texts(root, sizes)
+    if not (root / "student").exists():
+        save_layers(teacher, root / "student", LAYERS)
+    encoder = ChatEncoder.load(teacher)
+    texts = list(_encoded(encoder, held_out))
+    known_RV = _teacher_logprobs(root, teacher, texts)
+    steps.measure("teacher", lambda: _compared(known_RV, known_RV, texts))
+    steps.measure("start", lambda: _evaluate(root / "student", known_RV, texts))
+    steps.measure("sizes", lambda: _counts(encoder, train, texts, teacher, root / "student"))
+    config = CONFIGS / "dense-to-dense.toml"
+    for target, kept in TARGETS.items():
+        steps.capture(target, CONFIGS / "precompute-kd.toml", train.name, {**_CAPTURE, **kept}, verify=target != "full")
+    for seed in range(seeds):
+        for target in (*TARGETS, "ce"):
+            alone = target == "ce"
+            data = {"data.shards": f"scores/{'top-64' if alone else target}"}
+            overrides = _training(sizes, seed) | data | (CROSS_ENTROPY_ALONE if alone else {})
+            final = root / steps.train(f"{target}-{seed}", config, overrides)
+            steps.measure(f"{target}@{seed}", partial(_evaluate, final, known_RV, texts))
+
+
+# On top of the demo's files: another teacher, other data, longer texts.
+_CAPTURE: dict[str, Any] = {
+    "teacher": "smollm2",
+    "max_tokens": 512,
+    "samples_per_shard": 32,
+    "engine.max_num_seqs": 8,
+    "engine.max_num_batched_tokens": 1024,
+}
+
+
+def _training(sizes: TextSizes, seed: int) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "trainable": ["language_model"],
+        "model.path": "student",
+        "data.max_tokens": 512,
+        "data.num_workers": 0,
+        "optim.learning_rate": sizes.learning_rate,
+        "optim.global_batch_size": sizes.batch_size,
+        "optim.micro_batch_size": sizes.batch_size,
+        "optim.max_steps": sizes.steps,
+        # The checkpoint of the last step alone, which is taken in any case.
+        "run.save_steps": 10_000,
+    }
+
+
+def write_texts(root: Path, sizes: TextSizes) -> tuple[Path, Path]:
+    """Writes `train.jsonl` and `held_out.jsonl`, once: records evenly spread over the library, no answer in both.
+
+    What the library says of itself depends on its version, and a little on what other packages changed in it.
+    """
+    train_path, held_out_path = root / "train.jsonl", root / "held_out.jsonl"
+    if train_path.exists():
+        return train_path, held_out_path
+    records = real_conversations(NUM_RECORDS, max_chars=MAX_CHARS)
+    held_out = records[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
+    answers = {message["content"] for record in held_out for message in record["messages"]}
+    rest = [r for r in records if not any(message["content"] in answers for message in r["messages"])]
+    write_jsonl(held_out_path, _spread(held_out, sizes.held_out_samples))
+    # The second file, so that both are there where it is.
+    return write_jsonl(train_path, _spread(rest, sizes.train_samples)), held_out_path
+
+
+def _spread(records: list[Any], number: int) -> list[Any]:
+    return [records[i * len(records) // number] for i in range(number)]
+
+
+def save_layers(teacher: Path, out: Path, layers: tuple[int, ...]) -> None:
+    """Saves the teacher with these of its layers alone; embeddings, norms and output layer stay."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in layers)
+    model.config.num_hidden_layers = len(layers)
+    save_student(model, teacher, out)
+
+
+def _encoded(encoder: ChatEncoder, path: Path) -> Iterator[EncodedChat]:
+    dataset = Dataset.open(path, "kd")
+    for index in range(len(dataset)):
+        yield encoder.encode_sample(dataset[index])[0]
+
+
+def _teacher_logprobs(root: Path, teacher: Path, texts: list[EncodedChat]) -> Tensor:
+    """Float32 [R, V] of the held-out responses, made once."""
+    path = root / "held_out_logprobs.npy"
+    if not path.exists():
+        unfinished = root / "unfinished.npy"
+        np.save(unfinished, _logprobs(load_student(teacher, dtype=torch.float32).eval(), texts).numpy())
+        unfinished.replace(path)
+    return torch.from_numpy(np.load(path))
+
+
+@torch.inference_mode()
+def _logprobs(model: PreTrainedModel, texts: list[EncodedChat]) -> Tensor:
+    """Float32 [R, V] at the scored tokens, text after text."""
+    parts = []
+    for text in texts:
+        logits_TV = model(torch.from_numpy(text.input_ids.astype(np.int64))[None]).logits[0]
+        parts.append(logits_TV[predicting_positions(text.response_positions)].log_softmax(-1))
+    return torch.cat(parts)
+
+
+def _compared(known_RV: Tensor, student_RV: Tensor, texts: list[EncodedChat]) -> dict[str, float]:
+    targets_R = torch.from_numpy(np.concatenate([text.response_ids for text in texts]).astype(np.int64))
+    return {"kl": mean_divergence(known_RV, student_RV), **belief(student_RV, targets_R)}
+
+
+def _evaluate(student: Path, known_RV: Tensor, texts: list[EncodedChat]) -> dict[str, float]:
+    return _compared(known_RV, _logprobs(load_student(student, dtype=torch.float32).eval(), texts), texts)
+
+
+def _counts(
+    encoder: ChatEncoder, train: Path, texts: list[EncodedChat], teacher: Path, student: Path
+) -> dict[str, float]:
+    paths = {"teacher": teacher, "student": student}
+    models = {name: load_student(path, dtype=torch.float32) for name, path in paths.items()}
+    return {
+        "train_tokens": sum(len(text.response_ids) for text in _encoded(encoder, train)),
+        "held_out_tokens": sum(len(text.response_ids) for text in texts),
+        "vocab_size": encoder.vocab_size,
+        **{f"{name}_parameters": sum(p.numel() for p in model.parameters()) for name, model in models.items()},
+        **{f"{name}_layers": model.config.num_hidden_layers for name, model in models.items()},
+    }

@@ -1,0 +1,141 @@
+"""Threads beside a loop: two prefetchers that load ahead of it, and a writer that works behind it."""
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ResultT = TypeVar("ResultT")
+
+# How often a full queue looks whether it was closed.
+_POLL_S = 0.1
+
+
+def prefetch_map(
+    function: Callable[[T], ResultT], items: Iterable[T], *, num_threads: int, ahead: int
+) -> Generator[ResultT, None, None]:
+    """`function` of each item, in order, computed in threads up to `ahead` items before it is asked for.
+
+    What `function` or `items` raises is raised here, at its item's turn: what comes before it is not lost. `items` is
+    drawn in the thread that asks.
+    """
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
+    pending: deque[Future[ResultT]] = deque()
+    drawn = iter(items)
+    failure: Exception | None = None
+    try:
+        while failure is None:
+            try:
+                pending.append(pool.submit(function, next(drawn)))
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+        if failure is not None:
+            raise failure
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class BackgroundWriter(Generic[T]):
+    """Calls `function` with each item in one thread, in order, while the caller goes on.
+
+    At most `max_waiting` items wait besides the one under way; then `put` blocks, and `check` with it. Leaving the
+    context waits for all items, after a failure of the caller too, so that nothing that was handed over is lost.
+    """
+
+    def __init__(self, function: Callable[[T], None], *, max_waiting: int) -> None:
+        self._function = function
+        self._max_waiting = max_waiting
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: deque[Future[None]] = deque()
+        self._lock = threading.Lock()
+
+    def put(self, item: T) -> None:
+        """Hands over `item`; raises what `function` raised for an earlier one."""
+        with self._lock:
+            while self._pending and (self._pending[0].done() or len(self._pending) > self._max_waiting):
+                self._pending.popleft().result()
+            self._pending.append(self._pool.submit(self._function, item))
+
+    def check(self) -> None:
+        """Raises what `function` raised, if it did; costs next to nothing."""
+        with self._lock:
+            while self._pending and self._pending[0].done():
+                self._pending.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        failures = [failure for future in self._pending if (failure := future.exception())]
+        if failures and error is None:
+            raise failures[0]
+        for failure in failures:
+            # The caller's own failure came first and is what the user must see as the cause.
+            logger.error("and while finishing: %s", failure)
+
+
+class Prefetcher(Generic[T]):
+    """Draws `items` in a thread, at most `ahead` of them early. What drawing raises is raised by `ready`."""
+
+    def __init__(self, items: Iterable[T], ahead: int) -> None:
+        self.ended = False
+        self._queue: queue.Queue[tuple[T] | None] = queue.Queue(ahead)
+        self._failure: BaseException | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._draw, args=(items,), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def ready(self, most: int, *, wait: bool) -> list[T]:
+        """Up to `most` items that are ready now; with `wait` at least one, unless there are no more."""
+        items: list[T] = []
+        while len(items) < most and not self.ended:
+            try:
+                entry = self._queue.get(block=wait and not items)
+            except queue.Empty:
+                break
+            if entry is not None:
+                items.append(entry[0])
+                continue
+            self.ended = True
+            if self._failure is not None:
+                raise self._failure
+        return items
+
+    def close(self) -> None:
+        """Stops drawing; returns when the thread has ended, after the item under way at the latest."""
+        self._closed.set()
+        self._thread.join()
+
+    def _draw(self, items: Iterable[T]) -> None:
+        try:
+            for item in items:
+                self._put((item,))
+                if self._closed.is_set():
+                    return
+        except BaseException as error:
+            self._failure = error
+        self._put(None)
+
+    def _put(self, entry: tuple[T] | None) -> None:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(entry, timeout=_POLL_S)
+            except queue.Full:
+                continue
+            return

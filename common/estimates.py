@@ -1,0 +1,71 @@
+"""Numbers that are estimated before anything is spent, each with the arithmetic that gives it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Unit = Literal["", "bytes", "FLOP", "hours"]
+
+_BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number. `how` is its formula with the values filled in, short enough to be worked out by hand.
+
+    With `high` it is a range from `value` to `high`. `error` is one standard error, 0 for what is counted exactly.
+    """
+
+    name: str
+    value: float
+    how: str
+    unit: Unit = ""
+    error: float = 0.0
+    high: float | None = None
+
+    def show(self) -> str:
+        """The value with its unit, its range and its standard error."""
+        text = format_value(self.value, self.unit)
+        if self.high is not None and self.high != self.value:
+            high = format_value(self.high, self.unit)
+            suffix = high[high.rfind(" ") :] if " " in high else ""
+            text = f"{text.removesuffix(suffix)} to {high}"
+        return f"{text} ± {format_value(self.error, self.unit)}" if self.error else text
+
+
+@dataclass(frozen=True)
+class EstimateTable:
+    """Figures under one title, and below them what they leave out or assume."""
+
+    title: str
+    figures: tuple[Estimate, ...]
+    notes: tuple[str, ...] = ()
+
+    def render(self) -> RenderableType:
+        """A table of name, value and arithmetic, and the notes."""
+        table = Table(title=self.title, title_justify="left", title_style="bold", expand=False)
+        table.add_column("what")
+        table.add_column("value", justify="right")
+        table.add_column("arithmetic")
+        for figure in self.figures:
+            table.add_row(figure.name, figure.show(), Text(figure.how))
+        return Group(table, *(Text(f"- {note}") for note in self.notes), Text())
+
+
+def format_value(value: float, unit: Unit = "") -> str:
+    """A number as people read it: "1,234", "13.92 GiB" (1 GiB = 2^30 bytes), "3.142e+18", "12.3 h"."""
+    match unit:
+        case "bytes":
+            power = 0
+            while power + 1 < len(_BYTE_UNITS) and abs(value) >= 1024 ** (power + 1):
+                power += 1
+            return f"{value:,.0f} bytes" if power == 0 else f"{value / 1024**power:,.2f} {_BYTE_UNITS[power]}"
+        case "FLOP":
+            return f"{value:.3e}"
+        case "hours":
+            return f"{value:,.1f} h" if value >= 10 else f"{value:.2f} h" if value >= 0.1 else f"{value:.2g} h"
+        case "":
+            return f"{value:,.0f}"

@@ -1,0 +1,190 @@
+"""The vision tower of a model directory as far as files say: its tensors, and the fingerprint of what it computes.
+
+Neither needs torch. Tensors are found by the names that the tower itself gives them, whatever the files prefix them
+with: a LLaVA that was saved again, or the CLIP that it was composed from, has the same tower.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.data.images import AspectRatio, ImageSpec
+from common.errors import ModelError, ProvenanceError
+from common.shards.feature_shard import to_bfloat16
+from common.shards.manifest import EncoderIdentity, FeatureManifest, list_differences
+from common.storage.files import Location
+
+# As safetensors names them. Other kinds are buffers that old checkpoints hold, such as position ids.
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+# What a CLIP or SigLIP tower computes from; everything else in its configuration is about training or other parts.
+_COMPUTING = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+_CHUNK_VALUES = 1 << 22
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: `name` there, and its bytes [start, stop)."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def bfloat16_chunks(self) -> Iterator[npt.NDArray[np.uint16]]:
+        """Its values in bfloat16, as bits, a few million at a time."""
+        values = np.memmap(self.file, _FLOATS[self.dtype], "r", self.start, (math.prod(self.shape),))
+        for start in range(0, len(values), _CHUNK_VALUES):
+            chunk = np.asarray(values[start : start + _CHUNK_VALUES])
+            yield chunk if self.dtype == "BF16" else to_bfloat16(chunk.astype(np.float32))
+
+
+def vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
+    """(configuration of the tower, hidden states that are taken, select strategy) of a LLaVA or CLIP directory.
+
+    Raises:
+        ModelError: another kind of model, or a tower that is neither CLIP's nor SigLIP's.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        vision = config.vision_config
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{model_dir}: its config.json names no vision tower ({error}); expected a LLaVA or CLIP directory"
+        ) from error
+    if config.model_type not in ("llava", "clip") or vision.model_type not in _TOWERS:
+        raise ModelError(
+            f"{model_dir}: found a {config.model_type} with a {vision.model_type}; expected a LLaVA or CLIP directory "
+            f"with one of {', '.join(_TOWERS)}"
+        )
+    # LLaVA-1.5's choice, where a tower stands alone.
+    found = getattr(config, "vision_feature_layer", -2)
+    layers = tuple(found) if isinstance(found, list | tuple) else (found,)
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    num_states = vision.num_hidden_layers + 1
+    if strategy not in ("default", "full") or not all(-num_states <= layer < num_states for layer in layers):
+        raise ModelError(
+            f"{model_dir}/config.json: vision_feature_layer {found} and vision_feature_select_strategy {strategy!r} "
+            f"choose nothing of {num_states} hidden states"
+        )
+    return vision, tuple(layer % num_states for layer in layers), strategy
+
+
+def encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> EncoderIdentity:
+    """Fingerprint of what a model makes of an image before its multi-modal projector.
+
+    Reads the tower's tensors once, a few at a time: about a second for CLIP ViT-L/14.
+
+    Raises:
+        ModelError: no tower there, or one that is not supported.
+    """
+    vision, layers, strategy = vision_config(model_dir)
+    spec = ImageSpec.load(model_dir)
+    assert spec is not None
+    computing = json.dumps({name: getattr(vision, name) for name in _COMPUTING}, sort_keys=True)
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(tower_tensors(model_dir).items()):
+        sha256.update(f"{name} {list(tensor.shape)}\n".encode())
+        for bits in tensor.bfloat16_chunks():
+            sha256.update(bits.astype("<u2").tobytes())
+    return EncoderIdentity(
+        architecture=vision.model_type,
+        weights_sha256=sha256.hexdigest(),
+        config_sha256=hashlib.sha256(computing.encode()).hexdigest(),
+        layers=layers,
+        select_strategy="full" if strategy == "full" else "default",
+        processor_sha256=spec.sha256,
+        aspect_ratio=aspect_ratio,
+        dtype="bfloat16",
+        tokens_per_image=spec.tokens_per_image,
+        num_channels=vision.hidden_size * len(layers),
+    )
+
+
+def check_encoder(manifest: FeatureManifest, cache: Location, model_dir: Path, aspect_ratio: AspectRatio) -> None:
+    """Refuses a model that would make other features than a cache holds.
+
+    Raises:
+        ProvenanceError: with every difference. ModelError: as `encoder_identity`.
+    """
+    here = encoder_identity(model_dir, aspect_ratio)
+    names = "the cache", "the model"
+    if differences := list_differences(manifest.encoder.model_dump(), here.model_dump(), names=names):
+        raise ProvenanceError(
+            f"{cache}: these features are not what {model_dir} makes of an image\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nrun precompute-features with this model and these settings, or train without data.features"
+        )
+
+
+def tower_tensors(model_dir: Path) -> dict[str, StoredTensor]:
+    """The tower's floating-point tensors, by the names that transformers' vision model gives them.
+
+    Raises:
+        ModelError: no safetensors, a damaged file, a tensor twice, or none of a tower.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        for tensor in _tensors_in(file):
+            name = _own_name(tensor.name)
+            if name is None or tensor.dtype not in _FLOATS:
+                continue
+            if name in found:
+                raise ModelError(
+                    f"{file}: has {tensor.name}, which {found[name].file} has too; remove one of the files"
+                )
+            found[name] = tensor
+    if not found:
+        raise ModelError(f"{model_dir}: its *.safetensors hold no vision tower; expected a LLaVA or CLIP directory")
+    return found
+
+
+def _own_name(name: str) -> str | None:
+    """What the tower itself calls a tensor of a model; None if it is not the tower's."""
+    match = re.search(r"(?:^|\.)vision_tower\.(?:vision_model\.)?(.+)", name) or re.match(r"vision_model\.(.+)", name)
+    return match[1] if match else None
+
+
+def _tensors_in(file: Path) -> Iterator[StoredTensor]:
+    """What the header of a safetensors file lists: 8 bytes of its length, then JSON, then all tensors' bytes."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            num_bytes = file.stat().st_size
+            if length > num_bytes - 8:
+                raise ValueError(f"a header of {length:,} bytes in a file of {num_bytes:,}")
+            header: dict[str, Any] = json.loads(opened.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, stop = (8 + length + offset for offset in entry["data_offsets"])
+            if stop > num_bytes:
+                raise ValueError(f"{name} ends past the end")
+            yield StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), start, stop)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file}: cannot be read as safetensors ({error}); copy or save it again") from error

@@ -1,0 +1,308 @@
+"""Shards: ordinary Parquet files of scored samples.
+
+One row is one sample. Everything that people ask about is a native column; the kept entries are packed into binary
+ones (common/shards/codec.py): best entries with their log-probs, drawn ones with their numbers of draws. A preference
+pair has each conversation's columns twice, with the prefixes `chosen_` and `rejected_`; a conversation to distil has
+them without a prefix.
+"""
+
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.data.chat_encoding import EncodedChat
+from common.data.samples import ImageRef, Kind, Sample, Turn
+from common.errors import ShardError
+from common.shards.codec import BinaryColumn, column_names, pack, unpack
+from common.shards.manifest import CaptureSettings, Manifest, Receipt, SkippedSample
+from common.shards.parquet_shard import ZSTD_LEVEL, ParquetShard, footer_metadata, publish_shard
+from common.shards.scores import TeacherScores
+from common.shards.token_order import TokenOrder, classes_from_text, classes_to_text, find_classes
+from common.storage.files import Location
+
+PREFIXES: dict[Kind, tuple[str, ...]] = {"kd": ("",), "dpo": ("chosen_", "rejected_")}
+
+ROWS_PER_GROUP = 64
+
+_REPEATING = ("messages.list.element.role", "topk_counts.list.element")
+_SPLIT_BYTES = ("input_ids.list.element", "own_logprobs.list.element", "rest_mass.list.element")
+
+_IMAGES = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+_MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+_SPANS = pa.list_(pa.struct({"start": pa.int32(), "stop": pa.int32()}))
+_INTS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+_BYTES = pa.list_(pa.uint8())
+
+
+@dataclass(frozen=True)
+class ScoredConversation:
+    """A conversation's tokens and the teacher's scores of the scored ones."""
+
+    encoded: EncodedChat
+    scores: TeacherScores
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """One sample with its scores; `index` is its position in the dataset."""
+
+    index: int
+    sample: Sample
+    conversations: tuple[ScoredConversation, ...]
+
+
+def score_schema(kind: Kind, capture: CaptureSettings) -> pa.Schema:
+    """Arrow schema of a shard."""
+    fields = [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("images", _IMAGES, nullable=False),
+    ]
+    columns: dict[str, pa.DataType] = {
+        "messages": _MESSAGES,
+        "input_ids": _INTS,
+        "response_spans": _SPANS,
+        "logprob_sum": pa.float64(),
+        "own_logprobs": _FLOATS,
+        "rest_mass": _FLOATS,
+        "topk_counts": _INTS,
+        "topk_tables": _BYTES,
+        **dict.fromkeys(column_names(capture.precision), pa.binary()),
+    }
+    fields += [pa.field(p + name, kind_, nullable=False) for p in PREFIXES[kind] for name, kind_ in columns.items()]
+    return pa.schema(fields)
+
+
+def write_shard(
+    output: Location, number: int, manifest: Manifest, rows: Sequence[ShardRow], skipped: Sequence[SkippedSample]
+) -> Receipt:
+    """Encodes rows, publishes the Parquet file, then its receipt. Deterministic: same rows, same bytes.
+
+    Raises:
+        StorageError: not written; no receipt exists then, so the shard does not either.
+    """
+    image_token_ids = {c.encoded.image_token_id for row in rows for c in row.conversations}
+    assert len(image_token_ids) <= 1
+    image_token_id = next(iter(image_token_ids), None)
+    scores = [c.scores for row in rows for c in row.conversations]
+    classes, tables = find_classes(scores, manifest.tokenizer.vocab_size)
+    order = TokenOrder(classes)
+    table_schema = score_schema(manifest.kind, manifest.capture)
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(
+        buffer,
+        table_schema,
+        compression="zstd",
+        compression_level=ZSTD_LEVEL,
+        use_dictionary=[prefix + name for prefix in PREFIXES[manifest.kind] for name in _REPEATING],
+        # Bytes of one significance side by side: what repeats in floats and ids are their high bytes.
+        column_encoding={
+            prefix + name: "BYTE_STREAM_SPLIT" for prefix in PREFIXES[manifest.kind] for name in _SPLIT_BYTES
+        },
+        write_page_checksum=True,
+        write_statistics=["sample_id", "index"],
+    ) as writer:
+        for start in range(0, len(rows), ROWS_PER_GROUP):
+            stop = start + ROWS_PER_GROUP
+            at_once = len(PREFIXES[manifest.kind])
+            columns = _to_columns(rows[start:stop], tables[start * at_once : stop * at_once], manifest, order)
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table_schema))
+        # Given to the schema it would be written twice, the second time in what Arrow keeps for itself.
+        writer.add_key_value_metadata(
+            footer_metadata(
+                manifest,
+                number,
+                image_token_id="" if image_token_id is None else str(image_token_id),
+                token_classes=classes_to_text(classes),
+            )
+        )
+    return publish_shard(
+        output,
+        number,
+        manifest,
+        buffer.getvalue(),
+        num_rows=len(rows),
+        num_scored_tokens=num_scored_tokens(rows),
+        skipped=tuple(skipped),
+    )
+
+
+class ShardFile(ParquetShard):
+    """An open shard of scores, each row group decoded when it is asked for.
+
+    `image_token_id` is a part of `footer`. With `keep_codes` rows keep the codes of their log-probs, so that they can
+    be written again as they are.
+
+    Raises:
+        ShardError: on opening or reading, naming the file, if it is not a shard of this manifest or is damaged.
+    """
+
+    def __init__(self, path: Location, manifest: Manifest, number: int, *, keep_codes: bool = False) -> None:
+        what = f"{manifest.kind} shard with {manifest.capture.precision or 'drawn'} entries"
+        super().__init__(path, manifest, number, score_schema(manifest.kind, manifest.capture), what)
+        self._keep_codes = keep_codes
+        self._kind = manifest.kind
+        self._capture = manifest.capture
+        with self.shard_errors():
+            image_token = self.footer.get("image_token_id")
+            self.image_token_id = int(image_token) if image_token else None
+        text = self.footer.get("token_classes", "")
+        self._order = TokenOrder(classes_from_text(text.encode(), manifest.tokenizer.vocab_size, str(path)))
+
+    def read_sizes(self, group: int) -> npt.NDArray[np.int32]:
+        """Tokens and images of each row of a group, int32 [rows, 2], without decoding the rows.
+
+        Tokens up to the last scored one, an image counting as one; of a pair's conversations the longer one's.
+        """
+        spans = [f"{prefix}response_spans" for prefix in PREFIXES[self._kind]]
+        leaves = [*(f"{name}.list.element.stop" for name in spans), "images.list.element.path"]
+        with self.shard_errors():
+            table = self._read(group, leaves)
+            last_stops = [[cell[-1]["stop"] for cell in table.column(name).to_pylist()] for name in spans]
+            num_images = [len(cell) for cell in table.column("images").to_pylist()]
+        return np.stack([np.max(last_stops, 0), num_images], 1).astype(np.int32)
+
+    def read_group(self, group: int) -> list[ShardRow]:
+        """Decodes one row group."""
+        with self.shard_errors():
+            return self._to_rows(self._read(group), sum(map(self.group_rows, range(group))))
+
+    def __iter__(self) -> Iterator[ShardRow]:
+        for group in range(self.num_groups):
+            yield from self.read_group(group)
+
+    def _to_rows(self, table: pa.Table, first_row: int) -> list[ShardRow]:
+        prefixes = PREFIXES[self._kind]
+        images = [[ImageRef(i["path"], i["bytes"]) for i in cell] for cell in table.column("images").to_pylist()]
+        turns = [
+            [tuple(Turn(m["role"], m["content"]) for m in cell) for cell in table.column(p + "messages").to_pylist()]
+            for p in prefixes
+        ]
+        scored = [self._to_conversations(table, p, first_row) for p in prefixes]
+        return [
+            ShardRow(index, Sample(sample_id, self._kind, tuple(refs), conversations), scores)
+            for index, sample_id, refs, conversations, scores in zip(
+                table.column("index").to_pylist(),
+                table.column("sample_id").to_pylist(),
+                images,
+                zip(*turns, strict=True),
+                zip(*scored, strict=True),
+                strict=True,
+            )
+        ]
+
+    def _to_conversations(self, table: pa.Table, prefix: str, first_row: int) -> list[ScoredConversation]:
+        spans, own, rest, counts, tables = (
+            _split(table.column(prefix + name))
+            for name in ("response_spans", "own_logprobs", "rest_mass", "topk_counts", "topk_tables")
+        )
+        found = map(_lengths, (own, rest, counts, tables))
+        for row, lengths in enumerate(zip(map(_num_scored, spans), *found, strict=True)):
+            if len(set(lengths)) > 1:
+                raise ShardError(
+                    f"{self.path}: row {first_row + row}: {lengths[1]} own log-probs, {lengths[2]} rest masses, "
+                    f"{lengths[3]} counts and {lengths[4]} tables for {lengths[0]} scored tokens; the shard is damaged"
+                )
+        kept = unpack(
+            {name: _packed(table.column(prefix + name)) for name in column_names(self._capture.precision)},
+            counts,
+            rest,
+            tables,
+            self._order,
+            self._capture.coding,
+            f"{self.path}: rows {first_row} to {first_row + len(counts) - 1}",
+            self._keep_codes,
+        )
+        columns = zip(_split(table.column(prefix + "input_ids")), spans, own, rest, counts, kept, strict=True)
+        return [
+            ScoredConversation(
+                EncodedChat(input_ids, spans_, self.image_token_id),
+                TeacherScores(own_, rest_, counts_, *entries),
+            )
+            for input_ids, spans_, own_, rest_, counts_, entries in columns
+        ]
+
+
+def _to_columns(
+    rows: Sequence[ShardRow], tables: Sequence[npt.NDArray[np.uint8]], manifest: Manifest, order: TokenOrder
+) -> list[pa.Array]:
+    """The columns of `score_schema`, in its order; `tables` has the conversations of all rows, one after the other."""
+    coding = manifest.capture.coding
+    samples = [row.sample for row in rows]
+    columns = [
+        pa.array([sample.id for sample in samples], pa.string()),
+        pa.array([row.index for row in rows], pa.int64()),
+        pa.array([[{"bytes": image.data, "path": image.path} for image in s.images] for s in samples], _IMAGES),
+    ]
+    for which in range(len(PREFIXES[manifest.kind])):
+        turns = [[{"role": t.role, "content": t.content} for t in s.conversations[which]] for s in samples]
+        encoded = [row.conversations[which].encoded for row in rows]
+        scores = [row.conversations[which].scores for row in rows]
+        tables_of = tables[which :: len(PREFIXES[manifest.kind])]
+        columns += [
+            pa.array(turns, _MESSAGES),
+            _join([e.input_ids for e in encoded], _INTS),
+            _join([e.spans for e in encoded], _SPANS),
+            pa.array([s.total_logprob for s in scores], pa.float64()),
+            _join([s.own_logprobs for s in scores], _FLOATS),
+            _join([coding.stored_rest(s.rest_mass) for s in scores], _FLOATS),
+            _join([s.counts for s in scores], _INTS),
+            _join(list(tables_of), _BYTES),
+            *map(_binary, pack(scores, tables_of, order, coding).values()),
+        ]
+    return columns
+
+
+def _binary(packed: BinaryColumn) -> pa.BinaryArray:
+    """One value a conversation."""
+    buffers = [None, pa.py_buffer(packed.offsets.astype(np.int32)), pa.py_buffer(packed.data)]
+    return pa.Array.from_buffers(pa.binary(), len(packed.offsets) - 1, buffers)
+
+
+def _packed(column: pa.ChunkedArray) -> BinaryColumn:
+    """Inverse of `_binary`."""
+    values = column.combine_chunks()
+    _, offsets, data = values.buffers()
+    offsets = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1].astype(np.int64)
+    return BinaryColumn(np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), offsets)
+
+
+def _join(arrays: list[npt.NDArray[Any]], list_type: pa.ListType) -> pa.ListArray:
+    """One list a row from arrays [n], or [n, 2] for a list of pairs."""
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    item = list_type.value_type
+    flat = np.concatenate(arrays) if arrays else np.zeros((0, item.num_fields or 1), np.int32).squeeze()
+    if item.num_fields:
+        values = pa.StructArray.from_arrays([pa.array(column) for column in flat.T], fields=list(item))
+    else:
+        values = pa.array(flat, item)
+    return pa.ListArray.from_arrays(offsets, values, type=list_type)
+
+
+def _split(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
+    """Inverse of `_join`. Each array owns its memory, so that keeping one row keeps nothing else."""
+    lists = column.combine_chunks()
+    values = lists.values
+    flat = np.stack([v.to_numpy() for v in values.flatten()], axis=1) if values.type.num_fields else values.to_numpy()
+    return [flat[start:stop].copy() for start, stop in itertools.pairwise(lists.offsets.to_numpy())]
+
+
+def _num_scored(spans: npt.NDArray[np.int32]) -> int:
+    return int((spans[:, 1] - spans[:, 0]).sum())
+
+
+def _lengths(arrays: Sequence[npt.NDArray[Any]]) -> list[int]:
+    return [len(array) for array in arrays]
+
+
+def num_scored_tokens(rows: Iterable[ShardRow]) -> int:
+    """Scored tokens of all conversations of `rows`."""
+    return sum(c.scores.num_rows for row in rows for c in row.conversations)

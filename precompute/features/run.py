@@ -1,0 +1,295 @@
+"""`precompute-features`: from a dataset's images to a feature cache.
+
+    dataset ─> distinct images, by the SHA-256 of their files ─> manifest, images.parquet ─> missing shards
+        ─> read and decode (threads) ─> batches through the vision tower ─> writer thread: shard, receipt
+
+A batch never crosses a shard, so a rerun computes what the first run would have. Until its receipt is published a shard
+does not exist: a run that is stopped at any moment loses the shards under way.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from common.concurrency import BackgroundWriter, prefetch_map
+from common.data.images import AspectRatio, ImageSpec, load_image, read_image_and_digest
+from common.data.samples import Dataset, ImageRef
+from common.errors import DataError, ModelError, ShardError
+from common.shards.encoder_identity import encoder_identity
+from common.shards.feature_shard import (
+    CachedImage,
+    FeatureRow,
+    images_digest,
+    images_per_group,
+    pack_features,
+    read_index,
+    write_feature_shard,
+    write_index,
+)
+from common.shards.manifest import (
+    DatasetIdentity,
+    EngineIdentity,
+    FeatureManifest,
+    is_complete,
+    open_output,
+    read_feature_manifest,
+    read_receipts,
+)
+from common.storage.files import Location, directory_lock, remove_partials
+
+logger = logging.getLogger(__name__)
+
+# Files that are read at once: an object store takes its time.
+_READERS = 8
+
+# Beside the one that is written, each as large as its file.
+_WAITING_SHARDS = 1
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What the command was told."""
+
+    model: Path
+    dataset: Location
+    image_root: Location | None
+    output: Location
+    form: Literal["bf16", "q8"] = "bf16"
+    aspect_ratio: AspectRatio = "pad"
+    batch_size: int = 16
+    images_per_shard: int = 128
+
+
+@dataclass(frozen=True)
+class FeatureSummary:
+    """What a cache holds after a run, and what the run added; `compute_s` is from the first image to the last."""
+
+    output: Location
+    manifest: FeatureManifest
+    num_complete_shards: int
+    num_new_images: int
+    num_bytes: int
+    compute_s: float
+    interrupted: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is there."""
+        return self.num_complete_shards == self.manifest.num_shards
+
+    def render(self) -> RenderableType:
+        """The totals and the outcome."""
+        table = Table(show_header=False, box=None)
+        encoder, num_shards = self.manifest.encoder, self.manifest.num_shards
+        table.add_row("output", str(self.output))
+        table.add_row("images", f"{self.manifest.num_images:,} distinct, {self.num_new_images:,} new")
+        shape = f"{encoder.tokens_per_image:,} x {encoder.num_channels:,}"
+        table.add_row("features", f"{shape} an image, {self.manifest.form}, {self.num_bytes:,} bytes in all")
+        table.add_row("shards", f"{self.num_complete_shards:,} of {num_shards:,}")
+        if self.num_new_images:
+            speed = f"{self.num_new_images / max(self.compute_s, 1e-9):,.1f} images/s"
+            table.add_row("computed in", f"{self.compute_s:,.0f} s, {speed}")
+        state = "all shards are complete"
+        if not self.complete:
+            state = "interrupted: " * self.interrupted + "shards are missing; run the same command again to continue"
+        return Group(table, Text(state))
+
+
+@dataclass(frozen=True)
+class _FeatureJob:
+    settings: FeatureSettings
+    manifest: FeatureManifest
+    images: list[CachedImage]
+    mean_rgb: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Neighbouring images of one shard."""
+
+    shard: int
+    images: range
+
+
+def run_features(settings: FeatureSettings, *, progress: bool = True) -> FeatureSummary:
+    """Computes the features of every image that has none yet. Ctrl-C ends it early with `interrupted` set.
+
+    Raises:
+        DataError: an image is missing, unreadable or not the one that the cache was begun with.
+        ModelError: no usable vision tower, or one whose output is no number.
+        ProvenanceError: another tower, dataset or setting began this output; every difference is listed.
+        StorageError: the disk or the store refused; complete shards stay.
+    """
+    job = _prepare(settings, progress)
+    with directory_lock(settings.output):
+        open_output(settings.output, job.manifest)
+        if _known_images(settings.output) != job.images:
+            write_index(settings.output, job.images)
+    remove_partials(settings.output)
+    missing = [n for n in range(job.manifest.num_shards) if not is_complete(settings.output, n, job.manifest)]
+    num_new, interrupted, started_s = 0, False, time.monotonic()
+    if missing:
+        counted: list[int] = []
+        try:
+            _compute(job, missing, counted, progress)
+        except KeyboardInterrupt:
+            interrupted = True
+        num_new = sum(counted)
+    receipts = read_receipts(settings.output, job.manifest)
+    return FeatureSummary(
+        output=settings.output,
+        manifest=job.manifest,
+        num_complete_shards=len(receipts),
+        num_new_images=num_new,
+        num_bytes=sum(receipt.num_bytes for receipt in receipts),
+        compute_s=time.monotonic() - started_s,
+        interrupted=interrupted,
+    )
+
+
+def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
+    encoder = encoder_identity(settings.model, settings.aspect_ratio)
+    spec = ImageSpec.load(settings.model)
+    assert spec is not None
+    # Of either kind: nothing but images is looked at.
+    dataset = Dataset.open(settings.dataset, "kd")
+    # If those of another dataset are there, the manifest below is refused, before any image is read.
+    images = _known_images(settings.output)
+    if images is None:
+        images = distinct_images(dataset, settings.image_root, progress=progress)
+    if not images:
+        raise DataError(f"{settings.dataset}: no sample has an image, so there are no features to compute")
+    manifest = FeatureManifest(
+        encoder=encoder,
+        dataset=DatasetIdentity(name=settings.dataset.name, sha256=dataset.sha256, num_samples=len(dataset)),
+        engine=EngineIdentity(name="transformers", version=version("transformers"), dtype=encoder.dtype),
+        num_images=len(images),
+        images_sha256=images_digest(images),
+        form=settings.form,
+        images_per_shard=settings.images_per_shard,
+        images_per_group=images_per_group(encoder.tokens_per_image, encoder.num_channels),
+    )
+    return _FeatureJob(settings, manifest, images, spec.mean_rgb)
+
+
+def _known_images(output: Location) -> list[CachedImage] | None:
+    """Those of a cache that was begun already, so that files are not read twice; None if there is nothing to trust."""
+    try:
+        return read_index(output, read_feature_manifest(output))
+    except ShardError:
+        # What is broken is said where it is compared or read.
+        return None
+
+
+def distinct_images(dataset: Dataset, image_root: Location | None, *, progress: bool) -> list[CachedImage]:
+    """The images of a dataset, each once, in the order in which their files first appear.
+
+    Raises:
+        DataError: an image is missing or unreadable; names the sample. StorageError: the store refused.
+    """
+    first_named: dict[str, int] = {}
+    for index in range(len(dataset)):
+        for ref in dataset.images(index):
+            assert ref.path is not None
+            first_named.setdefault(ref.path, index)
+
+    def sha256(item: tuple[str, int]) -> str:
+        path, index = item
+        return read_image_and_digest(path, image_root, f"{dataset.path}: sample {dataset.ids[index]!r}")[0]
+
+    paths: dict[str, list[str]] = {}
+    with (
+        closing(prefetch_map(sha256, first_named.items(), num_threads=_READERS, ahead=8 * _READERS)) as found,
+        tqdm(total=len(first_named), desc="reading", unit=" images", disable=not progress) as bar,
+    ):
+        for path, digest in zip(first_named, found, strict=True):
+            paths.setdefault(digest, []).append(path)
+            bar.update()
+    return [CachedImage(digest, tuple(names)) for digest, names in paths.items()]
+
+
+def _compute(job: _FeatureJob, missing: Sequence[int], counted: list[int], progress: bool) -> None:
+    """Writes the missing shards; appends the number of images of each to `counted`."""
+    # Imported here because a run with nothing to do should not spend seconds on it.
+    from precompute.features.vision_tower import VisionTower, single_threaded_torch
+
+    settings, manifest = job.settings, job.manifest
+    tower = VisionTower(settings.model, manifest.encoder)
+    logger.info("%s: %s; features as %s", settings.model, tower.description, settings.form)
+
+    def batches() -> Iterator[_Batch]:
+        for number in missing:
+            shard = manifest.shard_range(number)
+            # Another process on this output may have been faster.
+            if is_complete(settings.output, number, manifest):
+                bar.update(len(shard))
+                continue
+            for start in range(shard.start, shard.stop, settings.batch_size):
+                yield _Batch(number, range(start, min(start + settings.batch_size, shard.stop)))
+
+    def load(batch: _Batch) -> tuple[_Batch, Any]:
+        return batch, tower.pixels([_open(job, index) for index in batch.images])
+
+    def compute(loaded: tuple[_Batch, Any]) -> tuple[_Batch, list[FeatureRow]]:
+        batch, pixels = loaded
+        rows = []
+        for index, features in zip(batch.images, tower.features(pixels), strict=True):
+            if not np.isfinite(features).all():
+                raise ModelError(
+                    f"{settings.model}: its vision tower gives values that are no numbers for the image "
+                    f"{job.images[index].paths[0]}; it may be damaged, or too large for bfloat16"
+                )
+            rows.append(FeatureRow(index, job.images[index], pack_features(features, settings.form)))
+        return batch, rows
+
+    def write(rows: list[FeatureRow]) -> None:
+        number = rows[0].index // settings.images_per_shard
+        with directory_lock(settings.output):
+            if is_complete(settings.output, number, manifest):
+                return
+            write_feature_shard(settings.output, number, manifest, rows)
+        counted.append(len(rows))
+
+    at_once = tower.num_threads
+    num_images = sum(len(manifest.shard_range(number)) for number in missing)
+    # Left from the last to the first: nothing is computed any more when what it is computed from is closed.
+    with (
+        tqdm(total=num_images, desc="computing", unit=" images", disable=not progress) as bar,
+        single_threaded_torch(),
+        BackgroundWriter(write, max_waiting=_WAITING_SHARDS) as writer,
+        closing(prefetch_map(load, batches(), num_threads=_READERS, ahead=2 + at_once)) as loaded,
+        closing(prefetch_map(compute, loaded, num_threads=at_once, ahead=1 + at_once)) as computed,
+    ):
+        rows: list[FeatureRow] = []
+        for batch, new in computed:
+            writer.check()
+            rows += new
+            bar.update(len(new))
+            if batch.images.stop == manifest.shard_range(batch.shard).stop:
+                writer.put(rows)
+                rows = []
+
+
+def _open(job: _FeatureJob, index: int) -> Any:
+    """The image as the tower's processor is to see it."""
+    known, root = job.images[index], job.settings.image_root
+    path = known.paths[0]
+    where = f"{job.settings.dataset}: image {path}"
+    digest, data = read_image_and_digest(path, root, where)
+    if digest != known.sha256:
+        raise DataError(
+            f"{where}: has SHA-256 {digest}, the cache was begun with {known.sha256}: the file was changed since; put "
+            "the old one back, or begin another output"
+        )
+    return load_image(ImageRef(path, data), root, job.settings.aspect_ratio, job.mean_rgb, where)

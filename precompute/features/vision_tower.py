@@ -1,0 +1,105 @@
+"""The vision tower alone: from images to features. The language model of a LLaVA is never read.
+
+Legend: I images, P tokens that the tower gives an image, D channels.
+
+On a CPU each call computes with one thread, and several calls run at once: how a matrix product is split over threads
+depends on how many images share it, and so do the last bits. With one thread an image's features do not depend on the
+images beside it, which is what makes them those of a training run in bfloat16, bit for bit.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from transformers import AutoImageProcessor, AutoModel
+from transformers.initialization import no_init_weights
+from transformers.utils import is_flash_attn_2_available
+
+from common.errors import ModelError
+from common.shards.encoder_identity import tower_tensors, vision_config
+from common.shards.manifest import EncoderIdentity
+
+
+class VisionTower:
+    """A tower in bfloat16, on a GPU if there is one. `encoder` is what is expected of it.
+
+    Raises:
+        ModelError: tensors are missing, unknown or of another shape, none is ever left at random; or what it makes of
+            an image is not what its configuration says.
+    """
+
+    def __init__(self, model_dir: Path, encoder: EncoderIdentity) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        config, self._layers, self._strategy = vision_config(model_dir)
+        self._processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
+        with no_init_weights():
+            model = AutoModel.from_config(config).to(torch.bfloat16)
+        names = {name.removeprefix("vision_model."): name for name in model.state_dict()}
+        try:
+            weights = {}
+            for name, stored in tower_tensors(model_dir).items():
+                with safe_open(stored.file, framework="pt") as file:
+                    weights[names.get(name, name)] = file.get_tensor(stored.name)
+            model.load_state_dict(weights, strict=True)
+        except (RuntimeError, SafetensorError, OSError) as error:
+            raise ModelError(f"{model_dir}: its vision tower cannot be loaded: {error}") from error
+        # As the trainer chooses it.
+        if self.device == "cuda" and is_flash_attn_2_available():
+            model.set_attn_implementation("flash_attention_2")
+        self._model = model.eval().to(self.device)
+        expected = encoder.tokens_per_image, encoder.num_channels
+        try:
+            found = self.features(self.pixels([Image.new("RGB", (32, 32))])).shape[1:]
+        except ValueError as error:
+            raise ModelError(f"{model_dir}: its image processor and its vision tower do not fit: {error}") from error
+        if found != expected:
+            raise ModelError(
+                f"{model_dir}: its vision tower gives {found} values an image, config.json says {expected}"
+            )
+
+    @property
+    def description(self) -> str:
+        """What computes, in one line."""
+        config, millions = self._model.config, sum(p.numel() for p in self._model.parameters()) / 1e6
+        device = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {self.num_threads} thread(s)"
+        return (
+            f"{type(self._model).__name__}, {config.num_hidden_layers} layers, {millions:,.1f}M parameters; {device}, "
+            f"bfloat16, attention {config._attn_implementation}"
+        )
+
+    @property
+    def num_threads(self) -> int:
+        """Calls that are worth making at once."""
+        return 1 if self.device == "cuda" else int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+    def pixels(self, images: Sequence[Image.Image]) -> Any:
+        """float32 tensor [I, 3, height, width]: what the image processor makes of opened images."""
+        return self._processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    @torch.inference_mode()
+    def features(self, pixels: Any) -> npt.NDArray[np.float32]:
+        """float32 [I, P, D] of bfloat16 numbers: the chosen hidden states, as LLaVA gives them to its projector."""
+        states = self._model(pixels.to(self.device), output_hidden_states=True, return_dict=True).hidden_states
+        chosen = [states[layer] for layer in self._layers]
+        if self._strategy == "default":
+            chosen = [state[:, 1:] for state in chosen]
+        found: npt.NDArray[np.float32] = torch.cat(chosen, dim=-1).float().cpu().numpy()
+        return found
+
+
+@contextmanager
+def single_threaded_torch() -> Iterator[None]:
+    """Computes each of torch's calls on a CPU with one thread; see the module's docstring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

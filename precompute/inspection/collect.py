@@ -1,0 +1,367 @@
+"""`inspect-shards`: what an output holds, for eyes. Needs neither torch nor vLLM.
+
+    manifest ─> receipt and footer of every shard ─> counts, bytes by column
+             ─> row groups, evenly spread         ─> distributions, samples
+
+An output that is still being written is one with fewer shards. A damaged shard is named, and the rest is shown.
+"""
+
+import itertools
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from common.concurrency import prefetch_map
+from common.errors import ConfigError, DecantError, ShardError
+from common.shards.manifest import Manifest, published_shards, read_manifest, read_receipt, shard_path
+from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
+from common.storage.files import Location, file_size, open_ranged
+from precompute.inspection import statistics
+from precompute.inspection.sample_view import SampleView, TokenText, load_token_text, make_sample_view
+from precompute.report import Problem
+
+_SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
+FOOTERS = "(footers)"
+
+
+@dataclass(frozen=True)
+class ColumnBytes:
+    """Compressed bytes of one column in all shards; `is_packed` for the kept entries."""
+
+    name: str
+    num_bytes: int
+    is_packed: bool = False
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the shards' receipts say, and how much of it was read for the distributions."""
+
+    num_shards: int
+    num_rows: int
+    num_scored_tokens: int
+    num_bytes: int
+    num_skipped: int
+    num_groups: int
+    num_groups_read: int
+    num_rows_read: int
+    num_tokens_read: int
+    num_images_read: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Result of `inspect_output`.
+
+    `num_expected` shards make the output complete; `samples` begins with the one asked for.
+    """
+
+    path: Location
+    manifest: Manifest
+    num_published: int
+    num_expected: int
+    counts: Counts
+    columns: tuple[ColumnBytes, ...]
+    distributions: tuple[statistics.Distribution, ...]
+    samples: tuple[SampleView, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was looked at could be read."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class InspectionTarget:
+    """The shards that a path stands for: those of an output that are published, or one of them."""
+
+    output: Location
+    manifest: Manifest
+    shards: tuple[int, ...]
+    num_expected: int
+
+
+def open_target(path: Location) -> InspectionTarget:
+    """Finds the output of `path`: its directory, or one of its shard files.
+
+    Raises:
+        ShardError: no output there, or a file that is not a published shard.
+    """
+    match = _SHARD_NAME.fullmatch(path.name)
+    if match is None:
+        manifest = read_manifest(path)
+        return InspectionTarget(path, manifest, published_shards(path), manifest.num_shards)
+    output, number = path.parent, int(match[1])
+    manifest = read_manifest(output)
+    if number not in published_shards(output):
+        raise ShardError(f"{path}: has no receipt beside it, so it was never finished; expected a published shard")
+    return InspectionTarget(output, manifest, (number,), 1)
+
+
+def inspect_output(
+    path: Location,
+    *,
+    sample: str | None = None,
+    num_samples: int = 1,
+    num_alternatives: int = 5,
+    max_tokens: int = 48,
+    max_groups: int | None = 64,
+    tokenizer: Path | None = None,
+    progress: bool = True,
+) -> Inspection:
+    """Looks at an output, or at one of its shards.
+
+    Args:
+        path: an output directory of precompute-logits, or a shard file in one.
+        sample: the id of a sample, or its position in the dataset; None for the first row.
+        num_samples: samples to show; the others are spread evenly over what is read.
+        num_alternatives: most kept entries shown of a token.
+        max_tokens: most scored tokens shown of a conversation.
+        max_groups: row groups to read, evenly spread; None for all.
+        tokenizer: directory of the teacher or its tokenizer, for token texts.
+
+    Raises:
+        ShardError: no output there. Damaged shards are problems of the result instead.
+        ConfigError: there is no such sample.
+    """
+    target = open_target(path)
+    text = str if tokenizer is None else load_token_text(tokenizer, target.manifest)
+    return _Collector(target, text, num_alternatives, max_tokens, progress).inspection(
+        path, sample, num_samples, max_groups
+    )
+
+
+@dataclass(frozen=True)
+class _Footer:
+    """What a shard's receipt and footer say."""
+
+    number: int
+    num_rows: int
+    num_scored_tokens: int
+    num_bytes: int
+    num_skipped: int
+    group_rows: tuple[int, ...]
+    column_bytes: Counter[str]
+
+
+_Group = tuple[_Footer, int]
+_Found = tuple[int, ShardRow]
+
+
+class _Collector:
+    """One walk over the shards of a target."""
+
+    def __init__(
+        self, target: InspectionTarget, text: TokenText, num_alternatives: int, max_tokens: int, progress: bool
+    ) -> None:
+        self._target = target
+        self._text = text
+        self._num_alternatives = num_alternatives
+        self._max_tokens = max_tokens
+        self._progress = progress
+        self._problems: list[Problem] = []
+        self._damaged: set[int] = set()
+        self._values = {
+            measure.name: statistics.StreamingDistribution(measure) for measure in _measures(target.manifest)
+        }
+        self._read: Counter[str] = Counter()
+
+    def inspection(self, path: Location, sample: str | None, num_samples: int, max_groups: int | None) -> Inspection:
+        footers = self._read_footers()
+        groups = [(footer, group) for footer in footers for group in range(len(footer.group_rows))]
+        chosen = [groups[i] for i in evenly_spaced(len(groups), max_groups)]
+        first = self._first(groups) if sample is None else self._find(sample, footers)
+        shown = [] if first is None else [self._view(*first)]
+        # One of them may be the first again.
+        wanted = set(evenly_spaced(sum(footer.group_rows[group] for footer, group in chosen), num_samples))
+        place = 0
+        for number, rows in self._groups(chosen, show=self._progress):
+            self._read["groups"] += 1
+            self._add(rows)
+            for row in rows:
+                if place in wanted and len(shown) < num_samples and row.sample.id != shown[0].sample_id:
+                    shown.append(self._view(number, row))
+                place += 1
+        columns = sum((footer.column_bytes for footer in footers), Counter[str]())
+        distributions = (values.distribution() for values in self._values.values())
+        return Inspection(
+            path=path,
+            manifest=self._target.manifest,
+            num_published=len(self._target.shards),
+            num_expected=self._target.num_expected,
+            counts=Counts(
+                num_shards=len(footers),
+                num_rows=sum(footer.num_rows for footer in footers),
+                num_scored_tokens=sum(footer.num_scored_tokens for footer in footers),
+                num_bytes=sum(footer.num_bytes for footer in footers),
+                num_skipped=sum(footer.num_skipped for footer in footers),
+                num_groups=len(groups),
+                num_groups_read=self._read["groups"],
+                num_rows_read=self._read["rows"],
+                num_tokens_read=self._read["tokens"],
+                num_images_read=self._read["images"],
+            ),
+            columns=tuple(ColumnBytes(name, n, _is_packed(name)) for name, n in columns.most_common()),
+            distributions=tuple(d for d in distributions if d is not None),
+            samples=tuple(shown),
+            problems=tuple(self._problems),
+        )
+
+    def _read_footers(self) -> list[_Footer]:
+        """Of all shards that can be read; the others become problems. In threads, because a store answers slowly."""
+        footers = []
+        numbers_ = self._target.shards
+        found = prefetch_map(self._read_footer, numbers_, num_threads=8, ahead=64)
+        for footer in tqdm(found, "footers", len(numbers_), unit=" shards", disable=not self._progress, leave=False):
+            if isinstance(footer, _Footer):
+                footers.append(footer)
+            else:
+                self._problems.append(footer)
+        return footers
+
+    def _read_footer(self, number: int) -> "_Footer | Problem":
+        path = shard_path(self._target.output, number)
+        try:
+            receipt = read_receipt(self._target.output, number, self._target.manifest)
+            num_bytes = file_size(path)
+            if num_bytes != receipt.num_bytes:
+                what = f"has {num_bytes:,} bytes, {receipt.num_bytes:,} were written; the shard is damaged"
+                return Problem(str(path), what)
+            with open_ranged(path) as file:
+                metadata = pq.read_metadata(file)
+        except (DecantError, OSError, pa.ArrowException) as error:
+            return Problem(str(path), _what(error, path))
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        column_bytes: Counter[str] = Counter()
+        for group in groups:
+            for i in range(group.num_columns):
+                column = group.column(i)
+                column_bytes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
+        column_bytes[FOOTERS] = num_bytes - column_bytes.total()
+        return _Footer(
+            number=number,
+            num_rows=receipt.num_rows,
+            num_scored_tokens=receipt.num_scored_tokens,
+            num_bytes=num_bytes,
+            num_skipped=len(receipt.skipped),
+            group_rows=tuple(int(group.num_rows) for group in groups),
+            column_bytes=column_bytes,
+        )
+
+    def _groups(
+        self, groups: Iterable[_Group], *, show: bool = False
+    ) -> Generator[tuple[int, list[ShardRow]], None, None]:
+        """Shard number and rows of each of `groups`, in order. What is left of a damaged shard is not read."""
+        by_shard: dict[int, list[int]] = {}
+        for footer, group in groups:
+            by_shard.setdefault(footer.number, []).append(group)
+        for number in tqdm(by_shard, "reading", unit=" shards", disable=not show, leave=False):
+            if number in self._damaged:
+                continue
+            path = shard_path(self._target.output, number)
+            try:
+                with closing(ShardFile(path, self._target.manifest, number)) as shard:
+                    for group in by_shard[number]:
+                        yield number, shard.read_group(group)
+            except ShardError as error:
+                self._damaged.add(number)
+                self._problems.append(Problem(str(path), _what(error, path)))
+
+    def _first(self, groups: Iterable[_Group], place: int = 0) -> _Found | None:
+        """The row at `place` of the first of `groups` that can be read."""
+        with closing(self._groups(groups)) as found:
+            return next(((number, rows[place]) for number, rows in found), None)
+
+    def _find(self, wanted: str, footers: Sequence[_Footer]) -> _Found | None:
+        """A sample by its id, or else by its position in the dataset; None if its shard is damaged.
+
+        Raises:
+            ConfigError: no row is that sample.
+        """
+        group = self._place("sample_id", wanted, footers)
+        if group is None and wanted.isdecimal():
+            number = int(wanted) // self._target.manifest.samples_per_shard
+            group = self._place("index", int(wanted), [footer for footer in footers if footer.number == number])
+        if group is None:
+            raise ConfigError(
+                f"{self._target.output}: no shard that can be read holds sample {wanted!r}; expected the id of a "
+                "sample, or its position in the dataset from 0, that is neither skipped nor still to be scored"
+            )
+        return self._first([group[:2]], group[2])
+
+    def _place(self, column: str, wanted: str | int, footers: Iterable[_Footer]) -> tuple[_Footer, int, int] | None:
+        """Where the first row with this value is: shard, row group, place in the group."""
+        for footer in footers:
+            path = shard_path(self._target.output, footer.number)
+            # What is wrong with a shard is told by those who read it for its rows.
+            with suppress(ShardError), closing(ShardFile(path, self._target.manifest, footer.number)) as shard:
+                values = shard.read_column(column)
+                if wanted in values:
+                    ends = list(itertools.accumulate(footer.group_rows))
+                    group = bisect_right(ends, row := values.index(wanted))
+                    return footer, group, row - ends[group] + footer.group_rows[group]
+        return None
+
+    def _view(self, number: int, row: ShardRow) -> SampleView:
+        return make_sample_view(
+            row, number, self._text, num_alternatives=self._num_alternatives, max_tokens=self._max_tokens
+        )
+
+    def _add(self, rows: Sequence[ShardRow]) -> None:
+        """Takes a row group into the distributions."""
+        conversations = [conversation for row in rows for conversation in row.conversations]
+        scores = [conversation.scores for conversation in conversations]
+        self._read.update(
+            rows=len(rows),
+            images=sum(len(row.sample.images) for row in rows),
+            tokens=sum(s.num_rows for s in scores),
+        )
+        found: dict[str, list[npt.NDArray[Any]]] = {
+            statistics.OWN.name: [s.own_logprobs for s in scores],
+            statistics.MASS.name: [1.0 - s.rest_mass.astype(np.float64) for s in scores],
+            statistics.ENTROPY.name: [statistics.entropies(s) for s in scores],
+            statistics.KEPT.name: [s.counts for s in scores],
+            statistics.SCORED.name: [np.array([s.num_rows for s in scores])],
+            statistics.LENGTH.name: [np.array([len(c.encoded.input_ids) for c in conversations])],
+        }
+        if statistics.MARGIN.name in self._values:
+            sums = np.array([s.total_logprob for s in scores]).reshape(-1, 2)
+            found[statistics.MARGIN.name] = [sums[:, 0] - sums[:, 1]]
+        for name, values in self._values.items():
+            values.add(np.concatenate(found[name]))
+
+
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
+    """At most `limit` positions of 0 to `count` - 1, evenly spread; all with None."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
+
+
+def _measures(manifest: Manifest) -> tuple[statistics.Metric, ...]:
+    """What has a distribution: of kept entries only where there are some, a margin only of preference pairs."""
+    entropy = statistics.ENTROPY if manifest.capture.num_draws is None else statistics.DRAWN_ENTROPY
+    kept = (statistics.MASS, entropy, statistics.KEPT) if manifest.capture.max_kept else ()
+    margin = (statistics.MARGIN,) if manifest.kind == "dpo" else ()
+    return (*kept, statistics.OWN, *margin, statistics.SCORED, statistics.LENGTH)
+
+
+def _is_packed(column: str) -> bool:
+    return any(column.startswith(f"{prefix}topk_") for prefixes in PREFIXES.values() for prefix in prefixes)
+
+
+def _what(error: Exception, path: Location) -> str:
+    """The first line of what is wrong, without the path that is shown beside it."""
+    return str(error).removeprefix(f"{path}: ").splitlines()[0]

@@ -1,0 +1,162 @@
+"""One sample as people read it: its messages, and each scored token with the teacher's best alternatives.
+
+Legend: R scored tokens, K kept entries of one row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.data.chat_encoding import load_tokenizer, tokenizer_sha256
+from common.data.samples import ImageRef, Turn
+from common.errors import ProvenanceError
+from common.shards.manifest import Manifest
+from common.shards.score_shard import PREFIXES, ScoredConversation, ShardRow
+from precompute.inspection.statistics import entropies
+
+# The text of a token, given its id.
+TokenText = Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A kept entry; `draws` says how often it was drawn, None where best entries are kept."""
+
+    token_id: int
+    text: str
+    probability: float
+    draws: int | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A scored token. `rank` is its place among the kept entries from 1, None if it is not kept."""
+
+    position: int
+    token_id: int
+    text: str
+    own_logprob: float
+    entropy: float
+    rest_mass: float
+    num_kept: int
+    rank: int | None
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """`spans` holds the first scored tokens, one tuple a scored span; `num_scored` says how many there are in all.
+
+    `name` is empty, or `chosen` or `rejected`.
+    """
+
+    name: str
+    turns: tuple[Turn, ...]
+    num_tokens: int
+    num_scored: int
+    spans: tuple[tuple[Token, ...], ...]
+
+    @property
+    def num_shown(self) -> int:
+        """Scored tokens in `spans`."""
+        return sum(map(len, self.spans))
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One row of a shard for eyes."""
+
+    sample_id: str
+    index: int
+    shard: int
+    images: tuple[ImageRef, ...]
+    conversations: tuple[Conversation, ...]
+
+
+def make_sample_view(
+    row: ShardRow, shard: int, token_text: TokenText, *, num_alternatives: int, max_tokens: int
+) -> SampleView:
+    """The first `max_tokens` scored tokens of each conversation, each with its best `num_alternatives` entries."""
+    return SampleView(
+        sample_id=row.sample.id,
+        index=row.index,
+        shard=shard,
+        images=row.sample.images,
+        conversations=tuple(
+            _conversation(prefix.rstrip("_"), turns, scored, token_text, num_alternatives, max_tokens)
+            for prefix, turns, scored in zip(
+                PREFIXES[row.sample.kind], row.sample.conversations, row.conversations, strict=True
+            )
+        ),
+    )
+
+
+def load_token_text(directory: Path, manifest: Manifest) -> TokenText:
+    """Token texts of a local model directory's tokenizer, which must be the one that the shards were made with.
+
+    Raises:
+        ModelError: no fast tokenizer there, or transformers is not installed.
+        ProvenanceError: it is another tokenizer.
+    """
+    tokenizer = load_tokenizer(directory)
+    found = tokenizer_sha256(tokenizer)
+    if found != manifest.tokenizer.sha256:
+        raise ProvenanceError(
+            f"{directory}: its tokenizer has SHA-256 {found}, the shards were made with {manifest.tokenizer.sha256}; "
+            "its texts would be wrong. Give the teacher's directory, or leave --tokenizer out to see token ids"
+        )
+
+    def text(token_id: int) -> str:
+        piece = tokenizer.convert_ids_to_tokens(token_id)
+        # Decoded alone, a SentencePiece token would lose the space before it.
+        if piece is not None and piece.startswith("\u2581"):
+            return piece.replace("\u2581", " ")
+        decoded = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        # Part of a character in UTF-8, or an id without a token: neither is text.
+        return f"⟨{token_id}⟩" if not decoded or "\ufffd" in decoded else decoded
+
+    return text
+
+
+def _conversation(
+    name: str, turns: tuple[Turn, ...], scored: ScoredConversation, text: TokenText, num_alternatives: int, limit: int
+) -> Conversation:
+    encoded, scores = scored.encoded, scored.scores
+    entropy_R = entropies(scores)
+    starts_R = np.cumsum(scores.counts) - scores.counts
+    tokens = []
+    for row, position in enumerate(encoded.response_positions[:limit]):
+        start, count = int(starts_R[row]), int(scores.counts[row])
+        ids_K = scores.ids[start : start + count]
+        token_id = int(encoded.input_ids[position])
+        places = np.flatnonzero(ids_K == token_id)
+        alternatives = [
+            Alternative(
+                int(scores.ids[i]),
+                text(int(scores.ids[i])),
+                float(np.exp(scores.logprobs[i], dtype=np.float64)),
+                None if scores.draws is None else int(scores.draws[i]),
+            )
+            for i in range(start, start + min(count, num_alternatives))
+        ]
+        tokens.append(
+            Token(
+                position=int(position),
+                token_id=token_id,
+                text=text(token_id),
+                own_logprob=float(scores.own_logprobs[row]),
+                entropy=float(entropy_R[row]),
+                rest_mass=float(scores.rest_mass[row]),
+                num_kept=count,
+                rank=int(places[0]) + 1 if places.size else None,
+                alternatives=tuple(alternatives),
+            )
+        )
+    spans, first = [], 0
+    for span_start, span_stop in encoded.spans:
+        stop = first + int(span_stop - span_start)
+        spans.append(tuple(tokens[first:stop]))
+        first = stop
+    return Conversation(name, turns, len(encoded.input_ids), scores.num_rows, tuple(filter(None, spans)))

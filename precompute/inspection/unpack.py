@@ -1,0 +1,157 @@
+"""`inspect-shards --unpack`: the packed kept entries as ordinary list columns, for programs that read only Parquet.
+
+Legend: R scored tokens, N kept entries of all rows.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from common.errors import ConfigError, ShardError, StorageError
+from common.shards.manifest import Manifest, shard_path
+from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
+from common.shards.scores import TeacherScores
+from common.storage.files import PARTIAL_SUFFIX, Location, open_ranged
+from precompute.inspection.collect import InspectionTarget
+from precompute.report import Problem
+
+# Says in a file's metadata that it is no shard but made from one.
+EXPORT_KEY = b"decant.export"
+EXPORT_VALUE = b"unpacked"
+
+_ID_LISTS = pa.list_(pa.list_(pa.int32()))
+_LOGPROB_LISTS = pa.list_(pa.list_(pa.float32()))
+
+
+@dataclass(frozen=True)
+class UnpackResult:
+    """What was written: one file a shard, of the same name."""
+
+    out: Path
+    num_files: int
+    num_rows: int
+    num_bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every shard was written."""
+        return not self.problems
+
+    @property
+    def summary(self) -> str:
+        """One line, and one for each shard that was not written."""
+        lines = [f"{self.out}: {self.num_files:,} files, {self.num_rows:,} rows, {self.num_bytes:,} bytes"]
+        return "\n".join(lines + [f"{problem.path}: not unpacked: {problem.what}" for problem in self.problems])
+
+
+def check_unpack_destination(target: InspectionTarget, out: Path) -> None:
+    """Refuses a directory that could be taken for the output, or that holds something.
+
+    Raises:
+        ConfigError: `out` is the output or inside it, is a file, or has files already.
+    """
+    if isinstance(target.output, Path) and out.resolve().is_relative_to(target.output.resolve()):
+        raise ConfigError(f"{out}: is the output itself or inside it; choose a directory beside it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: holds something already; choose a new or empty directory")
+
+
+def unpack_output(target: InspectionTarget, out: Path, *, progress: bool = True) -> UnpackResult:
+    """Writes each shard of `target` into the directory `out`, row group by row group.
+
+    The native columns stay as they are, and so do the keys of the metadata. Instead of the packed ones there are, one
+    inner list a scored token: `topk_ids` list<list<int32>>, `topk_logprobs` list<list<float32>>, and `topk_draws`
+    list<list<int32>> where entries were drawn; of preference pairs with the prefixes `chosen_` and `rejected_`.
+    A file is there whole or not at all. A damaged shard is a problem of the result; the others are written.
+
+    Raises:
+        ConfigError: see `check_unpack_destination`.
+        StorageError: a file cannot be written.
+    """
+    check_unpack_destination(target, out)
+    problems, num_files, num_rows, num_bytes = [], 0, 0, 0
+    for number in tqdm(target.shards, "unpacking", unit=" shards", disable=not progress, leave=False):
+        source = shard_path(target.output, number)
+        destination = out / source.name
+        partial = out / f".{source.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            num_rows += _unpack_shard(source, target.manifest, number, partial)
+            partial.replace(destination)
+            num_files += 1
+            num_bytes += destination.stat().st_size
+        except ShardError as error:
+            problems.append(Problem(str(source), str(error).removeprefix(f"{source}: ").splitlines()[0]))
+        except OSError as error:
+            raise StorageError(
+                f"{destination}: cannot be written ({error.strerror or error}); free space or choose another directory"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return UnpackResult(out, num_files, num_rows, num_bytes, tuple(problems))
+
+
+def _unpack_shard(source: Location, manifest: Manifest, number: int, partial: Path) -> int:
+    """Writes one shard to `partial` and flushes it to the disk. Returns its number of rows."""
+    with (
+        closing(ShardFile(source, manifest, number)) as shard,
+        open_ranged(source) as native,
+        partial.open("wb") as file,
+    ):
+        # Its schema was checked by opening the shard; what damage is left in pages is found by reading the rows first.
+        parquet = pq.ParquetFile(native)
+        packed = [field.name for field in parquet.schema_arrow if _is_packed(field)]
+        kept = [field for field in parquet.schema_arrow if field.name not in packed]
+        metadata = {k: v for k, v in parquet.metadata.metadata.items() if k != b"ARROW:schema"}
+        schema = pa.schema([*kept, *_fields(manifest)])
+        with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+            for group in range(shard.num_groups):
+                rows = shard.read_group(group)
+                table = parquet.read_row_group(group, columns=[field.name for field in kept])
+                columns = [*table.columns, *_columns(rows, manifest)]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(rows))
+            writer.add_key_value_metadata({**metadata, EXPORT_KEY: EXPORT_VALUE})
+        file.flush()
+        os.fsync(file.fileno())
+        return sum(map(shard.group_rows, range(shard.num_groups)))
+
+
+def _is_packed(field: pa.Field) -> bool:
+    """Whether a column is one of those that take the place of lists."""
+    return pa.types.is_binary(field.type)
+
+
+def _fields(manifest: Manifest) -> Iterator[pa.Field]:
+    for prefix in PREFIXES[manifest.kind]:
+        yield pa.field(f"{prefix}topk_ids", _ID_LISTS, nullable=False)
+        yield pa.field(f"{prefix}topk_logprobs", _LOGPROB_LISTS, nullable=False)
+        if manifest.capture.num_draws is not None:
+            yield pa.field(f"{prefix}topk_draws", _ID_LISTS, nullable=False)
+
+
+def _columns(rows: Sequence[ShardRow], manifest: Manifest) -> Iterator[pa.ChunkedArray]:
+    """The columns of `_fields`. One chunk a row, so that 32-bit offsets last for any number of entries kept."""
+    for which in range(len(PREFIXES[manifest.kind])):
+        scores = [row.conversations[which].scores for row in rows]
+        yield pa.chunked_array([_lists(s, s.ids, _ID_LISTS) for s in scores], _ID_LISTS)
+        yield pa.chunked_array([_lists(s, s.logprobs, _LOGPROB_LISTS) for s in scores], _LOGPROB_LISTS)
+        if manifest.capture.num_draws is not None:
+            yield pa.chunked_array([_lists(s, s.draws, _ID_LISTS) for s in scores], _ID_LISTS)
+
+
+def _lists(scores: TeacherScores, values: npt.NDArray[Any] | None, kind: pa.ListType) -> pa.ListArray:
+    """Values [N] as one row of a column: a list of R lists."""
+    inner_offsets = np.cumsum([0, *scores.counts], dtype=np.int32)
+    inner = pa.ListArray.from_arrays(inner_offsets, pa.array(values, kind.value_type.value_type), type=kind.value_type)
+    return pa.ListArray.from_arrays(np.array([0, scores.num_rows], np.int32), inner, type=kind)

@@ -1,0 +1,214 @@
+"""`precompute-logits`: from a dataset to shards.
+
+    prepare ─> open_output ─> missing shards ─> preflight ─> start the teacher ─> score_shards ─> summary
+
+The loop itself is in pipeline.py, its form on a Ray cluster in on_ray.py. Until its receipt is published a shard does
+not exist: a run that is stopped at any moment loses the shards under way.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from common.config import digest
+from common.errors import ConfigError, DataError
+from common.shards.manifest import SkippedSample, open_output, read_receipts
+from common.storage.files import Location, directory_lock, publish, remove_partials
+from precompute.config import PrecomputeConfig
+from precompute.logits.job import CaptureJob, check_samples, missing_shards, prepare_job
+from precompute.logits.pipeline import CaptureCounter, score_shards
+from precompute.scorer import Scorer, ScorerSettings
+
+CONFIG_NAME = "config.json"
+
+_SHOWN_SKIPPED = 20
+
+EngineName = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class CaptureSummary:
+    """What an output holds after a run, and what the run added.
+
+    The first group counts the whole output, `skipped` included. `num_own_shards` are those that this node was to
+    write, `num_own_missing` those of them that are not there. `num_new_tokens` are those that the teacher read in this
+    run, image tokens included; `scoring_s` is the time from the teacher's first request (on Ray, from the start of
+    the actors) to the last shard.
+    """
+
+    output: Location
+    num_shards: int
+    num_complete_shards: int
+    num_rows: int
+    num_scored_tokens: int
+    num_bytes: int
+    skipped: tuple[SkippedSample, ...]
+    num_own_shards: int
+    num_own_missing: int
+    num_new_shards: int
+    num_new_rows: int
+    num_new_tokens: int
+    scoring_s: float
+    interrupted: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is there."""
+        return self.num_complete_shards == self.num_shards
+
+    @property
+    def new_tokens_per_s(self) -> float:
+        """The teacher's speed in this run; 0 if it was not started."""
+        return self.num_new_tokens / self.scoring_s if self.scoring_s else 0.0
+
+    @property
+    def message(self) -> str:
+        """The outcome in one line."""
+        if not self.complete and not self.interrupted and not self.num_own_missing:
+            return (
+                f"this node's {self.num_own_shards} shards are complete; "
+                f"{self.num_shards - self.num_complete_shards} of {self.num_shards} are left to the other nodes"
+            )
+        if not self.complete:
+            state = "interrupted: " if self.interrupted else ""
+            return (
+                f"{state}{self.num_complete_shards} of {self.num_shards} shards are complete; "
+                "run the same command again to continue"
+            )
+        if not self.num_new_shards:
+            return f"all {self.num_shards} shards are complete; nothing was left to do"
+        return f"all {self.num_shards} shards are complete"
+
+    def render(self) -> RenderableType:
+        """The outcome, the totals and the samples that were left out."""
+        table = Table(show_header=False, box=None)
+        table.add_row("output", str(self.output))
+        table.add_row("shards", f"{self.num_complete_shards:,} of {self.num_shards:,}, {self.num_new_shards:,} new")
+        table.add_row("rows", f"{self.num_rows:,}, {self.num_new_rows:,} new")
+        table.add_row("scored tokens", f"{self.num_scored_tokens:,} in {self.num_bytes:,} bytes")
+        if self.num_new_tokens:
+            speed = f"{self.num_new_tokens:,} tokens in {self.scoring_s:,.0f} s, {self.new_tokens_per_s:,.0f} tokens/s"
+            table.add_row("teacher read", speed)
+        lines = [Text(f"skipped {skipped.id!r}: {skipped.reason}") for skipped in self.skipped[:_SHOWN_SKIPPED]]
+        if more := len(self.skipped) - len(lines):
+            lines.append(Text(f"and {more:,} more, listed in the receipts beside the shards"))
+        return Group(table, *lines, Text(self.message))
+
+
+def run_capture(
+    config: PrecomputeConfig,
+    *,
+    progress: bool = True,
+    start_teacher: Callable[[ScorerSettings], Scorer] | None = None,
+    engine: EngineName = "local",
+) -> CaptureSummary:
+    """Scores every sample that has no shard yet. Ctrl-C ends it early with `interrupted` set.
+
+    `start_teacher` replaces vLLM by another scorer; it is called only when something is missing. `engine` "ray" calls
+    it in the actors of a Ray cluster instead of in this process.
+
+    Raises:
+        ConfigError: `engine` is "ray" and there is no Ray, or no cluster at the address; as many nodes as
+            `data_parallel_size` are not there.
+        DataError: a sample cannot be used and on_bad_sample is "stop"; complete shards stay.
+        ProvenanceError: another teacher, dataset or setting began this output; every difference is listed.
+        ModelError, StorageError: the teacher or the disk failed; complete shards stay.
+    """
+    replicas = config.engine.data_parallel_size
+    if replicas > 1 and (config.num_nodes != replicas or engine == "ray"):
+        raise ConfigError(
+            f"engine.data_parallel_size = {replicas} wants {replicas} processes that work in step, found "
+            f"{config.num_nodes} node(s){' and --engine ray' if engine == 'ray' else ''}; give --num-nodes {replicas} "
+            "and each its --node-rank, or leave data_parallel_size at 1"
+        )
+    job = prepare_job(config)
+    with directory_lock(config.output):
+        open_output(config.output, job.manifest)
+    remove_partials(config.output)
+    body = config.model_dump_json(indent=1)
+    publish(config.output / CONFIG_NAME, f'{{"sha256": "{digest(config)}", "config": {body}}}\n'.encode())
+    counter = CaptureCounter()
+    interrupted = False
+    try:
+        if missing := missing_shards(job):
+            _score_missing(job, missing, counter, progress, start_teacher or _start_vllm, engine)
+    except KeyboardInterrupt:
+        interrupted = True
+    return _summarise(job, counter, interrupted)
+
+
+def _start_vllm(plan: ScorerSettings) -> Scorer:
+    # Imported here because loading vLLM takes seconds, which a run with nothing to do should not spend.
+    from precompute.engine.teacher import Teacher
+
+    return Teacher(plan)
+
+
+def _score_missing(
+    job: CaptureJob,
+    missing: list[int],
+    counter: CaptureCounter,
+    progress: bool,
+    start_teacher: Callable[[ScorerSettings], Scorer],
+    engine: EngineName,
+) -> None:
+    if engine == "ray":
+        from precompute.logits.ray_backend import score_on_ray as score
+    else:
+        score = _score_here
+    indices = list(chain.from_iterable(job.manifest.shard_range(number) for number in missing))
+    if job.config.preflight:
+        with tqdm(indices, desc="checking", unit=" samples", disable=not progress) as checked:
+            check_samples(job, checked)
+    try:
+        with tqdm(total=len(indices), desc="scoring", unit=" rows", disable=not progress) as bar:
+            score(job, missing, counter, bar, start_teacher)
+    except DataError as error:
+        raise DataError(
+            f"{error}\n{counter.num_shards} shard(s) were written in this run and are safe; correct the sample and "
+            'run the same command again to continue, or begin another output with on_bad_sample = "skip"'
+        ) from error
+
+
+def _score_here(
+    job: CaptureJob,
+    missing: list[int],
+    counter: CaptureCounter,
+    bar: Any,
+    start_teacher: Callable[[ScorerSettings], Scorer],
+) -> None:
+    teacher = start_teacher(job.scorer_settings)
+    counter.started_s = time.monotonic()
+    try:
+        score_shards(job, teacher, missing, counter, bar)
+    finally:
+        teacher.close()
+
+
+def _summarise(job: CaptureJob, counter: CaptureCounter, interrupted: bool) -> CaptureSummary:
+    output = job.config.output
+    receipts = read_receipts(output, job.manifest)
+    own = range(job.config.node_rank, job.manifest.num_shards, job.config.num_nodes)
+    return CaptureSummary(
+        output=output,
+        num_shards=job.manifest.num_shards,
+        num_complete_shards=len(receipts),
+        num_rows=sum(receipt.num_rows for receipt in receipts),
+        num_scored_tokens=sum(receipt.num_scored_tokens for receipt in receipts),
+        num_bytes=sum(receipt.num_bytes for receipt in receipts),
+        skipped=tuple(chain.from_iterable(receipt.skipped for receipt in receipts)),
+        num_own_shards=len(own),
+        num_own_missing=len(set(own) - {receipt.shard for receipt in receipts}),
+        num_new_shards=counter.num_shards,
+        num_new_rows=counter.num_rows,
+        num_new_tokens=counter.num_tokens,
+        scoring_s=counter.elapsed_s,
+        interrupted=interrupted,
+    )

@@ -1,0 +1,193 @@
+"""How much a dataset asks of the teacher, and how large that is, read without a weight and without an image.
+
+    dataset ─ measure ─> Measured               counts of a random sample, which `extrapolate` takes to the whole
+    config.json ─ ModelShape.load ─> ModelShape   parameters, counted on the meta device
+
+Legend: N samples of the dataset, n of them counted, T tokens of a conversation with its images expanded.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from common.data.chat_encoding import EncodedChat
+from common.data.samples import Sample
+from common.errors import DataError, ModelError
+from precompute.config import GenerateConfig
+from precompute.logits.job import CaptureInputs
+
+# Standard errors fall with the square root of this; 2,000 samples take seconds and give totals to a few percent.
+NUM_COUNTED = 2000
+
+_LISTED_REASONS = 3
+
+_ID_BYTES = 4
+
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ExtrapolatedTotal:
+    """Of the whole dataset. `error` is one standard error, 0 if every sample was counted."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Counts int64 [n] of the samples that were looked at; 0 for those that cannot be used.
+
+    `prompt_n` and `scored_n` split the tokens that the teacher reads, images expanded, over all conversations of a
+    sample; `squares_n` is the sum of T^2 over its conversations. `text_bytes_n` are those that a shard repeats of it:
+    the messages and 4 a token, an image being one. With `generate`, responses are taken at their longest:
+    `prompt_n` holds each prompt once a response, `squares_n` is over prompts.
+    """
+
+    num_samples: int
+    reasons: tuple[str, ...]
+    prompt_n: Counts
+    scored_n: Counts
+    squares_n: Counts
+    images_n: Counts
+    image_tokens_n: Counts
+    text_bytes_n: Counts
+    unusable_n: Counts
+
+    @property
+    def num_counted(self) -> int:
+        """n."""
+        return len(self.scored_n)
+
+    def total(self, values_n: npt.NDArray[np.number]) -> ExtrapolatedTotal:
+        """Sum over the dataset of what is given of each counted sample."""
+        return extrapolate(values_n, self.num_samples)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model.
+
+    `body_parameters` are those of the language model that every token passes: without embeddings and output layer,
+    and of a layer's experts only the share that a token is sent to. The vision sizes are 0 without a tower.
+    """
+
+    num_parameters: int
+    body_parameters: int
+    adapter_parameters: int
+    vision_parameters: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vision_layers: int
+    vision_hidden_size: int
+
+    @classmethod
+    def load(cls, model_dir: Path) -> "ModelShape":
+        """Builds the model that config.json describes on the meta device and counts.
+
+        Raises:
+            ModelError: no configuration there, or none that transformers builds a language model from.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+        try:
+            config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+            auto_class = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+            with torch.device("meta"):
+                model = auto_class.from_config(config)
+            text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+            decoder = model.get_decoder()
+            embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+            heads = int(text.num_attention_heads)
+            sizes = (int(text.vocab_size), int(text.hidden_size), int(text.num_hidden_layers), heads)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{model_dir}/config.json: no language model can be built from it ({error})") from error
+        num_parameters = sum(p.numel() for p in model.parameters())
+        in_decoder = sum(p.numel() for p in decoder.parameters())
+        in_experts = sum(p.numel() for name, p in decoder.named_parameters() if ".experts." in name)
+        in_output = 0 if output.weight is embedding.weight else output.weight.numel()
+        in_tower = sum(p.numel() for name, p in model.named_parameters() if ".vision_tower." in f".{name}")
+        num_experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+        idle = 1 - text.num_experts_per_tok / num_experts if in_experts else 0
+        return cls(
+            num_parameters,
+            in_decoder - embedding.weight.numel() - round(idle * in_experts),
+            num_parameters - in_decoder - in_output - in_tower,
+            in_tower,
+            *sizes,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            vision_layers=getattr(vision, "num_hidden_layers", 0),
+            vision_hidden_size=getattr(vision, "hidden_size", 0),
+        )
+
+
+def extrapolate(values_n: npt.NDArray[np.number], num_samples: int) -> ExtrapolatedTotal:
+    """Total of N values from n drawn without replacement: N mean, N sqrt(s^2 / n (1 - n / N)).
+
+    The usual estimator of a simple random sample, with its finite population correction.
+    """
+    num_counted = len(values_n)
+    mean = float(values_n.mean())
+    if num_counted == num_samples:
+        return ExtrapolatedTotal(mean * num_samples, 0.0)
+    variance_of_mean = float(values_n.var(ddof=1)) / num_counted * (1 - num_counted / num_samples)
+    return ExtrapolatedTotal(mean * num_samples, num_samples * variance_of_mean**0.5)
+
+
+def measure_workload(
+    inputs: CaptureInputs, num_counted: int = NUM_COUNTED, *, seed: int = 0, progress: bool = True
+) -> Workload:
+    """Encodes and checks `num_counted` random samples, all if there are no more, as a run would.
+
+    No image is decoded. A sample that cannot be used is counted as such, whatever on_bad_sample says.
+    """
+    num_samples = len(inputs.dataset)
+    chosen = np.random.default_rng(seed).permutation(num_samples)[:num_counted]
+    rows: list[tuple[int, ...]] = []
+    reasons: list[str] = []
+    for index in tqdm(np.sort(chosen), desc="counting", unit=" samples", disable=not progress):
+        try:
+            sample, encoded, _ = inputs.check(int(index))
+        except DataError as error:
+            reasons.append(str(error))
+            rows.append((0, 0, 0, 0, 0, 0, 1))
+        else:
+            rows.append((*_count(inputs, sample, encoded), 0))
+    columns = np.array(rows, np.int64).T
+    return Workload(num_samples, tuple(reasons[:_LISTED_REASONS]), *columns)
+
+
+def _count(
+    inputs: CaptureInputs, sample: Sample, encoded: tuple[EncodedChat, ...]
+) -> tuple[int, int, int, int, int, int]:
+    """Prompt and scored tokens, T^2, images, image tokens, bytes of text, in the order of `Workload`."""
+    tokens_per_image = 0 if inputs.image_spec is None else inputs.image_spec.tokens_per_image
+    added = len(sample.images) * (tokens_per_image - 1) if sample.images else 0
+    lengths = [len(conversation.input_ids) + added for conversation in encoded]
+    scored = sum(len(conversation.response_ids) for conversation in encoded)
+    image_tokens = len(encoded) * len(sample.images) * tokens_per_image
+    text_bytes = sum(_ID_BYTES * len(conversation.input_ids) for conversation in encoded)
+    text_bytes += sum(len(turn.content.encode()) for turns in sample.conversations for turn in turns)
+    prompt, squares = sum(lengths) - scored, sum(length**2 for length in lengths)
+    if inputs.config.generate is not None:
+        (length,) = lengths
+        prompt, scored = _generated(length, inputs.max_tokens, inputs.config.generate)
+        squares = inputs.config.generate.num_samples * length**2
+        # An id and about as many bytes of text a new token.
+        text_bytes = inputs.config.generate.num_samples * text_bytes + 2 * _ID_BYTES * scored
+    return prompt, scored, squares, len(sample.images), image_tokens, text_bytes
+
+
+def _generated(prompt_tokens: int, max_tokens: int, generate: GenerateConfig) -> tuple[int, int]:
+    """Tokens of the prompts and of the responses, each response as long as it may be."""
+    longest = min(generate.max_new_tokens, max_tokens - prompt_tokens)
+    return generate.num_samples * prompt_tokens, generate.num_samples * longest

@@ -1,0 +1,221 @@
+"""`verify-shards` on a feature cache: whether it is whole and what it claims to be. Needs no torch.
+
+    manifest ─> images.parquet ─> for each shard: receipt ─> SHA-256 ─> columns ─> footer ─> rows ─> coverage
+
+With --dataset: the images are those that it names; with --image-root: their files are still those.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+from tqdm import tqdm
+
+from common.concurrency import prefetch_map
+from common.data.images import read_image_and_digest
+from common.errors import DataError, DecantError, ShardError, StorageError
+from common.shards.feature_shard import (
+    INDEX_NAME,
+    CachedImage,
+    FeatureFile,
+    FeatureRow,
+    images_per_group,
+    read_index,
+    unpack_features,
+)
+from common.shards.manifest import FEATURE_SCHEMA_VERSION, FeatureManifest, Receipt
+from common.storage.files import Location
+from precompute.report import Report
+from precompute.verify.base import MEANINGS, OutputVerifier
+from precompute.verify.manifest_checks import manifest_in
+
+_MEANINGS = {
+    **MEANINGS,
+    "coverage": "all shards are there, and each holds every image of its range",
+    "index": "images.parquet is the list that the manifest names; files and paths are unique",
+    "footers": "footers repeat the manifest, and row groups have the size that readers count on",
+    "rows": "each row is the image that the list has there",
+    "features": "features have the shape that the manifest says, and every value is finite",
+    "dataset": "the images are those of the dataset, in the order in which it first names them",
+    "sources": "image files are those that the features were computed from",
+}
+
+_READERS = 8
+
+
+def verify_features(
+    output: Location,
+    dataset: Location | None = None,
+    image_root: Location | None = None,
+    *,
+    progress: bool = True,
+) -> Report:
+    """Checks everything that can be checked without the vision tower.
+
+    `dataset` adds a comparison with the images that it names, `image_root` one with the files themselves.
+
+    Raises:
+        StorageError: the store did not give what it holds, so nothing can be said of it.
+    """
+    return _FeatureVerifier(output).run(dataset, image_root, progress)
+
+
+class _FeatureVerifier(OutputVerifier[FeatureManifest]):
+    def __init__(self, output: Location) -> None:
+        super().__init__(output, FeatureManifest, _MEANINGS)
+        self._images: list[CachedImage] | None = None
+
+    def run(self, dataset: Location | None, image_root: Location | None, progress: bool) -> Report:
+        manifest = self.manifest(_manifest_problems)
+        if manifest is not None:
+            self._images = self._read_index(manifest)
+            with tqdm(self.shards(manifest), desc="verifying", unit=" shards", disable=not progress) as shown:
+                for number in shown:
+                    self.check_shard(
+                        number, manifest, FeatureFile, functools.partial(self._check_rows, number, manifest)
+                    )
+            if dataset is not None:
+                self._check_dataset(dataset, manifest)
+            if image_root is not None:
+                self._check_images(image_root, progress)
+        for name, wanted in (("dataset", dataset), ("sources", image_root)):
+            if wanted is None:
+                del self.checks[name]
+        return self.report()
+
+    def _read_index(self, manifest: FeatureManifest) -> list[CachedImage] | None:
+        check, path = self.checks["index"], self.output / INDEX_NAME
+        check.passed()
+        try:
+            images = read_index(self.output, manifest)
+        except StorageError:
+            raise
+        except ShardError as error:
+            check.failed(path, str(error))
+            return None
+        for what, names in (
+            ("the file with SHA-256", [image.sha256 for image in images]),
+            ("the path", [name for image in images for name in image.paths]),
+        ):
+            seen: set[str] = set()
+            for name in names:
+                if name in seen:
+                    check.failed(path, f"{what} {name} is listed twice")
+                seen.add(name)
+        if len(images) != manifest.num_images:
+            check.failed(path, f"lists {len(images):,} images, the manifest has {manifest.num_images:,}")
+        return images
+
+    def _check_rows(self, number: int, manifest: FeatureManifest, shard: FeatureFile, receipt: Receipt) -> None:
+        self.note("footers", shard.path, "footer", _footer_problems(shard, manifest))
+        expected = manifest.shard_range(number)
+        found = []
+        for group in range(shard.num_groups):
+            self.checks["pages"].passed()
+            try:
+                rows = shard.read_group(group)
+            except ShardError as error:
+                self.checks["pages"].failed(shard.path, f"row group {group}: {error}")
+                return
+            for row in rows:
+                found.append(row.index)
+                where = f"image {row.index}"
+                self.note("rows", shard.path, where, self._row_problems(row, expected))
+                self.note("features", shard.path, where, _feature_problems(row, manifest))
+        if found != list(expected) or receipt.num_rows != len(found):
+            self.checks["coverage"].failed(
+                shard.path,
+                f"{len(found)} rows, {receipt.num_rows} by the receipt, are not the images {expected.start} to "
+                f"{expected.stop - 1} in their order",
+            )
+
+    def _row_problems(self, row: FeatureRow, expected: range) -> Iterator[str]:
+        if row.index not in expected:
+            yield f"this shard holds images {expected.start} to {expected.stop - 1}"
+        elif self._images is not None and row.image != self._images[row.index]:
+            yield f"is {row.image.sha256} ({row.image.paths[0]}), the list has {self._images[row.index].sha256} there"
+
+    def _check_dataset(self, path: Location, manifest: FeatureManifest) -> None:
+        expected = manifest.dataset
+        dataset = self.open_dataset(path, "kd", expected.sha256, expected.num_samples)
+        if dataset is None or self._images is None:
+            return
+        check = self.checks["dataset"]
+        known = {name for image in self._images for name in image.paths}
+        named: dict[str, None] = {}
+        for index in range(len(dataset)):
+            check.passed()
+            try:
+                refs = dataset.images(index)
+            except DataError as error:
+                check.failed(path, str(error))
+                continue
+            for ref in refs:
+                assert ref.path is not None
+                if ref.path not in known:
+                    check.failed(path, f"sample {dataset.ids[index]!r}: its image {ref.path} is not in the cache")
+                named.setdefault(ref.path)
+        for name in sorted(known - named.keys()):
+            check.failed(self.output / INDEX_NAME, f"has {name}, which no sample of the dataset names")
+        order = {name: place for place, name in enumerate(named)}
+        places = [min(order.get(name, 0) for name in image.paths) for image in self._images]
+        if places != sorted(places):
+            check.failed(self.output / INDEX_NAME, "is not in the order in which the dataset first names its images")
+
+    def _check_images(self, image_root: Location, progress: bool) -> None:
+        """Every path's file again: two that were the same may have become different ones."""
+        check = self.checks["sources"]
+        paths = [(name, image.sha256) for image in self._images or () for name in image.paths]
+
+        def problem_of(item: tuple[str, str]) -> tuple[str, str | None]:
+            name, expected = item
+            try:
+                found, _ = read_image_and_digest(name, image_root, "images.parquet")
+            except StorageError:
+                raise
+            except DecantError as error:
+                return name, str(error)
+            if found != expected:
+                return (
+                    name,
+                    f"{name}: has SHA-256 {found}, features were computed from {expected}",
+                )
+            return name, None
+
+        with closing(prefetch_map(problem_of, paths, num_threads=_READERS, ahead=8 * _READERS)) as problems:
+            for name, problem in tqdm(problems, "reading", len(paths), unit=" images", disable=not progress):
+                check.passed()
+                if problem is not None:
+                    check.failed(image_root / name, problem)
+
+
+def _manifest_problems(manifest: FeatureManifest) -> Iterator[str]:
+    """Sizes that nothing can have."""
+    encoder = manifest.encoder
+    sizes = manifest.num_images, manifest.images_per_shard, encoder.tokens_per_image, encoder.num_channels
+    if min(sizes) < 1:
+        yield f"has {sizes[0]} images, {sizes[1]} a shard, of {sizes[2]} x {sizes[3]} values"
+    elif manifest.images_per_group != images_per_group(encoder.tokens_per_image, encoder.num_channels):
+        yield f"has row groups of {manifest.images_per_group} images"
+
+
+def _footer_problems(shard: FeatureFile, manifest: FeatureManifest) -> Iterator[str]:
+    version = shard.footer.get("schema_version")
+    if version != str(FEATURE_SCHEMA_VERSION):
+        yield f"its footer has schema version {version!r}, expected {FEATURE_SCHEMA_VERSION}"
+    if manifest_in(shard.footer, FeatureManifest) != manifest:
+        yield "the manifest in its footer is not that of the output"
+    sizes, each = [shard.group_rows(group) for group in range(shard.num_groups)], manifest.images_per_group
+    if any(size != each for size in sizes[:-1]) or not all(1 <= size <= each for size in sizes):
+        yield f"its row groups hold {sizes} images, expected {each} each and at most so many in the last"
+
+
+def _feature_problems(row: FeatureRow, manifest: FeatureManifest) -> Iterator[str]:
+    try:
+        features_PD = unpack_features(row.packed, manifest, "it")
+    except ShardError as error:
+        yield str(error)
+        return
+    if num_bad := features_PD.size - int(np.isfinite(features_PD).sum()):
+        yield f"{num_bad:,} of {features_PD.size:,} values are not finite"

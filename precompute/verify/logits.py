@@ -1,0 +1,198 @@
+"""`verify-shards`: whether an output is whole and what it claims to be. Needs neither torch nor vLLM.
+
+    manifest ─> for each shard: receipt ─> SHA-256 ─> columns ─> footer ─> pages ─> rows ─> totals and coverage
+
+Nothing that a file holds makes this crash: each finding is a problem in the report, and the walk goes on with
+what can still be read. A file whose bytes changed is not parsed.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from common.data.samples import Dataset, ImageRef, Sample, without_last_response
+from common.errors import DataError, ShardError
+from common.shards.manifest import Manifest, Receipt, receipt_path
+from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
+from common.storage.files import Location
+from precompute.report import Report
+from precompute.verify.base import MEANINGS, OutputVerifier
+from precompute.verify.manifest_checks import footer_problems, manifest_problems
+from precompute.verify.sample_checks import image_problems, message_problems
+from precompute.verify.score_checks import kept_problems, mass_problems, own_problems, token_problems
+
+_MEANINGS = {
+    **MEANINGS,
+    "footers": "footers repeat the manifest, and row groups have the size that readers count on",
+    "order": "rows are in dataset order, ids are unique, generated responses are numbered",
+    "messages": "roles, image markers and scored turns are those that the settings allow",
+    "images": "image files are stored and can be opened, or not stored where paths are to do",
+    "tokens": "token ids are in the vocabulary, spans inside the sequence",
+    "kept": "kept entries are finite, and no more than were asked for",
+    "mass": "kept mass is at most 1, adds up to 1 with the rest, and is what was asked for",
+    "own": "own log-probs are finite, at most 0, and agree with kept entries and sums",
+    "dataset": "every sample is the dataset's, in its order, with the same messages (but generated responses)",
+}
+
+
+def verify_logits(output: Location, dataset: Location | None = None, *, progress: bool = True) -> Report:
+    """Checks everything that can be checked without the teacher; `dataset` adds a comparison with the source.
+
+    Raises:
+        StorageError: the store did not give what it holds, so nothing can be said of it.
+    """
+    return _LogitsVerifier(output).run(dataset, progress)
+
+
+class _LogitsVerifier(OutputVerifier[Manifest]):
+    """One walk over an output, collecting what is wrong."""
+
+    def __init__(self, output: Location) -> None:
+        super().__init__(output, Manifest, _MEANINGS)
+        self._dataset: Dataset | None = None
+        self._seen_ids: set[str] = set()
+        self._last_index = -1
+        # Of the rows of one sample, where the teacher wrote several responses to it.
+        self._number = 0
+        # Shards with rows, by the id of their image token.
+        self._image_tokens: dict[int | None, list[Location]] = {}
+
+    def run(self, dataset: Location | None, progress: bool) -> Report:
+        manifest = self.manifest(manifest_problems)
+        if manifest is not None:
+            if dataset is not None:
+                expected = manifest.dataset
+                self._dataset = self.open_dataset(dataset, manifest.kind, expected.sha256, expected.num_samples)
+            with tqdm(self.shards(manifest), desc="verifying", unit=" shards", disable=not progress) as shown:
+                for number in shown:
+                    check_rows = functools.partial(self._check_rows, number, manifest)
+                    self.check_shard(number, manifest, ShardFile, check_rows)
+            self._check_image_tokens()
+        if dataset is None:
+            del self.checks["dataset"]
+        return self.report()
+
+    def _check_image_tokens(self) -> None:
+        """The shards of one tokenizer have one; those that differ from most are taken to be wrong."""
+        most = max(map(len, self._image_tokens.values()), default=0)
+        usual = next((token for token, shards in self._image_tokens.items() if len(shards) == most), None)
+        for token, shards in self._image_tokens.items():
+            for path in shards if token != usual else ():
+                self.checks["footers"].failed(path, f"its image token is {token}, in most shards it is {usual}")
+
+    def _check_rows(self, number: int, manifest: Manifest, shard: ShardFile, receipt: Receipt) -> None:
+        self.note("footers", shard.path, "footer", footer_problems(shard, manifest))
+        if shard.num_rows:
+            self._image_tokens.setdefault(shard.image_token_id, []).append(shard.path)
+        indices: list[int] = []
+        num_tokens = 0
+        self._last_index = manifest.shard_range(number).start - 1
+        sums = [iter(shard.read_column(prefix + "logprob_sum")) for prefix in PREFIXES[manifest.kind]]
+        for row in self._rows(shard):
+            indices.append(row.index)
+            where = f"row {row.index} ({row.sample.id!r})"
+            self._check_order(row, where, shard.path, manifest, manifest.shard_range(number))
+            self.note("messages", shard.path, where, message_problems(row, manifest))
+            self.note("images", shard.path, where, image_problems(row, manifest), len(row.sample.images))
+            self._check_against_dataset(row, where, shard.path, manifest)
+            for scored, column in zip(row.conversations, sums, strict=True):
+                total = next(column)
+                num_tokens += scored.scores.num_rows
+                wrong = list(token_problems(scored.encoded, len(row.sample.images), manifest))
+                self.note("tokens", shard.path, where, wrong)
+                self.note("kept", shard.path, where, kept_problems(scored.scores, manifest), scored.scores.ids.size)
+                self.note("mass", shard.path, where, mass_problems(scored.scores, manifest), scored.scores.num_rows)
+                if not wrong:
+                    problems = own_problems(scored.encoded, scored.scores, total, manifest)
+                    self.note("own", shard.path, where, problems, scored.scores.num_rows)
+        self._check_coverage(shard, receipt, indices, num_tokens, manifest)
+
+    def _rows(self, shard: ShardFile) -> Iterator[ShardRow]:
+        check = self.checks["pages"]
+        for group in range(shard.num_groups):
+            check.passed()
+            try:
+                rows = shard.read_group(group)
+            except ShardError as error:
+                check.failed(shard.path, f"row group {group}: {error}")
+                # The rows after a gap cannot be told from their columns read elsewhere.
+                return
+            yield from rows
+
+    def _check_order(self, row: ShardRow, where: str, path: Location, manifest: Manifest, expected: range) -> None:
+        check = self.checks["order"]
+        check.passed()
+        if row.index not in expected:
+            check.failed(path, f"{where}: this shard holds rows {expected.start} to {expected.stop - 1}")
+        generated = manifest.capture.generate is not None
+        self._number = self._number + 1 if row.index == self._last_index else 0
+        if row.index < self._last_index or (row.index == self._last_index and not generated):
+            check.failed(path, f"{where}: comes after row {self._last_index}")
+        if generated and not row.sample.id.endswith(f"#{self._number}"):
+            check.failed(path, f"{where}: is response {self._number} to its sample, so its id should end so")
+        if row.sample.id in self._seen_ids:
+            check.failed(path, f"{where}: its id occurs twice")
+        self._last_index = row.index
+        self._seen_ids.add(row.sample.id)
+
+    def _check_against_dataset(self, row: ShardRow, where: str, path: Location, manifest: Manifest) -> None:
+        if self._dataset is None:
+            return
+        check = self.checks["dataset"]
+        check.passed()
+        if not 0 <= row.index < len(self._dataset):
+            check.failed(path, f"{where}: the dataset ends at row {len(self._dataset) - 1}")
+            return
+        try:
+            sample = self._dataset[row.index]
+        except DataError as error:
+            check.failed(path, f"{where}: {error}")
+            return
+        # Where shards hold image files, the dataset still has their paths alone.
+        found = replace(row.sample, images=tuple(ImageRef(ref.path) for ref in row.sample.images))
+        if manifest.capture.generate is not None:
+            sample = _without_response(replace(sample, id=f"{sample.id}#{self._number}"))
+            found = _without_response(found)
+        for name in ("id", "conversations", "images"):
+            if getattr(sample, name) != getattr(found, name):
+                check.failed(path, f"{where}: its {name} differ from those of {sample.id!r} in the dataset")
+
+    def _check_coverage(
+        self, shard: ShardFile, receipt: Receipt, indices: list[int], num_tokens: int, manifest: Manifest
+    ) -> None:
+        coverage, expected = self.checks["coverage"], manifest.shard_range(receipt.shard)
+        generate = manifest.capture.generate
+        rows_each = 1 if generate is None else generate.num_samples
+        left_out = [skipped.index for skipped in receipt.skipped]
+        if sorted([*indices, *left_out * rows_each]) != sorted([*expected] * rows_each):
+            coverage.failed(
+                shard.path,
+                f"{len(indices)} rows and {len(left_out)} skipped samples do not make up the samples "
+                f"{expected.start} to {expected.stop - 1}" + f", {rows_each} rows each" * (rows_each > 1),
+            )
+        if (len(indices), num_tokens) != (receipt.num_rows, receipt.num_scored_tokens):
+            coverage.failed(
+                shard.path,
+                f"{len(indices)} rows with {num_tokens:,} scored tokens, its receipt says {receipt.num_rows} with "
+                f"{receipt.num_scored_tokens:,}",
+            )
+        for skipped in receipt.skipped:
+            if skipped.id in self._seen_ids:
+                self.checks["order"].failed(
+                    receipt_path(self.output, receipt.shard), f"lists {skipped.id!r} as skipped; its id occurs twice"
+                )
+            self._seen_ids.add(skipped.id)
+        if self._dataset is not None:
+            for skipped in receipt.skipped:
+                if not (skipped.index < len(self._dataset) and self._dataset.ids[skipped.index] == skipped.id):
+                    self.checks["dataset"].failed(
+                        receipt_path(self.output, receipt.shard),
+                        f"lists {skipped.id!r} as skipped at {skipped.index}, where the dataset has another sample",
+                    )
+
+
+def _without_response(sample: Sample) -> Sample:
+    """The sample with its prompts alone."""
+    return replace(sample, conversations=tuple(map(without_last_response, sample.conversations)))

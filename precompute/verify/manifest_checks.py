@@ -1,0 +1,112 @@
+"""What an output says made it: manifest.json, and the copy of it in each shard's footer."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from common.errors import DecantError, ShardError, StorageError
+from common.shards.manifest import (
+    NUM_READERS,
+    SCHEMA_VERSION,
+    Manifest,
+    Receipt,
+    ShardedManifest,
+    published_shards,
+    read_with_digest,
+    receipt_path,
+    shard_path,
+)
+from common.shards.parquet_shard import read_footer
+from common.shards.score_shard import ROWS_PER_GROUP, ShardFile
+from common.shards.scores import MAX_DRAWS, MAX_VOCAB_SIZE
+from common.storage.files import Location
+
+ManifestT = TypeVar("ManifestT", bound=ShardedManifest)
+
+
+def manifest_problems(manifest: Manifest) -> Iterator[str]:
+    """Sizes that nothing can have, settings that exclude each other."""
+    capture, generate, vocab_size = manifest.capture, manifest.capture.generate, manifest.tokenizer.vocab_size
+    if manifest.samples_per_shard < 1 or manifest.dataset.num_samples < 1:
+        yield "has no samples, or shards of none"
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        yield f"has a vocabulary of {vocab_size:,} tokens, expected 1 to {MAX_VOCAB_SIZE:,}"
+    if manifest.teacher.vocab_size < vocab_size:
+        yield f"has {manifest.teacher.vocab_size:,} rows in the output layer for {vocab_size:,} tokens"
+    if manifest.image is not None and manifest.image.tokens_per_image < 1:
+        yield f"has images of {manifest.image.tokens_per_image} tokens"
+    if capture.num_draws is None:
+        if capture.top_k < 0 or capture.min_k < 1 or not 0 < (1 if capture.top_p is None else capture.top_p) <= 1:
+            yield f"keeps entries by top_k {capture.top_k}, top_p {capture.top_p} and min_k {capture.min_k}"
+        if capture.precision is None:
+            yield "has no precision, which only drawn entries do without"
+    elif not 1 <= capture.num_draws <= MAX_DRAWS or capture.top_k or capture.precision is not None:
+        yield (
+            f"has {capture.num_draws} draws, top_k {capture.top_k} and precision {capture.precision}; expected 1 to "
+            f"{MAX_DRAWS:,} draws and neither best entries nor a precision"
+        )
+    if generate is not None and (manifest.kind != "kd" or capture.score != "response" or generate.num_samples < 1):
+        yield f"generates {generate.num_samples} responses of kind {manifest.kind}, scored {capture.score}"
+
+
+def footer_problems(shard: ShardFile, manifest: Manifest) -> Iterator[str]:
+    """The version, the copy of the manifest, the image token, and row groups of the size by which rows are found.
+
+    The digest, the number and the token classes are checked when a shard is opened.
+    """
+    version, image_token_id = shard.footer.get("schema_version"), shard.image_token_id
+    if version != str(SCHEMA_VERSION):
+        yield f"its footer has schema version {version!r}, expected {SCHEMA_VERSION}"
+    if manifest_in(shard.footer, Manifest) != manifest:
+        yield "the manifest in its footer is not that of the output"
+    if image_token_id is not None and not 0 <= image_token_id < manifest.tokenizer.vocab_size:
+        yield f"its image token is {image_token_id}, the tokenizer has {manifest.tokenizer.vocab_size}"
+    sizes = [shard.group_rows(group) for group in range(shard.num_groups)]
+    if any(size != ROWS_PER_GROUP for size in sizes[:-1]) or not all(1 <= size <= ROWS_PER_GROUP for size in sizes):
+        yield f"its row groups hold {sizes} rows, expected {ROWS_PER_GROUP} each and at most so many in the last"
+
+
+def manifest_of_shards(output: Location, schema: type[ManifestT]) -> ManifestT:
+    """The manifest as it stands in the shards: all footers that can be read agree on it, and all receipts name it.
+
+    Raises:
+        ShardError: no shard can be read, or they do not agree. StorageError: the store did not give them.
+    """
+    numbers = published_shards(output)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        manifests = [found for found in pool.map(lambda number: _in_footer(output, number, schema), numbers) if found]
+        digests = {found for found in pool.map(lambda number: _in_receipt(output, number), numbers) if found}
+    different = digests | {manifest.sha256 for manifest in manifests}
+    if not manifests:
+        raise ShardError(f"{output}: none of {len(numbers)} shards with a receipt has a readable copy of the manifest")
+    if len(different) > 1 or not digests:
+        raise ShardError(
+            f"{output}: its shards and receipts name {len(different)} manifests, so none of them can be said to be "
+            "the output's; remove those that do not belong there"
+        )
+    return manifests[0]
+
+
+def _in_footer(output: Location, number: int, schema: type[ManifestT]) -> ManifestT | None:
+    try:
+        return manifest_in(read_footer(shard_path(output, number)), schema)
+    except ShardError:
+        return None
+
+
+def _in_receipt(output: Location, number: int) -> str | None:
+    try:
+        return read_with_digest(receipt_path(output, number), Receipt).manifest_sha256
+    except StorageError:
+        raise
+    except DecantError:
+        return None
+
+
+def manifest_in(footer: dict[str, str], schema: type[ManifestT]) -> ManifestT | None:
+    """The manifest in a shard's footer; None unless it is what the digest beside it stands for."""
+    try:
+        manifest = schema.model_validate_json(footer.get("manifest", ""))
+    except ValueError:
+        return None
+    return manifest if manifest.sha256 == footer.get("manifest_sha256") else None

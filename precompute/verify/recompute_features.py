@@ -1,0 +1,110 @@
+"""`verify-shards --recompute` on a feature cache: random images through the vision tower again.
+
+Legend: P tokens that the tower gives an image, D channels.
+
+The difference of an image is |stored - recomputed| / |recomputed|, Euclidean norms over all its values.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import RenderableType
+from rich.table import Table
+from tqdm import tqdm
+
+from common.data.images import ImageSpec, load_image, read_image_and_digest
+from common.data.samples import ImageRef
+from common.errors import DataError
+from common.shards.encoder_identity import check_encoder
+from common.shards.feature_shard import FeatureCache
+from common.storage.files import Location
+from precompute.features.vision_tower import VisionTower, single_threaded_torch
+
+# Another device rounds otherwise in each of dozens of bfloat16 layers; q8 adds its codes' rounding. Features of
+# another image, or of another tower, differ by about 1.
+TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class RecomputedFeatures:
+    """Stored against recomputed features. `num_exact` images have the very same values."""
+
+    num_images: int
+    num_exact: int
+    mean_difference: float
+    max_difference: float
+    worst: str
+    tolerance: float = TOLERANCE
+
+    @property
+    def ok(self) -> bool:
+        """Whether no image is off by more than the tolerance (or is not a number)."""
+        return self.max_difference <= self.tolerance
+
+    def to_json(self) -> str:
+        """The result as one JSON object."""
+        return json.dumps(asdict(self) | {"ok": self.ok}, indent=1)
+
+    def render(self) -> RenderableType:
+        """The result as a table."""
+        table = Table(title=f"{self.num_images} images through the vision tower again", title_justify="left")
+        table.add_column("measure")
+        table.add_column("found", justify="right")
+        table.add_column("at most", justify="right")
+        table.add_row("images with the very same values", f"{self.num_exact:,}", "")
+        table.add_row("relative difference, mean", f"{self.mean_difference:.2e}", "")
+        style = "" if self.ok else "red"
+        table.add_row(f"largest ({self.worst})", f"{self.max_difference:.2e}", f"{self.tolerance}", style=style)
+        return table
+
+
+def recompute_features(
+    output: Location,
+    model_dir: Path,
+    num_images: int,
+    *,
+    image_root: Location | None,
+    seed: int = 0,
+    progress: bool = True,
+) -> RecomputedFeatures:
+    """Computes `num_images` random images again, one at a time.
+
+    Raises:
+        ProvenanceError: `model_dir` has another vision tower, or treats images otherwise.
+        ShardError: the cache is damaged. DataError: an image is not there any more, or was changed.
+    """
+    cache = FeatureCache(output)
+    aspect_ratio = cache.manifest.encoder.aspect_ratio
+    check_encoder(cache.manifest, output, model_dir, aspect_ratio)
+    spec, tower = ImageSpec.load(model_dir), VisionTower(model_dir, cache.manifest.encoder)
+    assert spec is not None
+    chosen = np.random.default_rng(seed).choice(len(cache), min(num_images, len(cache)), replace=False)
+    found: list[tuple[float, bool, str]] = []
+
+    def images() -> Iterator[int]:
+        yield from tqdm(np.sort(chosen).tolist(), desc="recomputing", unit=" images", disable=not progress)
+
+    with single_threaded_torch():
+        for index in images():
+            image = cache.images[index]
+            path = image.paths[0]
+            digest, data = read_image_and_digest(path, image_root, str(output))
+            if digest != image.sha256:
+                raise DataError(f"{output}: image {path} is another file than features were computed from")
+            opened = load_image(ImageRef(path, data), image_root, aspect_ratio, spec.mean_rgb, str(output))
+            group = cache.group_of(index)
+            stored_PD = cache.read(group)[index - group.start]
+            again_PD = tower.features(tower.pixels([opened]))[0]
+            difference = float(np.linalg.norm(stored_PD - again_PD) / np.linalg.norm(again_PD))
+            found.append((difference, bool((stored_PD == again_PD).all()), path))
+    worst = max(found, key=lambda entry: np.nan_to_num(entry[0], nan=np.inf))
+    return RecomputedFeatures(
+        num_images=len(found),
+        num_exact=sum(exact for _, exact, _ in found),
+        mean_difference=float(np.mean([difference for difference, _, _ in found])),
+        max_difference=worst[0],
+        worst=worst[2],
+    )

@@ -1,0 +1,227 @@
+"""`verify-shards --recompute`: random rows scored again by another program, transformers in float32.
+
+Legend: R scored tokens, K kept entries, V the model's vocabulary, T' expanded sequence.
+
+The comparison is p, the stored distribution, with q, the recomputed one, over the kept entries and one bucket for
+the rest: KL(p || q) = sum_k p_k (ln p_k - ln q_k) + p_rest (ln p_rest - ln q_rest).
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import RenderableType
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from common.data.chat_encoding import expand_placeholders, predicting_positions
+from common.data.images import ImageSpec, load_image
+from common.errors import DataError, ModelError, ProvenanceError
+from common.shards.manifest import Manifest, list_differences, published_shards, read_manifest, read_receipt, shard_path
+from common.shards.score_shard import ShardFile, ShardRow
+from common.shards.scores import TeacherScores
+from common.storage.files import Location, parse_location, read_bytes
+from precompute.fingerprints import teacher_identity
+
+# Largest difference in nats, of own log-probs and of KL, by the dtype in which the engine computed. Half precision
+# logits near 20 are themselves rounded by up to 0.06, and layers add their own rounding; float32 engines differ in
+# the order of their sums alone.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.25}
+
+# A root that is off by half a step adds up to this many squared steps to a row's KL, for each entry that it keeps:
+# p ln(p / q) - p + q is largest, 0.57 squared steps, where a root of 1.5 steps is stored as 1.
+_STEPS_OF_KL = 0.6
+
+
+@dataclass(frozen=True)
+class RecomputedLogits:
+    """Stored against recomputed scores. KL and top-1 agreement are None for an output that keeps no best entries."""
+
+    num_rows: int
+    num_scored_tokens: int
+    mean_kl: float | None
+    max_kl: float | None
+    top1_agreement: float | None
+    mean_own_difference: float
+    max_own_difference: float
+    tolerance: float
+    kl_tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether no own log-prob and no KL is off by more than its tolerance (or is not a number)."""
+        return self.max_own_difference <= self.tolerance and (self.max_kl is None or self.max_kl <= self.kl_tolerance)
+
+    def to_json(self) -> str:
+        """The result as one JSON object."""
+        return json.dumps(asdict(self) | {"ok": self.ok}, indent=1)
+
+    def render(self) -> RenderableType:
+        """The result as a table."""
+        table = Table(
+            title=f"{self.num_rows} rows, {self.num_scored_tokens:,} tokens scored again in float32",
+            title_justify="left",
+        )
+        table.add_column("measure")
+        table.add_column("found", justify="right")
+        table.add_column("at most", justify="right")
+        own_style = "" if self.max_own_difference <= self.tolerance else "red"
+        table.add_row("own log-prob, mean difference", f"{self.mean_own_difference:.2e}", "")
+        table.add_row(
+            "own log-prob, largest difference", f"{self.max_own_difference:.2e}", f"{self.tolerance}", style=own_style
+        )
+        if self.max_kl is not None:
+            kl_style = "" if self.max_kl <= self.kl_tolerance else "red"
+            table.add_row("KL(stored || recomputed), mean", f"{self.mean_kl:.2e}", "")
+            table.add_row(
+                "KL(stored || recomputed), largest", f"{self.max_kl:.2e}", f"{self.kl_tolerance:.2g}", style=kl_style
+            )
+            table.add_row("top-1 agreement", f"{self.top1_agreement:.2%}", "")
+        return table
+
+
+def recompute_logits(
+    output: Location,
+    teacher_dir: Path,
+    num_rows: int,
+    *,
+    image_root: Location | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> RecomputedLogits:
+    """Scores `num_rows` random rows again. `image_root` defaults to the one in the output's config.json.
+
+    Raises:
+        ProvenanceError: `teacher_dir` is not the teacher of this output, or processes images differently.
+        ShardError: the output is damaged. DataError: an image is not there any more.
+    """
+    manifest = read_manifest(output)
+    teacher = teacher_identity(teacher_dir)
+    if differences := list_differences(manifest.teacher.model_dump(), teacher.model_dump()):
+        raise ProvenanceError(
+            f"{teacher_dir}: is not the teacher of {output}\n" + "\n".join(f"  {line}" for line in differences)
+        )
+    reference = ReferenceTeacher(teacher_dir, manifest, image_root or _configured_image_root(output))
+    own, kl, agree = [], [], []
+    chosen = _random_rows(output, manifest, num_rows, seed)
+    count = 0
+    for row in tqdm(chosen, total=num_rows, desc="recomputing", unit=" rows", disable=not progress):
+        count += 1
+        for stored, logprobs_RV in zip(row.conversations, reference.logprobs(row), strict=True):
+            ids_R = stored.encoded.response_ids
+            own.append(np.abs(stored.scores.own_logprobs - logprobs_RV[np.arange(len(ids_R)), ids_R]))
+            if manifest.capture.top_k:
+                kl.append(bucketed_kl(stored.scores, logprobs_RV))
+                best_R = logprobs_RV[:, : manifest.tokenizer.vocab_size].argmax(axis=1)
+                agree.append(stored.scores.topk()[0][:, 0] == best_R)
+    if not own:
+        raise DataError(f"{output}: holds no rows to score again")
+    own_R = np.concatenate(own).astype(np.float64)
+    return RecomputedLogits(
+        num_rows=count,
+        num_scored_tokens=len(own_R),
+        mean_kl=float(np.concatenate(kl).mean()) if kl else None,
+        max_kl=float(np.concatenate(kl).max()) if kl else None,
+        top1_agreement=float(np.concatenate(agree).mean()) if agree else None,
+        mean_own_difference=float(own_R.mean()),
+        max_own_difference=float(own_R.max()),
+        tolerance=TOLERANCE[manifest.engine.dtype],
+        kl_tolerance=TOLERANCE[manifest.engine.dtype] + _codec_kl(manifest),
+    )
+
+
+def _codec_kl(manifest: Manifest) -> float:
+    """KL that storing a row's log-probs may add, nats."""
+    levels = manifest.capture.coding.levels
+    return _STEPS_OF_KL * manifest.capture.top_k / levels**2 if levels else 0.0
+
+
+class ReferenceTeacher:
+    """A teacher in transformers, float32, on a GPU if there is one."""
+
+    def __init__(self, model_dir: Path, manifest: Manifest, image_root: Location | None) -> None:
+        self._manifest = manifest
+        self._image_root = image_root
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._spec = ImageSpec.load(model_dir)
+        loader: Any = AutoModelForCausalLM
+        if self._spec is not None:
+            assert manifest.image is not None
+            if self._spec.sha256 != manifest.image.processor_sha256:
+                raise ProvenanceError(f"{model_dir}: its image processor has other settings than the teacher's had")
+            self._processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
+            loader = AutoModelForImageTextToText
+        try:
+            model = loader.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{model_dir}: transformers cannot load it ({error})") from error
+        self._model = model.eval().to(self._device)
+
+    @torch.inference_mode()
+    def logprobs(self, row: ShardRow) -> Iterator[npt.NDArray[np.float32]]:
+        """For each conversation of `row`, float32 [R, V]: the distribution each scored token is drawn from."""
+        inputs: dict[str, Any] = {}
+        if row.sample.images:
+            assert self._spec is not None
+            assert self._manifest.image is not None
+            where = f"sample {row.sample.id!r}"
+            aspect_ratio = self._manifest.image.aspect_ratio
+            images = [
+                load_image(ref, self._image_root, aspect_ratio, self._spec.mean_rgb, where) for ref in row.sample.images
+            ]
+            inputs["pixel_values"] = self._processor(images=images, return_tensors="pt")["pixel_values"]
+        for scored in row.conversations:
+            encoded = scored.encoded
+            ids, positions_T = expand_placeholders(
+                encoded.input_ids, encoded.image_token_id, 1 if self._spec is None else self._spec.tokens_per_image
+            )
+            inputs["input_ids"] = torch.from_numpy(ids.astype(np.int64))[None]
+            logits = self._model(**{name: value.to(self._device) for name, value in inputs.items()}).logits[0]
+            rows_R = predicting_positions(positions_T[encoded.response_positions])
+            yield torch.log_softmax(logits[torch.from_numpy(rows_R).to(self._device)].float(), dim=-1).cpu().numpy()
+
+
+def bucketed_kl(scores: TeacherScores, logprobs_RV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """KL(stored || recomputed) of each row over the kept entries and the rest, float64 [R], in nats."""
+    ids_RK, kept_RK = scores.topk()
+    p_RK = np.exp(kept_RK.astype(np.float64))
+    log_q_RK = np.take_along_axis(logprobs_RV, ids_RK, axis=1).astype(np.float64)
+    used = p_RK > 0
+    terms = p_RK * (np.where(used, kept_RK, 0.0) - np.where(used, log_q_RK, 0.0))
+    q_rest_R = np.maximum(1.0 - np.where(used, np.exp(log_q_RK), 0.0).sum(axis=1), 1e-12)
+    p_rest_R = scores.rest_mass.astype(np.float64)
+    rest_R = p_rest_R * np.log(np.maximum(p_rest_R, 1e-12) / q_rest_R)
+    return np.asarray(terms.sum(axis=1) + rest_R)
+
+
+def _random_rows(output: Location, manifest: Manifest, num_rows: int, seed: int) -> Iterator[ShardRow]:
+    """Rows drawn without repetition from all complete shards, in the order in which they are stored."""
+    numbers = published_shards(output)
+    starts = np.cumsum([0, *(read_receipt(output, number, manifest).num_rows for number in numbers)])
+    total = int(starts[-1])
+    picks = np.sort(np.random.default_rng(seed).choice(total, min(num_rows, total), replace=False))
+    for number, start, stop in zip(numbers, starts[:-1], starts[1:], strict=True):
+        inside = picks[(picks >= start) & (picks < stop)] - start
+        if not len(inside):
+            continue
+        shard = ShardFile(shard_path(output, number), manifest, number)
+        edges = np.cumsum([0, *(shard.group_rows(group) for group in range(shard.num_groups))]).tolist()
+        for group in sorted({bisect_right(edges, int(pick)) - 1 for pick in inside}):
+            rows = shard.read_group(group)
+            yield from (rows[pick - edges[group]] for pick in inside.tolist() if 0 <= pick - edges[group] < len(rows))
+        shard.close()
+
+
+def _configured_image_root(output: Location) -> Location | None:
+    try:
+        root = json.loads(read_bytes(output / "config.json"))["config"]["image_root"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if root is None else parse_location(root)

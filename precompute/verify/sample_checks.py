@@ -1,0 +1,66 @@
+"""What must hold of a row's sample, whoever wrote it: its messages and its images."""
+
+import io
+from collections.abc import Iterator
+from typing import get_args
+
+from PIL import Image
+
+from common.data.images import MAX_PIXELS
+from common.data.samples import IMAGE_MARKER, ImageRef, Role, Turn
+from common.shards.manifest import Manifest
+from common.shards.score_shard import ShardRow
+
+_ROLES = frozenset(get_args(Role))
+
+
+def message_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
+    """Roles and texts, a marker for each image, as many scored ranges as responses, prompts that a pair shares."""
+    conversations, capture = row.sample.conversations, manifest.capture
+    broken = [turn for turns in conversations for turn in turns if not _is_sound(turn)]
+    if broken or not all(conversations):
+        yield f"turn {broken[0]}" if broken else "a conversation without turns"
+        return
+    ends_scored = manifest.kind == "dpo" or capture.generate is not None
+    for turns, scored in zip(conversations, row.conversations, strict=True):
+        num_markers = sum(turn.content.count(IMAGE_MARKER) for turn in turns)
+        # What the teacher wrote itself may spell the marker.
+        if num_markers != len(row.sample.images) and capture.generate is None:
+            yield f"{num_markers} {IMAGE_MARKER} markers for {len(row.sample.images)} images"
+        num_responses = sum(turn.role == "assistant" for turn in turns)
+        num_spans, encoded = len(scored.encoded.spans), scored.encoded
+        if ends_scored and (turns[-1].role != "assistant" or num_spans != 1):
+            yield f"{num_spans} scored ranges and a last turn of {turns[-1].role}; expected the assistant's last alone"
+        elif not ends_scored and capture.score == "response" and num_spans > num_responses:
+            yield f"{num_spans} scored ranges for {num_responses} responses"
+        if capture.generate is not None and num_spans and encoded.spans[-1, 1] != len(encoded.input_ids):
+            yield f"its response ends at {encoded.spans[-1, 1]} of {len(encoded.input_ids)} tokens"
+    if len({turns[:-1] for turns in conversations}) > 1:
+        yield "the prompts of its two answers differ"
+
+
+def image_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
+    """Files where they are stored, which can at least be opened; elsewhere paths alone."""
+    for number, image in enumerate(row.sample.images):
+        if manifest.capture.images == "bytes":
+            if problem := _file_problem(image):
+                yield f"image {number} ({image.path}): {problem}"
+        elif image.data is not None or not image.path:
+            yield f"image {number} ({image.path}): expected a path and no file"
+
+
+def _is_sound(turn: Turn) -> bool:
+    return turn.role in _ROLES and isinstance(turn.content, str)
+
+
+def _file_problem(image: ImageRef) -> str | None:
+    """Why an image's file is of no use, from its head; its pixels are not decoded."""
+    if image.data is None:
+        return "its file is not stored"
+    try:
+        with Image.open(io.BytesIO(image.data)) as opened:
+            num_pixels = opened.width * opened.height
+    # Pillow's readers raise whatever the first bytes lead them to.
+    except Exception as error:
+        return f"its file cannot be opened ({error})"
+    return f"has {num_pixels:,} pixels, the limit is {MAX_PIXELS:,}" if num_pixels > MAX_PIXELS else None

@@ -1,0 +1,107 @@
+"""Engines of their own: a text model's whole vocabulary, generation, and an engine in another process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+from common.data.samples import Dataset
+from common.errors import ModelError
+from precompute.config import EngineConfig
+from precompute.engine.generate import generate_answers
+from precompute.logits.run import run_capture
+from precompute.verify.logits import verify_logits
+from tests.support.fake_teacher import conversation_records, make_config
+from tests.support.hf_reference import ENGINE, TOP_K, assert_agrees, greedy_answers, reference_rows, rows_of
+
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).parents[3]
+NUM_SAMPLES = 9
+
+
+def test_the_whole_vocabulary_of_a_text_model_sums_to_one(
+    text_dir: Path, tmp_path: Path, engine_in_this_process: None
+) -> None:
+    records = [record for record in conversation_records(tmp_path, 9) if "image" not in record]
+    config = make_config(tmp_path, text_dir, records, top_k="all", precision="fp32", engine=ENGINE)
+    run_capture(config, progress=False)
+    assert verify_logits(config.output, config.dataset, progress=False).ok
+    model = AutoModelForCausalLM.from_pretrained(text_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(text_dir)
+    rows = rows_of(config.output)
+    assert len(rows) == 3
+    for row in rows:
+        tokens, logprobs_RV = reference_rows(model, tokenizer, row, 0, None)
+        scores = row.conversations[0].scores
+        assert row.conversations[0].encoded.response_ids.tolist() == tokens
+        ids_RK, stored_RK = scores.topk()
+        assert ids_RK.shape == (len(tokens), len(tokenizer))
+        np.testing.assert_allclose(stored_RK, np.take_along_axis(logprobs_RV, ids_RK, axis=1), atol=1e-4)
+        padding_R = np.exp(logprobs_RV[:, len(tokenizer) :]).sum(axis=1)
+        assert logprobs_RV.shape[1] == len(tokenizer) + 13
+        np.testing.assert_allclose(scores.rest_mass, padding_R, atol=1e-5)
+
+
+def test_generation_with_the_engine_in_this_process_is_transformers_greedy_text(
+    llava_dir: Path, tmp_path: Path, engine_in_this_process: None
+) -> None:
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 4))
+    dataset = Dataset.open(config.dataset, "kd")
+    samples = [dataset[index] for index in range(4)]
+    engine = EngineConfig.model_validate(ENGINE)
+    answers = generate_answers(llava_dir, samples, max_new_tokens=6, image_root=tmp_path, engine=engine)
+    assert answers == greedy_answers(llava_dir, samples, tmp_path)
+
+
+def test_vllm_itself_says_what_it_thinks_of_replicas_of_a_dense_teacher(
+    text_dir: Path, tmp_path: Path, engine_in_this_process: None
+) -> None:
+    """Its data-parallel mode is for mixtures of experts; the setting reaches it, and its reason reaches the user."""
+    records = [record for record in conversation_records(tmp_path, 4) if "image" not in record]
+    engine = {**ENGINE, "data_parallel_size": 2}
+    config = make_config(tmp_path, text_dir, records, num_nodes=2, engine=engine)
+    with pytest.raises(ModelError, match="data parallel mode is not supported/useful for dense models"):
+        run_capture(config, progress=False)
+
+
+SEPARATE = """
+import sys
+from precompute.config import PrecomputeConfig
+from precompute.logits.run import run
+
+if __name__ == "__main__":
+    assert run(PrecomputeConfig.model_validate_json(sys.argv[1]), progress=False).complete
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_engines_in_processes_of_their_own_give_the_scores_of_transformers(
+    num_ranks: int, llava_dir: Path, tmp_path: Path
+) -> None:
+    """One, and two that share the model by tensor parallelism and gather the logits."""
+    records = conversation_records(tmp_path, NUM_SAMPLES)
+    engine = {**ENGINE, "tensor_parallel_size": num_ranks, "capture": "in-engine"}
+    config = make_config(tmp_path, llava_dir, records, top_k=TOP_K, precision="fp32", engine=engine)
+    script = tmp_path / "separate.py"
+    script.write_text(SEPARATE)
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
+    if num_ranks > 1:
+        # Without it vLLM would want a NUMA node for each rank.
+        cores = sorted(os.sched_getaffinity(0))
+        settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))
+    subprocess.run(
+        [sys.executable, str(script), config.model_dump_json()], check=True, env={**os.environ, **settings}, cwd=ROOT
+    )
+    assert verify_logits(config.output, config.dataset, progress=False).ok
+    model = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(llava_dir)
+    for row in rows_of(config.output):
+        tokens, logprobs_RV = reference_rows(model, processor, row, 0, tmp_path)
+        assert_agrees(row.conversations[0], tokens, logprobs_RV, len(processor.tokenizer), 1e-4)

@@ -1,0 +1,110 @@
+"""The real engine against transformers in float32: a tiny LLaVA, in one engine for all tests of this file."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from common.shards.manifest import published_shards
+from precompute.config import PrecomputeConfig
+from precompute.engine.teacher import Teacher
+from precompute.logits.job import prepare_job
+from precompute.logits.run import run_capture
+from precompute.verify.logits import verify_logits
+from precompute.verify.recompute_logits import recompute_logits
+from tests.support.fake_teacher import conversation_records, make_config, preference_records
+from tests.support.hf_reference import ENGINE, TOP_K, assert_agrees, reference_rows, rows_of
+
+pytestmark = pytest.mark.vllm
+
+NUM_SAMPLES = 9
+
+
+class Reused:
+    """A teacher whose `close` is left to the fixture."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.score = teacher.score
+
+    def close(self) -> None:
+        pass
+
+
+def configure(root: Path, teacher: Path, records: list[dict[str, Any]], **settings: Any) -> PrecomputeConfig:
+    return make_config(root, teacher, records, engine=ENGINE, **{"top_k": TOP_K, "precision": "fp32", **settings})
+
+
+@pytest.fixture(scope="module")
+def llava(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory, engine_in_this_process: None) -> Iterator[Teacher]:
+    root = tmp_path_factory.mktemp("plan")
+    plan = prepare_job(configure(root, llava_dir, conversation_records(root, 1))).scorer_settings
+    teacher = Teacher(plan)
+    yield teacher
+    teacher.close()
+
+
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+def test_scores_of_a_llava_are_those_of_transformers(
+    kind: str, llava: Teacher, llava_dir: Path, tmp_path: Path
+) -> None:
+    """No image, one and two; one turn and two; shared turns of a preference pair are not scored."""
+    records = (conversation_records if kind == "kd" else preference_records)(tmp_path, NUM_SAMPLES)
+    config = configure(tmp_path, llava_dir, records, kind=kind)
+    assert run_capture(config, progress=False, start_teacher=lambda _: Reused(llava)).complete
+    assert verify_logits(config.output, config.dataset, progress=False).ok
+    model = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(llava_dir)
+    rows = rows_of(config.output)
+    assert {len(row.sample.images) for row in rows} == {0, 1, 2}
+    for row in rows:
+        for number, scored in enumerate(row.conversations):
+            tokens, logprobs_RV = reference_rows(model, processor, row, number, tmp_path)
+            assert_agrees(scored, tokens, logprobs_RV, len(processor.tokenizer), 1e-4)
+
+
+def test_a_run_in_two_parts_writes_what_one_run_writes(llava: Teacher, llava_dir: Path, tmp_path: Path) -> None:
+    config = configure(tmp_path, llava_dir, conversation_records(tmp_path, NUM_SAMPLES))
+    run_capture(config, progress=False, start_teacher=lambda _: Reused(llava))
+    parts = config.model_copy(update={"output": tmp_path / "parts", "num_nodes": 2})
+    for node in (1, 0):
+        part = parts.model_copy(update={"node_rank": node})
+        run_capture(part, progress=False, start_teacher=lambda _: Reused(llava))
+    assert published_shards(parts.output) == published_shards(config.output)
+    # What shares a step of the engine differs, and so may the last bits.
+    for one, other in zip(rows_of(config.output), rows_of(parts.output), strict=True):
+        assert one.sample == other.sample
+        for a, b in zip(one.conversations, other.conversations, strict=True):
+            np.testing.assert_array_equal(a.encoded.input_ids, b.encoded.input_ids)
+            np.testing.assert_allclose(a.scores.own_logprobs, b.scores.own_logprobs, atol=1e-5)
+            np.testing.assert_allclose(a.scores.logprobs, b.scores.logprobs, atol=1e-5)
+
+
+def test_recomputed_rows_agree_and_other_scores_are_noticed(llava: Teacher, llava_dir: Path, tmp_path: Path) -> None:
+    config = configure(tmp_path, llava_dir, conversation_records(tmp_path, NUM_SAMPLES))
+    run_capture(config, progress=False, start_teacher=lambda _: Reused(llava))
+    result = recompute_logits(config.output, llava_dir, 5, progress=False)
+    assert result.ok
+    assert result.num_rows == 5
+    assert result.max_own_difference < 1e-4
+    assert result.max_kl is not None
+    assert abs(result.max_kl) < 1e-5
+    assert result.top1_agreement == 1.0
+
+    class Warmer(Reused):
+        def score(self, requests: Any) -> Any:  # type: ignore[no-redef]
+            for key, scores in llava.score(requests):
+                yield key, dataclasses.replace(scores, own_logprobs=scores.own_logprobs - np.float32(0.01))
+
+        def __init__(self) -> None:
+            pass
+
+    warmer = config.model_copy(update={"output": tmp_path / "warmer"})
+    run_capture(warmer, progress=False, start_teacher=lambda _: Warmer())
+    wrong = recompute_logits(warmer.output, llava_dir, 5, progress=False)
+    assert not wrong.ok
+    assert wrong.max_own_difference == pytest.approx(0.01, abs=1e-4)

@@ -1,0 +1,249 @@
+"""A capture whose every read and write fails in turn, on an object store and on a disk."""
+
+import errno
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from typer.testing import CliRunner
+from upath import UPath
+
+from cli import app
+from common.data.chat_encoding import ChatEncoder
+from common.errors import StorageError
+from common.shards.manifest import published_shards, shard_path
+from common.storage import object_store
+from common.storage.files import parse_location, publish
+from precompute.config import PrecomputeConfig
+from precompute.logits.run import run_capture
+from precompute.verify.logits import verify_logits
+from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
+from tests.support.object_store import BUCKET, DENIED, SLOW_DOWN, Fault, Store
+from train.data.sources import ShardSource
+
+# A server is started.
+pytestmark = pytest.mark.slow
+
+NUM_SAMPLES = 6
+
+
+def score(config: PrecomputeConfig) -> None:
+    assert run_capture(config, progress=False, start_teacher=FakeTeacher).complete
+
+
+def upload(local: PrecomputeConfig, root: Path) -> PrecomputeConfig:
+    """The same run with dataset, images and output in a store."""
+    prefix = parse_location(f"s3://{BUCKET}/{uuid4()}")
+    for path in (path for path in root.iterdir() if path.is_file()):
+        publish(prefix / "data" / path.name, path.read_bytes())
+    places = {"dataset": prefix / "data" / "data.jsonl", "image_root": prefix / "data", "output": prefix / "out"}
+    return local.model_copy(update=places)
+
+
+@pytest.fixture
+def local(tmp_path: Path, llava_dir: Path) -> PrecomputeConfig:
+    return make_config(tmp_path, llava_dir, conversation_records(tmp_path, NUM_SAMPLES), num_loader_threads=1)
+
+
+@pytest.fixture(scope="module")
+def _published(_running_store: Store, tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> PrecomputeConfig:
+    root = tmp_path_factory.mktemp("published")
+    local = make_config(root, llava_dir, conversation_records(root, NUM_SAMPLES), num_loader_threads=1)
+    _running_store.clear()
+    remote = upload(local, root)
+    score(remote)
+    return remote
+
+
+@pytest.fixture
+def remote(_published: PrecomputeConfig, store: Store) -> PrecomputeConfig:
+    """A complete output in the store."""
+    return _published
+
+
+def content(files: dict[str, bytes]) -> dict[str, bytes]:
+    """All but the configuration, which names the output."""
+    return {name: data for name, data in files.items() if name not in ("config.json", ".lock")}
+
+
+def on_disk(output: Path) -> dict[str, bytes]:
+    return content({path.name: path.read_bytes() for path in output.iterdir()}) if output.is_dir() else {}
+
+
+def in_store(store: Store, config: PrecomputeConfig) -> dict[str, bytes]:
+    assert isinstance(config.output, UPath)
+    return content(store.objects(config.output.path.removeprefix(f"{BUCKET}/")))
+
+
+def assert_nothing_is_half_published(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    assert {name: expected[name] for name in found} == found
+    for name in found:
+        assert not name.startswith("shard-") or "manifest.json" in found
+        assert not name.endswith(".json") or name.replace(".json", ".parquet") in found or name == "manifest.json"
+
+
+def test_dataset_images_and_shards_may_all_be_in_a_store(
+    local: PrecomputeConfig, tmp_path: Path, llava_dir: Path, store: Store
+) -> None:
+    score(local)
+    remote = upload(local, tmp_path)
+    store.clear()
+    score(remote)
+    assert in_store(store, remote) == on_disk(Path(local.output))
+    for number in range(2):
+        assert store.count("PUT", f"shard-{number:05d}.parquet") == 1
+        assert store.count("PUT", f"shard-{number:05d}.json") == 1
+    assert not store.count("POST"), "a part of an object was sent"
+    assert verify_logits(remote.output, remote.dataset, progress=False).ok
+    encoder = ChatEncoder.load(llava_dir)
+    here, there = (ShardSource(output, encoder, "pad", 1) for output in (local.output, remote.output))
+    assert len(here) == len(there) == NUM_SAMPLES
+    for index in range(NUM_SAMPLES):
+        ours, theirs = here[index], there[index]
+        assert ours.sample == theirs.sample
+        assert ours.scores is not None
+        assert theirs.scores is not None
+        assert [s.logprobs.tolist() for s in ours.scores] == [s.logprobs.tolist() for s in theirs.scores]
+
+
+def test_a_run_that_is_repeated_finds_its_shards_in_the_store(remote: PrecomputeConfig, store: Store) -> None:
+    summary = run_capture(remote, progress=False, start_teacher=FakeTeacher)
+    assert "nothing was left to do" in summary.message
+    assert not store.count("PUT", ".parquet")
+
+
+def test_each_call_to_a_store_fails_in_turn_and_a_rerun_completes(
+    local: PrecomputeConfig, tmp_path: Path, store: Store
+) -> None:
+    """Every second time all later calls fail too."""
+    score(local)
+    expected = on_disk(Path(local.output))
+    remote = upload(local, tmp_path)
+    for failing in itertools.count():
+        config = remote.model_copy(update={"output": remote.output.with_name(f"out-{failing}")})
+        store.clear()
+        failed = fail(store, failing, lasting=failing % 2 == 1)
+        try:
+            score(config)
+        except StorageError as error:
+            assert any(f"s3://{BUCKET}/{key}" in str(error) for key in failed)
+            assert "run the same command again" in str(error)
+        else:
+            assert not failed
+            break
+        assert_nothing_is_half_published(in_store(store, config), expected)
+        store.clear()
+        score(config)
+        assert in_store(store, config) == expected
+    assert failing > 20
+
+
+def fail(store: Store, failing: int, lasting: bool) -> list[str]:
+    """Lets request number `failing`, and those after it if `lasting`, be denied; their keys will be in the list."""
+    failed: list[str] = []
+
+    def fault(number: int, _: str, key: str) -> Fault:
+        if number != failing and not (lasting and number > failing):
+            return None
+        failed.append(key)
+        return DENIED
+
+    store.fault = fault
+    return failed
+
+
+def test_a_run_outlives_throttling_and_dropped_connections(
+    local: PrecomputeConfig, tmp_path: Path, store: Store
+) -> None:
+    score(local)
+    remote = upload(local, tmp_path)
+    store.clear()
+    faults: list[Fault] = [SLOW_DOWN, "drop", "drop answer", "cut", (500, "InternalError")]
+    store.fault = lambda number, *_: faults[number // 3 % 5] if number % 3 == 1 else None
+    score(remote)
+    assert sum(request.status == 503 for request in store.requests) > 2
+    assert in_store(store, remote) == on_disk(Path(local.output))
+
+
+@pytest.mark.parametrize("fault", [DENIED, "drop"])
+def test_a_store_that_fails_is_no_damage_for_verify_shards(
+    remote: PrecomputeConfig, store: Store, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    monkeypatch.setattr(object_store, "ATTEMPTS", 2)
+    for key_end in ("manifest.json", "shard-00001.json", "shard-00001.parquet", "data.jsonl"):
+        store.clear()
+        store.fault = lambda _, __, key, end=key_end: fault if key.endswith(end) else None
+        with pytest.raises(StorageError, match=f"{key_end}: could not .* again"):
+            verify_logits(remote.output, remote.dataset, progress=False)
+
+
+def test_verify_shards_finds_damage_in_a_store(remote: PrecomputeConfig) -> None:
+    path = shard_path(remote.output, 1)
+    publish(path, b"PAR1 damaged PAR1")
+    report = verify_logits(remote.output, progress=False)
+    assert [check.name for check in report.checks if not check.ok] == ["checksums"]
+    score(remote)
+    assert verify_logits(remote.output, progress=False).ok
+
+
+def test_verify_shards_takes_addresses(remote: PrecomputeConfig) -> None:
+    command = ["verify-shards", str(remote.output), "--dataset", str(remote.dataset), "--json"]
+    result = CliRunner().invoke(app, command)
+    assert (result.exit_code, json.loads(result.stdout)["verify"]["ok"]) == (0, True)
+
+
+class FullDisk:
+    """Lets one of the steps of writing fail: opening, flushing and renaming a file, flushing its directory."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, failing: int) -> None:
+        self._count = 0
+        self._failing = failing
+        self.failed = False
+        patch.setattr("common.storage.files.os.fsync", self._or_full(os.fsync))
+        patch.setattr("common.storage.files.Path.replace", self._or_full(Path.replace))
+        real_open = Path.open
+        full_open = self._or_full(Path.open)
+        patch.setattr(
+            "common.storage.files.Path.open",
+            lambda path, mode="r", *rest, **named: (full_open if "w" in mode else real_open)(
+                path, mode, *rest, **named
+            ),
+        )
+
+    def _or_full(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._count += 1
+            if self._count - 1 == self._failing:
+                self.failed = True
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return step(*arguments, **named)
+
+        return call
+
+
+def test_a_disk_is_full_at_each_write_in_turn_and_a_rerun_completes(
+    local: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score(local)
+    expected = on_disk(Path(local.output))
+    for failing in itertools.count():
+        config = local.model_copy(update={"output": Path(local.output).with_name(f"out-{failing}")})
+        with monkeypatch.context() as patch:
+            disk = FullDisk(patch, failing)
+            try:
+                score(config)
+            except StorageError as error:
+                assert "No space left on device" in str(error)
+                assert "run the same command again" in str(error)
+            else:
+                assert not disk.failed
+                break
+        assert_nothing_is_half_published(on_disk(Path(config.output)), expected)
+        score(config)
+        assert on_disk(Path(config.output)) == expected
+    assert failing == 4 * (2 + 2 * len(published_shards(local.output)))

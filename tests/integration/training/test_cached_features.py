@@ -1,0 +1,150 @@
+"""Whole stages in bfloat16 from a feature cache: the losses and weights of a live vision tower, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from precompute.features.run import FeatureSettings, run_features
+from tests.support.models import tiny_llava
+from tests.support.training import LiveTeacher, launch, losses, run_stages, stage, weights, write_mixed_dataset
+
+# Every case is trained twice, with the tower and from the cache. Every other sample has no image, so that with
+# micro-batches of one sample stand-ins take part.
+CASES: dict[str, dict[str, Any]] = {
+    "zero-1": {"run": {"zero_stage": 1}},
+    "zero-2, one sample at a time, workers": {
+        "run": {"zero_stage": 2},
+        "optim": {"micro_batch_size": 1},
+        "data": {"num_workers": 1},
+    },
+    # Under ZeRO-3 DeepSpeed puts its own linear layer in, which rounds product and bias one after the other, in a live
+    # tower too; this keeps torch's.
+    "zero-3": {"run": {"zero_stage": 3, "deepspeed": "plain-linear.json"}},
+    "packed, activations computed again": {
+        "run": {"zero_stage": 1, "activation_checkpointing": True},
+        "data": {"batching": "packed"},
+    },
+    "sparse": {
+        "stage": "dense-to-sparse",
+        "run": {"zero_stage": 1},
+        "optim": {"micro_batch_size": 1},
+        "moe": {"num_experts": 4, "top_k": 2},
+        "loss": {"balance": 0.01},
+    },
+    "pairs": {
+        "stage": "preference",
+        "trainable": ["adapter", "language_model"],
+        "run": {"zero_stage": 1},
+        "loss": {"cross_entropy": 0.0, "preference": 1.0},
+    },
+    "validated": {"run": {"zero_stage": 1, "eval_steps": 2}, "data": {"validation_fraction": 0.2}},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stages")
+    student, data = tiny_llava(root / "student", num_layers=2), root / "data"
+    for kind in ("kd", "dpo"):
+        write_mixed_dataset(data, 20, kind)
+        LiveTeacher(student, data).write_output(root / f"{kind}-scores", data / f"{kind}.json", kind)
+    for form in ("bf16", "q8"):
+        run_features(FeatureSettings(student, data / "kd.json", data, root / form, form, "pad", 3, 4), progress=False)
+    (root / "plain-linear.json").write_text(json.dumps({"zero_optimization": {"memory_efficient_linear": False}}))
+    return root
+
+
+def case(root: Path, name: str, source: str, output: str | None = None) -> dict[str, Any]:
+    """A stage of six steps; `source` is "live", or the form of a cache."""
+    changes = json.loads(json.dumps(CASES[name]))
+    changes["run"] = {"precision": "bf16"} | changes["run"]
+    if "deepspeed" in changes["run"]:
+        changes["run"]["deepspeed"] = str(root / changes["run"]["deepspeed"])
+    changes["loss"] = {"cross_entropy": 1.0} | changes.get("loss", {})
+    changes["optim"] = {"max_steps": 6, "global_batch_size": 4} | changes.get("optim", {})
+    images = {"image_root": str(root / "data")} if source == "live" else {"features": str(root / source)}
+    shards = root / ("dpo-scores" if name == "pairs" else "kd-scores")
+    changes["data"] = {"shards": str(shards)} | images | changes.get("data", {})
+    return stage(root / (output or f"{name}-{source}"), root / "student", **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path) -> Path:
+    run_stages([case(root, name, source) for name in CASES for source in ("live", "bf16")], root / "scratch")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_weights_are_those_of_a_live_tower_bit_for_bit(trained: Path, name: str) -> None:
+    live, cached = (trained / f"{name}-{source}" for source in ("live", "bf16"))
+    assert losses(live) == losses(cached)
+    assert len(set(losses(cached))) == 6
+    expected, found = weights(live), weights(cached)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) and expected[key].dtype == found[key].dtype for key in expected)
+    assert sum("vision_tower.vision_model" in key for key in found) == 55
+    for path in (live / "final").iterdir():
+        if path.suffix == ".json":
+            assert json.loads(path.read_text()) == json.loads((cached / "final" / path.name).read_text())
+    if name == "validated":
+        lines = [[json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (live, cached)]
+        ce = [[line["eval_cross_entropy"] for line in each if "eval_cross_entropy" in line] for each in lines]
+        assert ce[0] == ce[1] != []
+
+
+@pytest.mark.slow
+def test_the_8_bit_form_and_float32_come_close(trained: Path) -> None:
+    exact = case(trained, "zero-1", "live", "fp32-live")
+    cached = case(trained, "zero-1", "bf16", "fp32-bf16")
+    for settings in (exact, cached):
+        settings["run"] |= {"precision": "fp32", "zero_stage": 0}
+    ((code, shown),) = launch([case(trained, "zero-1", "q8"), exact, cached], trained / "scratch-close")
+    assert code == 0, shown[-3000:]
+    assert losses(trained / "zero-1-q8") == pytest.approx(losses(trained / "zero-1-live"), rel=2e-3)
+    assert losses(trained / "fp32-bf16") == pytest.approx(losses(trained / "fp32-live"), rel=1e-3)
+    assert losses(trained / "fp32-bf16") != losses(trained / "fp32-live")
+
+
+@pytest.mark.slow
+def test_a_run_continues_from_its_checkpoint_whose_model_is_whole(trained: Path) -> None:
+    name = "zero-2, one sample at a time, workers"
+    settings = [case(trained, name, "bf16", output) for output in ("whole", "resumed")]
+    for each in settings:
+        each["run"] |= {"save_steps": 3}
+    run_stages(settings, trained / "scratch-whole")
+    resumed = trained / "resumed"
+    checkpoint = resumed / "checkpoints" / "checkpoint-3"
+    assert (checkpoint / "model.safetensors").stat().st_size > 0
+    shutil.rmtree(resumed / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(resumed / "final")
+    run_stages(settings[1:], trained / "scratch-resumed")
+    assert json.loads((resumed / "starts.json").read_text())[-1]["step"] == 3
+    expected, found = weights(trained / "whole"), weights(resumed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    from train.model.export import export_student
+
+    export_student(checkpoint, trained / "exported")
+    from train.model.student import load_student
+
+    tower = load_student(trained / "exported", dtype=torch.bfloat16).model.vision_tower.state_dict()
+    original = load_student(trained / "student", dtype=torch.bfloat16).model.vision_tower.state_dict()
+    assert all(torch.equal(tower[key], original[key]) for key in original)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_from_a_cache_also_where_one_has_no_image(trained: Path) -> None:
+    settings = [case(trained, "zero-3", source, f"two-ranks-{source}") for source in ("live", "bf16")]
+    for each in settings:
+        each["optim"] |= {"micro_batch_size": 1, "max_steps": 4}
+    run_stages(settings, trained / "scratch-two", num_ranks=2)
+    live, cached = (trained / f"two-ranks-{source}" for source in ("live", "bf16"))
+    assert losses(live) == losses(cached)
+    expected, found = weights(live), weights(cached)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)

@@ -1,0 +1,90 @@
+"""The recipes without a teacher run from their own files: conversations in, no shards."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.models import tiny_llava
+from tests.support.training import ROOT, losses, run_stages, write_mixed_dataset
+from train.model.student import load_student
+
+pytestmark = pytest.mark.slow
+
+RECIPES = {"llava": ("pretrain", "finetune"), "moe-llava": ("stage1", "stage2", "stage3")}
+TRAINED = {
+    "pretrain": {"adapter"},
+    "finetune": {"adapter", "language_model"},
+    "stage1": {"adapter"},
+    "stage2": {"adapter", "language_model"},
+    "stage3": {"experts", "router"},
+}
+NUM_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("recipes")
+    dataset = write_mixed_dataset(root / "data", 20)
+    student = tiny_llava(root / "models" / "student", num_layers=2)
+    configs = []
+    for recipe, names in RECIPES.items():
+        for name in names:
+            config = tomllib.loads((ROOT / "configs" / recipe / f"{name}.toml").read_text())
+            first = config["model"]["path"] == "models/student"
+            config["model"]["path"] = str(student if first else root / config["model"]["path"])
+            config["output"] = str(root / config["output"])
+            config["data"] |= {"dataset": str(dataset), "image_root": str(dataset.parent), "num_workers": 0}
+            config["data"]["validation_fraction"] = 0.1
+            # A tiny student learns in few steps what a real one learns slowly.
+            config["optim"] |= {"learning_rate": 3e-3, "global_batch_size": 8, "micro_batch_size": 4}
+            config["optim"]["max_steps"] = NUM_STEPS
+            config["run"]["precision"] = "fp32"
+            configs.append(config)
+    run_stages(configs, root / "scratch")
+    return root
+
+
+@pytest.mark.parametrize(("recipe", "name"), [(recipe, name) for recipe in RECIPES for name in RECIPES[recipe]])
+def test_a_recipe_s_stage_learns_and_changes_what_it_says(root: Path, recipe: str, name: str) -> None:
+    output = root / "runs" / recipe / name
+    found = losses(output)
+    assert len(found) == NUM_STEPS
+    assert sum(found[-2:]) < sum(found[:2])
+
+    names = RECIPES[recipe]
+    before = names.index(name) - 1
+    start = root / "models" / "student" if before < 0 else root / "runs" / recipe / names[before] / "final"
+    old = load_student(start, dtype=torch.float32).state_dict()
+    model = load_student(output / "final", dtype=torch.float32)
+    changed = set()
+    for key, tensor in model.state_dict().items():
+        if name == "stage3" and is_upcycled(key):
+            changed.add("experts" if ".experts." in key else "router")
+        elif not torch.equal(tensor, old[key]):
+            changed.add(group_of(key))
+    assert changed == TRAINED[name]
+    if name == "stage3":
+        assert_experts_parted(model.state_dict())
+
+
+def is_upcycled(key: str) -> bool:
+    return ".mlp.experts." in key or ".mlp.gate." in key or ".mlp.shared_expert" in key
+
+
+def group_of(key: str) -> str:
+    for part, group in ((".vision_tower.", "vision_tower"), (".multi_modal_projector.", "adapter")):
+        if part in f".{key}":
+            return group
+    return "language_model"
+
+
+def assert_experts_parted(state: dict[str, Any]) -> None:
+    """Four copies of one network went their own ways: they were trained, and by different tokens."""
+    stacked = [tensor for key, tensor in state.items() if ".mlp.experts.gate_up_proj" in key]
+    assert len(stacked) == 1, "of two layers one is sparse"
+    assert len(stacked[0]) == 4
+    assert all(not torch.equal(stacked[0][0], stacked[0][expert]) for expert in range(1, 4))
+    assert not any(tensor.any() for key, tensor in state.items() if ".mlp.shared_expert." in key)

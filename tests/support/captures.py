@@ -1,0 +1,23 @@
+"""Captures with a stand-in for the engine, and what they left."""
+
+from pathlib import Path
+from typing import Any
+
+from precompute.config import PrecomputeConfig
+from precompute.logits.run import CaptureSummary, run_capture
+from precompute.scorer import Scorer, ScorerSettings
+from tests.support.fake_teacher import FakeTeacher
+
+NUM_SAMPLES = 10
+
+
+def score(config: PrecomputeConfig, **teacher: Any) -> CaptureSummary:
+    return run_capture(config, progress=False, start_teacher=lambda plan: FakeTeacher(plan, **teacher))
+
+
+def no_teacher(_: ScorerSettings) -> Scorer:
+    raise AssertionError("the teacher was started")
+
+
+def shard_bytes(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(output.glob("shard-*"))}

@@ -1,0 +1,102 @@
+"""Looking into outputs and reports."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from common.shards.manifest import (
+    file_sha256,
+    published_shards,
+    read_manifest,
+    read_receipt,
+    receipt_path,
+    shard_path,
+    write_with_digest,
+)
+from common.shards.score_shard import ShardFile, ShardRow
+from precompute.config import PrecomputeConfig
+from precompute.report import Report
+
+
+def failed(report: Report) -> dict[str, str]:
+    return {check.name: check.problems[0].what for check in report.checks if not check.ok}
+
+
+def rows_of(output: Path, number: int) -> list[ShardRow]:
+    shard = ShardFile(shard_path(output, number), read_manifest(output), number)
+    rows = list(shard)
+    shard.close()
+    return rows
+
+
+def sign_again(output: Path, number: int) -> None:
+    """Makes a receipt that fits whatever the shard's bytes are now, so that later checks are reached."""
+    receipt = read_receipt(output, number, read_manifest(output))
+    path = shard_path(output, number)
+    changed = {"sha256": file_sha256(path), "num_bytes": path.stat().st_size}
+    write_with_digest(receipt_path(output, number), receipt.model_copy(update=changed))
+
+
+def with_sample(row: ShardRow, **changes: Any) -> ShardRow:
+    return dataclasses.replace(row, sample=dataclasses.replace(row.sample, **changes))
+
+
+def rewrite(output: Path, number: int, row_group_size: int | None = None, **footer: str | None) -> None:
+    """Writes a shard's Parquet file again with other keys in its footer (None: without), and a receipt that fits."""
+    path = shard_path(output, number)
+    before = {key: value for key, value in pq.read_metadata(path).metadata.items() if key != b"ARROW:schema"}
+    changes = {f"decant.{name}".encode(): value for name, value in footer.items()}
+    metadata = {key: value for key, value in {**before, **changes}.items() if value is not None}
+    table = pq.read_table(path).replace_schema_metadata(metadata)
+    pq.write_table(table, path, row_group_size=row_group_size)
+    sign_again(output, number)
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+def config_of(output: Path) -> PrecomputeConfig:
+    """The configuration that an output was made with, for this copy of it."""
+    written = json.loads((output / "config.json").read_text())["config"]
+    return PrecomputeConfig.model_validate(written).model_copy(update={"output": output})
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """The bytes of manifest, shards and receipts."""
+    return {path.name: path.read_bytes() for path in sorted(output.glob("*")) if path.name[:5] in ("shard", "manif")}
+
+
+def part(whole: Path, out: Path, *numbers: int) -> Path:
+    """A copy of an output with some of its shards."""
+    shutil.copytree(whole, out, ignore=lambda _, names: [name for name in names if name.startswith("shard-")])
+    for number in numbers:
+        for path in (shard_path(whole, number), receipt_path(whole, number)):
+            shutil.copy(path, out)
+    return out
+
+
+def all_rows(output: Path) -> list[ShardRow]:
+    return [row for number in published_shards(output) for row in rows_of(output, number)]
+
+
+def values(row: ShardRow) -> Iterator[Any]:
+    """All that a row holds, arrays as their bytes."""
+    yield row.index
+    yield row.sample
+    for scored in row.conversations:
+        yield scored.encoded.image_token_id
+        for record in (scored.encoded, scored.scores):
+            yield [
+                (name, value.dtype, value.tobytes())
+                for name, value in vars(record).items()
+                if isinstance(value, np.ndarray) and not name.startswith("response")
+            ]

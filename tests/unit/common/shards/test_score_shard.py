@@ -1,0 +1,333 @@
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common.data.chat_encoding import EncodedChat
+from common.data.samples import Kind, Sample, Turn
+from common.errors import ProvenanceError, ShardError, StorageError
+from common.shards.codec import ID_COLUMNS
+from common.shards.manifest import SkippedSample, file_sha256, published_shards, read_receipt, receipt_path, shard_path
+from common.shards.score_shard import (
+    ROWS_PER_GROUP,
+    ScoredConversation,
+    ShardFile,
+    ShardRow,
+    num_scored_tokens,
+    write_shard,
+)
+from common.shards.scores import TeacherScores, scores_from_topk
+from tests.support.builders import IMAGE_TOKEN_ID, make_manifest, make_rows, read_table
+
+# Of each kind of entries: the settings of the capture, and those of `make_rows`.
+CAPTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "best": ({}, {}),
+    "drawn": ({"top_k": 0, "num_draws": 40, "seed": 0}, {"num_draws": 40}),
+}
+
+NATIVE = {
+    "messages": 'STRUCT("role" VARCHAR, "content" VARCHAR)[]',
+    "input_ids": "INTEGER[]",
+    "response_spans": 'STRUCT("start" INTEGER, stop INTEGER)[]',
+    "logprob_sum": "DOUBLE",
+    "own_logprobs": "FLOAT[]",
+    "rest_mass": "FLOAT[]",
+    "topk_counts": "INTEGER[]",
+    "topk_tables": "UTINYINT[]",
+    **dict.fromkeys(ID_COLUMNS, "BLOB"),
+}
+
+
+def assert_same_rows(found: list[ShardRow], expected: list[ShardRow]) -> None:
+    assert [(row.index, row.sample) for row in found] == [(row.index, row.sample) for row in expected]
+    for one, two in zip(found, expected, strict=True):
+        for a, b in zip(one.conversations, two.conversations, strict=True):
+            assert a.encoded.image_token_id == b.encoded.image_token_id
+            pairs = [(a.encoded.input_ids, b.encoded.input_ids), (a.encoded.spans, b.encoded.spans)]
+            assert (a.scores.draws is None) == (b.scores.draws is None)
+            names = ["own_logprobs", "rest_mass", "counts", "ids", "logprobs", "draws"][
+                : 5 + (a.scores.draws is not None)
+            ]
+            for x, y in pairs + [(getattr(a.scores, name), getattr(b.scores, name)) for name in names]:
+                assert x.dtype == y.dtype
+                np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+@pytest.mark.parametrize("num_rows", [0, 1, ROWS_PER_GROUP, 2 * ROWS_PER_GROUP + 3])
+def test_what_is_written_is_read(tmp_path: Path, kind: Kind, num_rows: int, capture: str) -> None:
+    settings, entries = CAPTURES[capture]
+    manifest, rows = make_manifest(kind, **settings), make_rows(kind, num_rows, **entries)
+    skipped = [SkippedSample(index=199, id="s199", reason="no assistant turn")]
+    receipt = write_shard(tmp_path, 3, manifest, rows, skipped)
+    assert read_receipt(tmp_path, 3, manifest) == receipt
+    path = shard_path(tmp_path, 3)
+    assert (receipt.num_bytes, receipt.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    num_tokens = sum(len(c.scores.own_logprobs) for row in rows for c in row.conversations)
+    assert (receipt.num_rows, receipt.num_scored_tokens) == (num_rows, num_tokens)
+    assert receipt.skipped == tuple(skipped)
+    shard = ShardFile(path, manifest, 3)
+    assert shard.num_rows == num_rows
+    assert sum(map(shard.group_rows, range(shard.num_groups))) == num_rows
+    assert max(map(shard.group_rows, range(shard.num_groups)), default=0) <= ROWS_PER_GROUP
+    assert_same_rows(list(shard), rows)
+    assert num_scored_tokens(shard) == num_tokens
+    if num_rows:
+        assert_same_rows(shard.read_group(shard.num_groups - 1), rows[(shard.num_groups - 1) * ROWS_PER_GROUP :])
+    shard.close()
+
+
+def scored_row(index: int, scores: TeacherScores, image_token_id: int | None) -> ShardRow:
+    num_rows = scores.num_rows
+    encoded = EncodedChat(
+        np.arange(num_rows + 1, dtype=np.int32), np.array([[1, num_rows + 1]], np.int32), image_token_id
+    )
+    turns = (Turn("user", ""), Turn("assistant", "x"))
+    return ShardRow(index, Sample(str(index), "kd", (), (turns,)), (ScoredConversation(encoded, scores),))
+
+
+def test_rows_without_entries_and_rows_with_the_whole_vocabulary_are_kept(tmp_path: Path) -> None:
+    own = np.array([-1.0], np.float32)
+    all_ids = np.arange(1000)[None]
+    nothing = scores_from_topk(own, all_ids[:, :0], np.zeros((1, 0), np.float32))
+    everything = scores_from_topk(own, all_ids, np.full((1, 1000), -math.log(1000), np.float32))
+    rows = [scored_row(0, nothing, None), scored_row(1, everything, None)]
+    manifest = make_manifest()
+    write_shard(tmp_path, 0, manifest, rows, ())
+    found = list(ShardFile(shard_path(tmp_path, 0), manifest, 0))
+    assert_same_rows(found, rows)
+    assert [row.conversations[0].scores.rest_mass[0] for row in found] == [1.0, 0.0]
+
+
+def test_rows_that_keep_different_numbers_are_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    logprobs = np.log(rng.dirichlet(np.full(20, 0.3), 50)).astype(np.float32)
+    own, ids = logprobs[:, 0].copy(), np.tile(np.arange(20), (50, 1))
+    scores = scores_from_topk(own, ids, logprobs, top_p=0.9, min_k=2)
+    assert len(set(scores.counts.tolist())) > 3
+    manifest = make_manifest(top_k=20, top_p=0.9, min_k=2)
+    write_shard(tmp_path, 0, manifest, [scored_row(0, scores, None)], ())
+    assert_same_rows(list(ShardFile(shard_path(tmp_path, 0), manifest, 0)), [scored_row(0, scores, None)])
+
+
+def test_rows_that_were_read_own_their_memory(tmp_path: Path) -> None:
+    manifest = make_manifest()
+    write_shard(tmp_path, 0, manifest, make_rows("kd", 3), ())
+    scored = next(iter(ShardFile(shard_path(tmp_path, 0), manifest, 0))).conversations[0]
+    for array in (scored.encoded.input_ids, scored.encoded.spans, scored.scores.own_logprobs, scored.scores.counts):
+        assert array.flags.writeable
+        assert array.base is None or array.base.nbytes == array.nbytes
+
+
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path, kind: Kind) -> None:
+    for output in ("a", "b"):
+        write_shard(tmp_path / output, 0, make_manifest(kind), make_rows(kind, 100), ())
+    for name in ("shard-00000.parquet", "shard-00000.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_shard_whose_write_failed_does_not_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    replace, calls = Path.replace, iter(range(1, 9))
+
+    def full_disk(self: Path, target: Path) -> Path:
+        if next(calls) == failing:
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(StorageError):
+        write_shard(tmp_path, 0, make_manifest(), make_rows("kd", 3), ())
+    assert published_shards(tmp_path) == ()
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.parquet"][: failing - 1]
+    write_shard(tmp_path, 0, make_manifest(), make_rows("kd", 3), ())
+    assert published_shards(tmp_path) == (0,)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+def test_duckdb_sees_native_columns(tmp_path: Path, kind: Kind, capture: str) -> None:
+    settings, entries = CAPTURES[capture]
+    rows = make_rows(kind, 70, **entries)
+    write_shard(tmp_path, 0, make_manifest(kind, **settings), rows, ())
+    drawn = ("topk_repeated", "topk_draws_0", "topk_draws_1")
+    names = drawn if capture == "drawn" else [f"topk_logprobs_{p}" for p in range(4)]
+    packed = dict.fromkeys(names, "BLOB")
+    prefixes = ("",) if kind == "kd" else ("chosen_", "rejected_")
+    files = f"read_parquet('{tmp_path}/shard-*.parquet')"
+    found = {name: column for name, column, *_ in duckdb.sql(f"describe select * from {files}").fetchall()}
+    assert found == {
+        "sample_id": "VARCHAR",
+        "index": "BIGINT",
+        "images": "STRUCT(bytes BLOB, path VARCHAR)[]",
+    } | {prefix + name: column for prefix in prefixes for name, column in (NATIVE | packed).items()}
+    for which, prefix in enumerate(prefixes):
+        counts, total, low = duckdb.sql(
+            f"select sum(list_sum({prefix}topk_counts)), sum({prefix}logprob_sum), "
+            f"min(list_min({prefix}own_logprobs)) from {files}"
+        ).fetchall()[0]
+        scores = [row.conversations[which].scores for row in rows]
+        assert counts == sum(len(s.ids) for s in scores)
+        assert total == pytest.approx(math.fsum(float(v) for s in scores for v in s.own_logprobs), rel=1e-12)
+        assert low == min(float(s.own_logprobs.min()) for s in scores)
+
+
+def test_pandas_and_pyarrow_see_the_values(tmp_path: Path) -> None:
+    rows = make_rows("kd", 5)
+    write_shard(tmp_path, 0, make_manifest(), rows, ())
+    frame = pd.read_parquet(shard_path(tmp_path, 0))
+    assert frame["sample_id"].tolist() == [f"s{i}" for i in range(5)]
+    assert frame["images"][2][1]["bytes"] == rows[2].sample.images[1].data
+    assert frame["images"][2][0]["path"] == "a/2.png"
+    table = pq.read_table(shard_path(tmp_path, 0))
+    assert table["messages"][1].as_py()[1] == {"role": "assistant", "content": "ja 🐈"}
+    assert table["response_spans"][0].as_py() == [{"start": 2, "stop": 5}, {"start": 7, "stop": 12}]
+    assert table["own_logprobs"][4].as_py() == rows[4].conversations[0].scores.own_logprobs.tolist()
+    assert all(not table.schema.field(name).nullable for name in table.column_names)
+
+
+def test_hugging_face_datasets_opens_shards_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = make_rows("dpo", 4)
+    for number in (0, 1):
+        write_shard(tmp_path, number, make_manifest("dpo"), rows, ())
+    files = [str(shard_path(tmp_path, number)) for number in (0, 1)]
+    found = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(found) == 8
+    assert found[6]["rejected_messages"] == [
+        {"role": "user", "content": "<image>\nQuestion 2?"},
+        {"role": "assistant", "content": ""},
+    ]
+    assert found[6]["images"][1]["bytes"] == rows[2].sample.images[1].data
+    assert found.features["chosen_own_logprobs"] == datasets.List(datasets.Value("float32"))
+    assert found[3]["chosen_own_logprobs"] == rows[3].conversations[0].scores.own_logprobs.tolist()
+
+
+def test_pages_are_zstd_with_checksums_and_roles_share_a_dictionary(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, make_manifest("dpo"), make_rows("dpo", 5), ())
+    group = pq.read_metadata(shard_path(tmp_path, 0)).row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    assert {column.compression for column in columns} == {"ZSTD"}
+    dictionaries = {c.path_in_schema for c in columns if "RLE_DICTIONARY" in c.encodings}
+    names = ("messages.list.element.role", "topk_counts.list.element")
+    assert dictionaries == {f"{prefix}_{name}" for prefix in ("chosen", "rejected") for name in names}
+    # A changed byte of page data is found by the page's own checksum, without the receipt.
+    offset = next(c for c in columns if c.path_in_schema == "chosen_topk_logprobs_1").data_page_offset + 60
+    data = bytearray(shard_path(tmp_path, 0).read_bytes())
+    data[offset] ^= 1
+    shard_path(tmp_path, 0).write_bytes(data)
+    with pytest.raises(ShardError, match="CRC"):
+        list(ShardFile(shard_path(tmp_path, 0), make_manifest("dpo"), 0))
+
+
+def test_a_column_is_read_alone(tmp_path: Path) -> None:
+    manifest, rows = make_manifest(), make_rows("kd", 70)
+    write_shard(tmp_path, 0, manifest, rows, ())
+    shard = ShardFile(shard_path(tmp_path, 0), manifest, 0)
+    assert shard.read_column("index") == list(range(70))
+    with pytest.raises(ShardError, match="no_such_column"):
+        shard.read_column("no_such_column")
+
+
+def test_a_renamed_shard_or_one_of_another_output_or_kind_is_refused(tmp_path: Path) -> None:
+    manifest = make_manifest()
+    write_shard(tmp_path, 0, manifest, make_rows("kd", 2), ())
+    path = shard_path(tmp_path, 0)
+    for expected, number, found in (
+        (manifest, 1, "renamed"),
+        (make_manifest(num_samples=201), 0, "another manifest"),
+        (make_manifest("dpo"), 0, "columns"),
+        (make_manifest(top_k=0, num_draws=3), 0, "kd shard with drawn entries"),
+    ):
+        with pytest.raises((ShardError, ProvenanceError), match=f"{path}.*{found}"):
+            ShardFile(path, expected, number)
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" * 9, b'{"a": 1}'])
+def test_what_is_no_parquet_is_a_shard_error(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "shard-00000.parquet"
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match=str(path)):
+        ShardFile(path, make_manifest(), 0)
+    path.unlink()
+    with pytest.raises(ShardError, match=str(path)):
+        ShardFile(path, make_manifest(), 0)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("own_logprobs", [0.5]),
+        ("own_logprobs", [None] * 8),
+        ("topk_counts", [2**31 - 1] * 8),
+        ("topk_counts", [-1] * 8),
+        ("topk_tables", [0]),
+        ("topk_tables", [1] * 8),
+        ("topk_ids_3", b"123"),
+        ("topk_ids_low", b"1"),
+        ("topk_ids_high", b"12"),
+        ("topk_logprobs_3", b""),
+        ("response_spans", []),
+        ("response_spans", [{"start": 2, "stop": None}]),
+    ],
+)
+def test_well_formed_parquet_with_wrong_values_is_refused(tmp_path: Path, column: str, value: object) -> None:
+    manifest = make_manifest()
+    write_shard(tmp_path, 0, manifest, make_rows("kd", 3), ())
+    path = shard_path(tmp_path, 0)
+    table = read_table(path)
+    values = table[column].to_pylist()
+    values[1] = value
+    position, field = table.column_names.index(column), table.schema.field(column)
+    pq.write_table(table.set_column(position, field, pa.array(values, field.type)), path)
+    with pytest.raises(ShardError, match=f"{path}.*(row|null)"):
+        list(ShardFile(path, manifest, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+def test_flipped_bits_are_found_by_sha256_and_never_crash_the_reader(tmp_path: Path, kind: Kind) -> None:
+    manifest, rows = make_manifest(kind), make_rows(kind, 3)
+    receipt = write_shard(tmp_path, 0, manifest, rows, ())
+    path = shard_path(tmp_path, 0)
+    whole, rng = path.read_bytes(), np.random.default_rng(5)
+    num_refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        assert file_sha256(path) != receipt.sha256
+        try:
+            list(ShardFile(path, manifest, 0))
+        except ShardError as error:
+            assert str(path) in str(error)
+            num_refused += 1
+    assert num_refused > 100
+    for end in rng.integers(0, len(whole), 40):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ShardError, match=str(path)):
+            ShardFile(path, manifest, 0)
+
+
+def test_the_image_token_is_kept_with_and_without_one(tmp_path: Path) -> None:
+    manifest = make_manifest()
+    scores = scores_from_topk(np.zeros(2, np.float32), np.zeros((2, 1), np.int64), np.zeros((2, 1), np.float32))
+    for image_token_id in (None, 0, IMAGE_TOKEN_ID):
+        write_shard(tmp_path, 0, manifest, [scored_row(0, scores, image_token_id)], ())
+        (row,) = ShardFile(shard_path(tmp_path, 0), manifest, 0)
+        assert row.conversations[0].encoded.image_token_id == image_token_id
+    assert receipt_path(tmp_path, 0).exists()

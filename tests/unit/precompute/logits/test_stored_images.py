@@ -1,0 +1,61 @@
+"""Shards that hold their images: nothing else is needed to read them again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from common.data.images import load_image
+from common.errors import DataError
+from common.shards.manifest import read_manifest, shard_path
+from common.shards.score_shard import ShardFile
+from precompute.logits.run import run_capture
+from precompute.verify.logits import verify_logits
+from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
+from tests.support.outputs import rows_of
+
+
+def test_the_files_are_in_the_shards_byte_for_byte_and_verified(tmp_path: Path, llava_dir: Path) -> None:
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 6), store_images=True)
+    run_capture(config, progress=False, start_teacher=FakeTeacher)
+    assert verify_logits(config.output, config.dataset, progress=False).ok
+    references = [image for number in range(2) for row in rows_of(config.output, number) for image in row.sample.images]
+    assert references
+    for image in references:
+        assert image.path is not None
+        assert image.data == (tmp_path / image.path).read_bytes()
+
+
+def test_the_scores_are_those_of_an_output_with_paths(tmp_path: Path, llava_dir: Path) -> None:
+    outputs = []
+    for store_images in (False, True):
+        root = tmp_path / str(store_images)
+        root.mkdir()
+        config = make_config(root, llava_dir, conversation_records(root, 4), store_images=store_images)
+        run_capture(config, progress=False, start_teacher=FakeTeacher)
+        outputs.append(rows_of(config.output, 0))
+    for one, two in zip(*outputs, strict=True):
+        a, b = one.conversations[0].scores, two.conversations[0].scores
+        assert a.ids.tolist() == b.ids.tolist()
+        assert a.logprobs.tolist() == b.logprobs.tolist()
+
+
+def test_training_needs_no_image_folder(tmp_path: Path, llava_dir: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    config = make_config(data, llava_dir, conversation_records(data, 4), store_images=True)
+    run_capture(config, progress=False, start_teacher=FakeTeacher)
+    output = shutil.move(config.output, tmp_path / "out")
+    shutil.rmtree(tmp_path / "data")
+    for row in ShardFile(shard_path(output, 0), read_manifest(output), 0):
+        for image in row.sample.images:
+            assert load_image(image, None, "pad", (0, 0, 0), row.sample.id).size[0] > 0
+
+
+def test_an_image_that_vanishes_between_check_and_use_is_named(tmp_path: Path, llava_dir: Path) -> None:
+    records = conversation_records(tmp_path, 4)
+    config = make_config(tmp_path, llava_dir, records, store_images=True, preflight=False)
+    name = next(record["image"] for record in records if "image" in record)
+    (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=f"{name} does not exist"):
+        run_capture(config, progress=False, start_teacher=FakeTeacher)

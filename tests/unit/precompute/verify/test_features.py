@@ -1,0 +1,308 @@
+"""`verify-shards` on a feature cache: each damage is found under its own name, moved aside, and written again."""
+
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import cli
+from common.errors import DataError, ProvenanceError
+from common.shards.feature_shard import (
+    FeatureFile,
+    FeatureRow,
+    images_digest,
+    read_index,
+    write_feature_shard,
+    write_index,
+)
+from common.shards.manifest import MANIFEST_NAME, read_feature_manifest, receipt_path, shard_path, write_with_digest
+from precompute.features.run import FeatureSettings, run_features
+from precompute.verify.features import verify_features
+from precompute.verify.recompute_features import recompute_features
+from precompute.verify.repair import repair_output
+from tests.support.models import tiny_llava
+from tests.support.outputs import failed, flip
+from tests.support.training import ROOT, write_mixed_dataset
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of seven images in three shards."""
+    root = tmp_path_factory.mktemp("checked")
+    tiny_llava(root / "model", num_layers=1)
+    write_mixed_dataset(root / "data", 14)
+    run_features(settings(root, root / "out"), progress=False)
+    return root
+
+
+def settings(root: Path, output: Path) -> FeatureSettings:
+    return FeatureSettings(root / "model", root / "data" / "kd.json", root / "data", output, images_per_shard=3)
+
+
+@pytest.fixture
+def output(root: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(root / "out", tmp_path / "out")
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(output.glob("*")) if path.is_file()}
+
+
+def rows_of(output: Path, number: int) -> list[FeatureRow]:
+    shard = FeatureFile(shard_path(output, number), read_feature_manifest(output), number)
+    rows = [row for group in range(shard.num_groups) for row in shard.read_group(group)]
+    shard.close()
+    return rows
+
+
+def rewrite(output: Path, change: Callable[[list[FeatureRow]], list[FeatureRow]], number: int = 1) -> None:
+    """Writes a shard again with other rows, and a receipt that fits."""
+    write_feature_shard(output, number, read_feature_manifest(output), change(rows_of(output, number)))
+
+
+def with_packed(row: FeatureRow, name: str, data: bytes) -> FeatureRow:
+    return dataclasses.replace(row, packed={**row.packed, name: data})
+
+
+def with_infinity(rows: list[FeatureRow]) -> list[FeatureRow]:
+    low, high = (bytearray(rows[1].packed[name]) for name in ("features_low", "features_high"))
+    low[7], high[7] = 0x80, 0x7F
+    changed = with_packed(with_packed(rows[1], "features_low", bytes(low)), "features_high", bytes(high))
+    return [rows[0], changed, rows[2]]
+
+
+def list_twice(output: Path) -> None:
+    """The list and the manifest agree on an image that stands there twice."""
+    manifest = read_feature_manifest(output)
+    images = read_index(output, manifest)
+    images[4] = images[3]
+    write_index(output, images)
+    write_with_digest(output / MANIFEST_NAME, manifest.model_copy(update={"images_sha256": images_digest(images)}))
+
+
+SHARD_1 = ["shard-00001.json", "shard-00001.parquet"]
+
+# What breaks, under which name it is found, what is said, and which files are moved for it.
+DAMAGE: dict[str, tuple[Callable[[Path], object], str, str, list[str]]] = {
+    "a flipped bit": (lambda out: flip(shard_path(out, 1), 900), "checksums", "its receipt says", SHARD_1),
+    "a truncated shard": (
+        lambda out: shard_path(out, 1).write_bytes(shard_path(out, 1).read_bytes()[:-9]),
+        "checksums",
+        "its receipt says",
+        SHARD_1,
+    ),
+    "a shard is gone": (
+        lambda out: shard_path(out, 1).unlink(),
+        "files",
+        "receipt of a shard that is not there",
+        SHARD_1[:1],
+    ),
+    "a receipt is gone": (lambda out: receipt_path(out, 1).unlink(), "files", "has no receipt", SHARD_1[1:]),
+    "a receipt is broken": (lambda out: receipt_path(out, 1).write_bytes(b"{}"), "receipts", "damaged", SHARD_1),
+    "another shard's file": (
+        lambda out: [shutil.copy(a, b) for a, b in ((shard_path(out, 0), shard_path(out, 1)),)],
+        "checksums",
+        "its receipt says",
+        SHARD_1,
+    ),
+    "an infinite value": (lambda out: rewrite(out, with_infinity), "features", "image 4: 1 of 1,024 values", SHARD_1),
+    "another shape": (
+        lambda out: rewrite(out, lambda rows: [with_packed(row, "features_low", b"") for row in rows]),
+        "features",
+        "features_low has 0 bytes, expected 1,024",
+        SHARD_1,
+    ),
+    "another image's row": (
+        lambda out: rewrite(out, lambda rows: [dataclasses.replace(rows[0], image=rows[1].image), *rows[1:]]),
+        "rows",
+        "the list has",
+        SHARD_1,
+    ),
+    "a lost row": (lambda out: rewrite(out, lambda rows: rows[1:]), "coverage", "are not the images 3 to 5", SHARD_1),
+    "the list is gone": (lambda out: (out / "images.parquet").unlink(), "index", "cannot be read", []),
+    "the list is broken": (
+        lambda out: flip(out / "images.parquet", 300),
+        "index",
+        "run precompute-features again",
+        ["images.parquet"],
+    ),
+    "the list of other images": (
+        lambda out: write_index(out, read_index(out, read_feature_manifest(out))[::-1]),
+        "index",
+        "not the list of images that the manifest names",
+        ["images.parquet"],
+    ),
+}
+
+
+def test_a_whole_cache_passes_every_check(root: Path) -> None:
+    data = root / "data"
+    report = verify_features(root / "out", data / "kd.json", data, progress=False)
+    assert report.ok
+    assert all(check.num_checked for check in report.checks)
+    assert (report.num_shards, report.num_rows) == (3, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named_moved_and_written_again(root: Path, output: Path, what: str) -> None:
+    damage, name, message, moved = DAMAGE[what]
+    damage(output)
+    report = verify_features(output, progress=False)
+    assert message in failed(report)[name]
+    result = repair_output(report)
+    assert sorted(result.moved) == moved
+    summary = run_features(settings(root, output), progress=False)
+    assert summary.complete
+    assert contents(output) == contents(root / "out")
+
+
+@pytest.mark.parametrize("how", ["gone", "edited", "rubbish"])
+def test_the_manifest_is_restored_from_the_shards(root: Path, output: Path, how: str) -> None:
+    path = output / MANIFEST_NAME
+    match how:
+        case "gone":
+            path.unlink()
+        case "edited":
+            path.write_text(path.read_text().replace('"pad"', '"keep"'))
+        case _:
+            path.write_bytes(b"\xff")
+    runner = CliRunner()
+    found = runner.invoke(cli.app, ["verify-shards", str(output), "--repair", "--json"])
+    assert found.exit_code == 1
+    report = json.loads(found.stdout)
+    assert [check["name"] for check in report["verify"]["checks"] if not check["ok"]] == ["manifest"]
+    assert report["repair"]["restored"]
+    assert contents(output) == contents(root / "out")
+
+
+def test_an_image_that_is_listed_twice_is_found(output: Path) -> None:
+    list_twice(output)
+    problems = failed(verify_features(output, progress=False))
+    # The manifest is not that of the shards; what they say is checked against the list.
+    assert "is not the manifest of the shards" in problems["manifest"]
+    assert "not the list of images" in problems["index"]
+
+
+def test_what_to_run_next_is_told(output: Path) -> None:
+    flip(shard_path(output, 1), 900)
+    (output / "images.parquet").unlink()
+    console = Console(width=1000, file=io.StringIO())
+    console.print(repair_output(verify_features(output, progress=False)).render())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "run the same precompute-features again (decant precompute-features): it writes shards 1 and no" in shown
+
+
+def test_another_dataset_and_changed_images_are_found_and_nothing_is_moved(
+    root: Path, output: Path, tmp_path: Path
+) -> None:
+    records = json.loads((root / "data" / "kd.json").read_text())
+    records[2]["image"] = "new.png"
+    other = tmp_path / "kd.json"
+    other.write_text(json.dumps(records))
+    images = shutil.copytree(root / "data", tmp_path / "images")
+    shutil.copy(images / "0.png", images / "6.png")
+    (images / "8.png").unlink()
+    report = verify_features(output, other, images, progress=False)
+    checks = {check.name: check for check in report.checks}
+    said = [problem.what for problem in checks["dataset"].problems]
+    assert any("the output was made from" in what for what in said)
+    assert any("sample 's2': its image new.png is not in the cache" in what for what in said)
+    assert any("has 2.png, which no sample of the dataset names" in what for what in said)
+    said = [problem.what for problem in checks["sources"].problems]
+    assert len(said) == 2
+    assert any("6.png: has SHA-256" in what for what in said)
+    assert any("8.png does not exist" in what for what in said)
+    assert repair_output(report).moved == ()
+    assert contents(output) == contents(root / "out")
+
+
+def test_features_are_computed_again_and_compared(root: Path, output: Path, tmp_path: Path) -> None:
+    data, model = root / "data", root / "model"
+    again = recompute_features(output, model, 100, image_root=data, progress=False)
+    assert (again.num_images, again.num_exact, again.max_difference, again.ok) == (7, 7, 0.0, True)
+    # A cache that passes every check, and yet has one image's features under another's name.
+    rewrite(
+        output,
+        lambda rows: [
+            dataclasses.replace(rows[0], packed=rows[1].packed),
+            dataclasses.replace(rows[1], packed=rows[0].packed),
+            rows[2],
+        ],
+    )
+    assert verify_features(output, progress=False).ok
+    again = recompute_features(output, model, 7, image_root=data, progress=False)
+    assert not again.ok
+    assert again.num_exact == 5
+    assert again.worst in ("6.png", "8.png")
+    other = tiny_llava(tmp_path / "other", num_layers=1, seed=1)
+    with pytest.raises(ProvenanceError, match=r"weights_sha256: the cache has .* the model has"):
+        recompute_features(output, other, 1, image_root=data, progress=False)
+    images = shutil.copytree(data, tmp_path / "images")
+    for path in images.glob("*.png"):
+        shutil.copy(data / "0.png", path)
+    with pytest.raises(DataError, match="is another file than features were computed from"):
+        recompute_features(output, model, 7, image_root=images, progress=False)
+
+
+def test_the_command_knows_a_cache(root: Path, output: Path) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200"})
+        return done.exit_code, done.output + str(done.exception or "")
+
+    data = ["--dataset", str(root / "data" / "kd.json"), "--image-root", str(root / "data")]
+    again = ["--recompute", "2", "--teacher", str(root / "model")]
+    code, shown = run("verify-shards", str(output), *data, *again)
+    assert code == 0, shown
+    assert "verified" in shown
+    assert "2 images through the vision tower again" in shown
+    flip(shard_path(output, 0), 900)
+    assert run("verify-shards", str(output))[0] == 1
+    assert run("verify-shards", str(output), "--against", "x.json")[0] == 2
+    assert run("verify-shards", str(output), *again)[0] == 2
+    for command in (
+        ["inspect-shards", str(output)],
+        ["merge-shards", str(output), "--out", str(output / "new")],
+    ):
+        code, shown = run(*command)
+        assert code == 1
+        assert "belongs to a feature cache" in shown
+
+
+def test_the_command_computes_a_cache(root: Path, output: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(root / "model"), "--dataset", str(root / "data" / "kd.json")]
+    arguments += ["--image-root", str(root / "data"), "--images-per-shard", "3", "--output", str(tmp_path / "new")]
+    done = CliRunner().invoke(cli.app, ["precompute-features", *arguments])
+    assert done.exit_code == 0, done.output
+    assert "all shards are complete" in done.output
+    assert contents(tmp_path / "new") == contents(output)
+
+
+@pytest.mark.slow
+def test_verifying_needs_no_torch(root: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from precompute.verify.features import verify_features; "
+        f"assert verify_features(Path({str(root / 'out')!r}), progress=False).ok; "
+        "print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_random_damage_never_makes_verification_crash(root: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        output = shutil.copytree(root / "out", tmp_path / str(number))
+        path = sorted(path for path in output.iterdir() if path.stat().st_size)[rng.integers(8)]
+        flip(path, int(rng.integers(path.stat().st_size)))
+        # Of images.parquet what it lists is checked, not what its file says of itself.
+        assert not verify_features(output, progress=False).ok or path.name == "images.parquet"

@@ -1,0 +1,292 @@
+"""What training reads of a feature cache, what it refuses, and the student without its vision tower."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+
+from common.data.samples import ImageRef
+from common.errors import ConfigError, DataError, ModelError, ProvenanceError, ShardError
+from common.shards.feature_shard import FeatureCache
+from common.shards.manifest import shard_path
+from precompute.features.run import FeatureSettings, run_features
+from tests.support.models import tiny_causal_lm, tiny_llava
+from tests.support.outputs import flip
+from tests.support.training import ROOT, environment, stage, write_mixed_dataset
+from train.config import MoEConfig, TrainConfig
+from train.data.feature_source import FeatureSource, open_feature_source
+from train.memory_estimate import estimate_training_memory
+from train.model.student import load_student, save_student
+from train.moe.upcycle import upcycle
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def compute(model: Path, data: Path, output: Path, **changes: Any) -> Path:
+    settings = FeatureSettings(model, data / "kd.json", data, output, images_per_shard=3, **changes)
+    run_features(settings, progress=False)
+    return output
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cached")
+    tiny_llava(root / "student", num_layers=2)
+    write_mixed_dataset(root / "data", 12)
+    compute(root / "student", root / "data", root / "bf16")
+    return root
+
+
+def config(root: Path, student: Path | None = None, **changes: Any) -> TrainConfig:
+    data = {"dataset": str(root / "data" / "kd.json"), "features": str(root / "bf16")}
+    changes["data"] = data | changes.get("data", {})
+    settings = stage(root / "out", student or root / "student", loss={"cross_entropy": 1.0}, **changes)
+    return TrainConfig.model_validate(settings)
+
+
+def wanted(root: Path, *names: str, image_root: Path | None = None) -> list[Any]:
+    return [(ImageRef(name), image_root, f"sample {name!r}") for name in names]
+
+
+def cached(root: Path) -> FeatureSource:
+    found = open_feature_source(config(root))
+    assert found is not None
+    return found
+
+
+# What a step reads
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_features_take_the_place_of_pixels(root: Path, dtype: torch.dtype) -> None:
+    live, towerless = (load_student(root / "student", dtype=dtype, tower=tower) for tower in (True, False))
+    cache = FeatureCache(root / "bf16")
+    features = FeatureSource({None: [cache]}, dtype).pixels(wanted(root, "4.png", "0.png", "4.png"))
+    assert (features.shape, features.dtype) == ((3, 16, 64), dtype)
+    seen: list[torch.Tensor] = []
+    for model in (live, towerless):
+        model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    from transformers import AutoImageProcessor
+
+    from common.data.images import ImageSpec, load_image
+
+    spec, processor = ImageSpec.load(root / "student"), AutoImageProcessor.from_pretrained(root / "student")
+    assert spec is not None
+    images = [load_image(ImageRef(f"{n}.png"), root / "data", "pad", spec.mean_rgb, "") for n in (4, 0, 4)]
+    with torch.no_grad():
+        expected = live.get_image_features(processor(images=images, return_tensors="pt")["pixel_values"])
+        found = towerless.get_image_features(features)
+    # The projector's product takes another path, and rounds otherwise, where memory is laid out in another way.
+    assert seen[0].stride() == seen[1].stride()
+    if dtype == BF16:
+        assert torch.equal(seen[0], seen[1])
+        assert all(map(torch.equal, expected.pooler_output, found.pooler_output))
+    else:
+        assert 0 < (seen[0] - seen[1]).norm() < 0.02 * seen[0].norm()
+
+
+def test_a_stand_in_gets_zeros_of_the_same_shape(root: Path) -> None:
+    blank = cached(root).blank()
+    assert (blank.shape, blank.dtype, blank.any()) == ((1, 16, 64), F32, torch.tensor(False))
+
+
+def test_images_whose_files_a_sample_holds_are_found_by_content(root: Path) -> None:
+    features = cached(root)
+    data = (root / "data" / "6.png").read_bytes()
+    by_content = features.pixels([(ImageRef("another/name.png", data), None, "")])
+    assert torch.equal(by_content, features.pixels(wanted(root, "6.png")))
+    changed = (root / "data" / "8.png").read_bytes()
+    with pytest.raises(
+        DataError, match=f"sample 'a': image 6.png .SHA-256 {hashlib.sha256(b'x').hexdigest()}"
+    ) as caught:
+        features.pixels([(ImageRef("6.png", b"x"), None, "sample 'a'")])
+    assert "there it is another file" in str(caught.value)
+    assert torch.equal(
+        features.pixels([(ImageRef("6.png", changed), None, "")]), features.pixels(wanted(root, "8.png"))
+    )
+
+
+def test_an_image_that_is_in_no_cache_names_its_sample_and_what_to_run(root: Path) -> None:
+    with pytest.raises(DataError, match=r"sample 'new\.png': image new\.png is in no feature cache") as caught:
+        cached(root).pixels(wanted(root, "0.png", "new.png"))
+    assert "decant precompute-features --model STUDENT" in str(caught.value)
+    # The same path below another root is another image.
+    with pytest.raises(DataError, match="is in no feature cache"):
+        cached(root).pixels(wanted(root, "0.png", image_root=root))
+
+
+def test_only_so_much_is_kept_in_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = cached(root).pixels(wanted(root, "0.png", "2.png", "8.png", "0.png"))
+    monkeypatch.setattr("train.data.feature_source._KEPT_BYTES", 2 * 16 * 64 * 4)
+    features = cached(root)
+    for _ in range(2):
+        assert torch.equal(features.pixels(wanted(root, "0.png", "2.png", "8.png", "0.png")), expected)
+        assert len(features._kept) == 2
+        assert features._kept_bytes == sum(kept.nbytes for kept in features._kept.values())
+
+
+def test_a_damaged_shard_is_named(root: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(root / "bf16", tmp_path / "bf16")
+    size = shard_path(output, 0).stat().st_size
+    for position in range(4, size // 2, 8):
+        flip(shard_path(output, 0), position)
+    features = FeatureSource({None: [FeatureCache(output)]}, F32)
+    with pytest.raises(ShardError, match=r"shard-00000\.parquet: cannot be read"):
+        features.pixels(wanted(root, "0.png"))
+    assert features.pixels(wanted(root, "8.png")).isfinite().all()
+
+
+# What may be asked for
+
+
+def test_features_of_another_encoder_are_refused_naming_both_sides(root: Path, tmp_path: Path) -> None:
+    other = tiny_llava(tmp_path / "other", num_layers=1, seed=1)
+    with pytest.raises(ProvenanceError, match=r"weights_sha256: the cache has '\w+', the model has '\w+'"):
+        open_feature_source(config(root, other))
+    with pytest.raises(ProvenanceError, match="aspect_ratio: the cache has 'pad', the model has 'keep'"):
+        open_feature_source(config(root, data={"image_aspect_ratio": "keep"}))
+
+
+def test_a_student_that_was_trained_keeps_its_cache(root: Path, tmp_path: Path) -> None:
+    """A stage in bf16 leaves a directory in bfloat16, whose tower computes the same."""
+    save_student(load_student(root / "student", dtype=BF16), root / "student", tmp_path / "next")
+    assert open_feature_source(config(root, tmp_path / "next")) is not None
+
+
+def test_what_cannot_be_trained_from_features_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="the vision tower cannot be trained"):
+        config(root, trainable=["vision_tower", "adapter"])
+    text = tiny_causal_lm(tmp_path / "text", num_layers=1)
+    with pytest.raises(ConfigError, match="a student without a vision tower"):
+        open_feature_source(config(root, text))
+    with pytest.raises(ModelError, match="expected 'llava'"):
+        load_student(text, dtype=F32, tower=False)
+
+
+def test_each_set_has_the_caches_of_its_own_images(root: Path, tmp_path: Path) -> None:
+    dataset, other_data = str(root / "data" / "kd.json"), tmp_path / "data"
+    shutil.copytree(root / "data", other_data)
+    shutil.copy(other_data / "2.png", other_data / "0.png")
+    compute(root / "student", other_data, tmp_path / "other")
+    own = {"dataset": dataset, "image_root": str(other_data)}
+    with pytest.raises(ValidationError, match="set 2 has no features"):
+        config(root, data={"dataset": None, "mix": [{"dataset": dataset}, own]})
+    features = open_feature_source(
+        config(root, data={"dataset": None, "mix": [{"dataset": dataset}, own | {"features": str(tmp_path / "other")}]})
+    )
+    assert features is not None
+    first, second = (features.pixels(wanted(root, "0.png", image_root=at)) for at in (None, other_data))
+    assert not torch.equal(first, second)
+    assert torch.equal(second, features.pixels(wanted(root, "2.png")))
+    both = open_feature_source(config(root, data={"features": [str(tmp_path / "other"), str(root / "bf16")]}))
+    assert both is not None
+    assert torch.equal(both.pixels(wanted(root, "0.png")), second)
+
+
+def test_the_plan_counts_no_tower(root: Path) -> None:
+    live = config(root, data={"features": []})
+    whole, without = (estimate_training_memory(root / "student", 10, config=each) for each in (live, config(root)))
+    tower = sum(w.numel() for name, w in load_file(root / "student" / "model.safetensors").items() if "vision" in name)
+    counts = [estimated.parameters.figures[0].value for estimated in (whole, without)]
+    assert counts[0] - counts[1] == tower
+
+
+# The student without its tower
+
+
+def test_the_model_is_the_vanilla_class_and_has_no_tower(root: Path) -> None:
+    model = load_student(root / "student", dtype=F32, tower=False)
+    assert type(model) is LlavaForConditionalGeneration
+    assert not [name for name, _ in model.named_parameters() if "vision" in name]
+    whole = dict(load_student(root / "student", dtype=F32).named_parameters())
+    assert all(torch.equal(parameter, whole[name]) for name, parameter in model.named_parameters())
+    assert len(whole) - len(list(model.parameters())) == 55
+
+
+@pytest.mark.parametrize("name", ["multi_modal_projector.linear_1.bias", "language_model.model.norm.weight"])
+def test_any_other_weight_that_is_missing_is_still_refused(root: Path, tmp_path: Path, name: str) -> None:
+    broken = shutil.copytree(root / "student", tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if n != name}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="1 weights are missing"):
+        load_student(broken, dtype=F32, tower=False)
+    save_file({**weights, "stranger": weights[name].clone()}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="1 weights are unknown"):
+        load_student(broken, dtype=F32, tower=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_what_is_saved_is_what_the_whole_model_would_have_saved(
+    root: Path, tmp_path: Path, dtype: torch.dtype, sparse: bool
+) -> None:
+    for tower in (True, False):
+        model = load_student(root / "student", dtype=dtype, tower=tower)
+        if sparse:
+            model = upcycle(model, MoEConfig(num_experts=2, top_k=1), seed=0)
+        save_student(model, root / "student", tmp_path / str(tower))
+    live, cached = (load_file(tmp_path / name / "model.safetensors") for name in ("True", "False"))
+    assert {name: w.dtype for name, w in live.items()} == {name: w.dtype for name, w in cached.items()}
+    assert all(torch.equal(live[name], cached[name]) for name in live)
+    names = sorted(path.name for path in (tmp_path / "True").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "False").iterdir())
+    for name in names:
+        if name.endswith(".json"):
+            assert json.loads((tmp_path / "True" / name).read_text()) == json.loads(
+                (tmp_path / "False" / name).read_text()
+            )
+
+
+@pytest.mark.slow
+def test_the_tower_is_never_in_memory(tmp_path: Path) -> None:
+    """Peak memory of loading a student whose tower is 60 MB and everything else 1 MB."""
+    from transformers import CLIPVisionConfig, LlavaConfig
+
+    directory = tiny_llava(tmp_path / "student", num_layers=1)
+    made = LlavaConfig.from_pretrained(directory)
+    made.vision_config = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=40_000,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+    )
+    LlavaForConditionalGeneration(made).save_pretrained(directory)
+    tower_bytes = (directory / "model.safetensors").stat().st_size
+    assert tower_bytes > 60e6
+    code = f"""
+import torch
+from pathlib import Path
+from train.model.student import load_student
+
+def grown(**options):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    load_student(Path({str(directory)!r}), dtype=torch.bfloat16, **options)
+    return peak() - before
+
+def peak():
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+load_student(Path({str(tmp_path / "other")!r}), dtype=torch.bfloat16, tower=False)
+print(grown(tower=False), grown())
+"""
+    tiny_llava(tmp_path / "other", num_layers=1)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment()
+    )
+    without, whole = map(int, done.stdout.split()[-2:])
+    assert whole > 0.45 * tower_bytes
+    assert without < 0.05 * tower_bytes

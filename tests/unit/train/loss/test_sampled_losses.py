@@ -1,0 +1,114 @@
+"""Draws from the teacher's distribution train as the whole distribution does, on average.
+
+Axes as in train/loss/functional.py; D: draws of one row.
+"""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.shards.scores import TeacherScores, scores_from_draws, scores_from_topk
+from tests.support import reference_losses as reference
+from tests.support.accumulation import assert_accumulated
+from tests.support.fused_rows import distillation_loss
+
+VOCAB, TEACHER_OUTPUT, STUDENT_OUTPUT = 23, 26, 29
+NUM_DRAWS, NUM_TRIALS = 12, 40_000
+
+
+@pytest.fixture(scope="module")
+def teacher_V() -> np.ndarray:
+    """One distribution over the teacher's padded output layer, float64; half of it lies outside its best four."""
+    return reference.softmax(1.5 * np.random.default_rng(0).normal(size=TEACHER_OUTPUT))
+
+
+@pytest.fixture(scope="module")
+def student_V() -> Tensor:
+    """One row of the student's logits, float64."""
+    return torch.from_numpy(1.5 * np.random.default_rng(1).normal(size=STUDENT_OUTPUT))
+
+
+def drawn(probs_V: np.ndarray, num_rows: int) -> np.ndarray:
+    return np.random.default_rng(2).choice(len(probs_V), (num_rows, NUM_DRAWS), p=probs_V)
+
+
+def gradients(student_V: Tensor, scores: TeacherScores, tail: str) -> np.ndarray:
+    """Gradient of each row's loss in the same student logits, float64 [R, VOCAB]."""
+    logits_RV = student_V.repeat(scores.num_rows, 1).requires_grad_()
+    ids_RK, logprobs_RK = (torch.from_numpy(array) for array in scores.topk())
+    rest_R = torch.from_numpy(scores.rest_mass)
+    loss_R = distillation_loss(logits_RV, ids_RK, logprobs_RK.double(), rest_R, vocab_size=VOCAB, tail=tail)
+    loss_R.sum().backward()
+    assert logits_RV.grad is not None
+    return logits_RV.grad[:, :VOCAB].numpy()
+
+
+def standard_errors_off(samples_RV: np.ndarray, expected_V: np.ndarray) -> float:
+    """How many standard errors the coordinate farthest off has its mean from what is expected."""
+    error_V = samples_RV.std(axis=0, ddof=1) / math.sqrt(len(samples_RV))
+    assert error_V.max() < 1e-3
+    return float((np.abs(samples_RV.mean(axis=0) - expected_V) / error_V).max())
+
+
+def test_the_gradient_of_draws_is_on_average_that_of_the_full_kl(teacher_V: np.ndarray, student_V: Tensor) -> None:
+    """Padding ids of the teacher included: the student lacks them, and the draws that fell on them are left out."""
+    scores = scores_from_draws(np.zeros(NUM_TRIALS), drawn(teacher_V, NUM_TRIALS), vocab_size=VOCAB)
+    assert scores.rest_mass.max() > 0
+    expected_V = reference.kl_gradient(teacher_V[:VOCAB], student_V[:VOCAB])
+    assert standard_errors_off(gradients(student_V, scores, "ignore"), expected_V) < 4.5
+
+
+def test_the_gradient_of_multinomial_counts_is_on_average_that_of_the_full_kl(
+    teacher_V: np.ndarray, student_V: Tensor
+) -> None:
+    """The same, with counts that another generator drew and shares that this test computed."""
+    probs_V = teacher_V[:VOCAB] / teacher_V[:VOCAB].sum()
+    counts_RV = np.random.default_rng(3).multinomial(NUM_DRAWS, probs_V, NUM_TRIALS)
+    with np.errstate(divide="ignore"):
+        logprobs_RV = torch.from_numpy(np.log(counts_RV / NUM_DRAWS))
+    logits_RV = student_V.repeat(NUM_TRIALS, 1).requires_grad_()
+    ids_RV = torch.arange(VOCAB).repeat(NUM_TRIALS, 1).masked_fill(logprobs_RV == -torch.inf, 0)
+    rest_R = torch.zeros(NUM_TRIALS)
+    distillation_loss(logits_RV, ids_RV, logprobs_RV, rest_R, vocab_size=VOCAB, tail="ignore").sum().backward()
+    assert logits_RV.grad is not None
+    expected_V = reference.kl_gradient(probs_V, student_V[:VOCAB])
+    assert standard_errors_off(logits_RV.grad[:, :VOCAB].numpy(), expected_V) < 4.5
+
+
+@pytest.mark.parametrize("tail", ["ignore", "renormalise"])
+def test_the_gradient_of_the_best_entries_is_not_that_of_the_full_kl(
+    teacher_V: np.ndarray, student_V: Tensor, tail: str
+) -> None:
+    """Which is why entries are drawn: with as many of the best ones as are drawn on average the error stays."""
+    num_kept = round(float(np.mean(scores_from_draws(np.zeros(500), drawn(teacher_V, 500), vocab_size=VOCAB).counts)))
+    order_K = np.argsort(-teacher_V[:VOCAB])[:num_kept]
+    scores = scores_from_topk(np.zeros(1), order_K[None], np.log(teacher_V[order_K])[None])
+    (gradient_V,) = gradients(student_V, scores, tail)
+    error_V = np.abs(gradient_V - reference.kl_gradient(teacher_V[:VOCAB], student_V[:VOCAB]))
+    assert error_V.max() > 0.01, "ten times what the mean over draws is allowed"
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+def test_other_tails_bias_the_gradient_of_draws(teacher_V: np.ndarray, student_V: Tensor, tail: str) -> None:
+    """The bucket through the draws on padding, which say nothing of the ids that were not drawn."""
+    scores = scores_from_draws(np.zeros(NUM_TRIALS), drawn(teacher_V, NUM_TRIALS), vocab_size=VOCAB)
+    expected_V = reference.kl_gradient(teacher_V[:VOCAB], student_V[:VOCAB])
+    assert standard_errors_off(gradients(student_V, scores, tail), expected_V) > 9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_of_draws_agrees_with_the_float64_reference(teacher_V: np.ndarray, dtype: torch.dtype) -> None:
+    drawn_RD = drawn(teacher_V, 8)
+    scores = scores_from_draws(np.zeros(8), drawn_RD, vocab_size=VOCAB)
+    logits_RV = torch.randn(8, STUDENT_OUTPUT, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits_RV = logits_RV.mul(2).to(dtype)
+    counts = [Counter(i for i in row if i < VOCAB) for row in drawn_RD.tolist()]
+    expected_R = reference.sampled(logits_RV.double(), counts, NUM_DRAWS, VOCAB)
+    ids_RK, logprobs_RK = (torch.from_numpy(array) for array in scores.topk())
+    rest_R = torch.from_numpy(scores.rest_mass)
+    loss_R = distillation_loss(logits_RV, ids_RK, logprobs_RK, rest_R, vocab_size=VOCAB, tail="ignore")
+    assert_accumulated(loss_R, expected_R, dtype)

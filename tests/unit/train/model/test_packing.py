@@ -1,0 +1,382 @@
+"""Samples packed into one sequence: what each gets is what it gets alone, and what training gets of a padded batch."""
+
+import collections
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    modeling_flash_attention_utils,
+)
+
+from common.data.chat_encoding import ChatEncoder
+from common.data.images import ImageSpec
+from common.errors import ConfigError
+from tests.integration.training.test_parallel import make_sparse
+from tests.support.models import randomise, tiny_causal_lm, tiny_llava
+from tests.support.training import LiveTeacher, largest_difference, run_stages, stage, weights, write_mixed_dataset
+from tests.support.training import losses as losses_of
+from train.config import LossConfig, MoEConfig, TrainConfig
+from train.data.collator import Batch, Collator
+from train.data.sources import Example, ShardSource
+from train.loss.fused_output import FusedOutput
+from train.loss.objective import compute_terms, step_loss, unit_counts
+from train.model.packing import ATTENTIONS, TEXT_MODELS, check_packing_supported
+from train.model.student import load_student, text_config
+from train.moe.router_monitor import RouterMonitor
+from train.moe.upcycle import is_sparse, upcycle
+from train.run.stage import _student
+
+# Sequences of one token at the start, in the middle and at the end, several of them in a row, and one sequence alone.
+LENGTHS = [[5], [1], [1, 4, 3], [4, 1, 1, 6, 1]]
+
+# Text models by their type and what else is special.
+STUDENTS = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {}),
+    "mistral, window": ("mistral", {"sliding_window": 3}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {}),
+    "qwen2_moe": ("qwen2", {}),
+    "qwen3_moe": ("qwen3", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedModel]:
+    root = tmp_path_factory.mktemp("students")
+    made = {}
+    for name, (family, settings) in STUDENTS.items():
+        path = tiny_causal_lm(root / name, family, num_layers=2, **settings)  # type: ignore[arg-type]
+        model = load_student(path, dtype=torch.float32)
+        if name.endswith("_moe"):
+            model = upcycle(model, MoEConfig(layers="all"), seed=0)
+            randomise(((n, p) for n, p in model.named_parameters() if ".mlp.experts." in n or ".gate." in n), 1, 0.3)
+        made[name] = model
+    return made
+
+
+def packed(sequences: list[Tensor]) -> dict[str, Any]:
+    return {
+        "input_ids": torch.cat(sequences)[None],
+        "position_ids": torch.cat([torch.arange(len(each)) for each in sequences])[None],
+        "attention_mask": None,
+        "use_cache": False,
+    }
+
+
+def plain_attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, scale: float, window: int | None) -> Tensor:
+    """Causal attention of one sequence, written out."""
+    groups = q_NHD.shape[1] // k_NHD.shape[1]
+    k_NHD, v_NHD = k_NHD.repeat_interleave(groups, 1), v_NHD.repeat_interleave(groups, 1)
+    scores_HNN = torch.einsum("qhd,khd->hqk", q_NHD, k_NHD) * scale
+    ahead_NN = torch.arange(len(q_NHD))[:, None] - torch.arange(len(q_NHD))
+    seen_NN = (ahead_NN >= 0) & (ahead_NN < (len(q_NHD) if window is None else window))
+    return torch.einsum("hqk,khd->qhd", scores_HNN.masked_fill(~seen_NN, -torch.inf).softmax(-1), v_NHD)
+
+
+class Kernels:
+    """Stands for flash-attn, which needs a GPU: its two functions as its documentation tells them, and their calls."""
+
+    def __init__(self) -> None:
+        self.lengths: list[list[int]] = []
+
+    def __call__(self, _name: str | None) -> tuple[Any, Any]:
+        supports = collections.defaultdict(bool, window_size=True, max_seqlen_q=True, max_seqlen_k=True)
+        settings = functools.partial(
+            modeling_flash_attention_utils._process_flash_attention_kwargs, supports_mapping=supports
+        )
+        return (self.whole, self.varlen, None, None, None), (settings, None)
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+        return torch.stack([self._attend(*one, **settings) for one in zip(q, k, v, strict=True)])
+
+    def varlen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        **settings: Any,
+    ) -> Tensor:
+        lengths = cu_seqlens_q.diff().tolist()
+        assert cu_seqlens_q.tolist() == cu_seqlens_k.tolist()
+        assert max(lengths) == max_seqlen_q == max_seqlen_k
+        self.lengths.append(lengths)
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([self._attend(*part, **settings) for part in parts])
+
+    @staticmethod
+    def _attend(
+        q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float, window_size: tuple[int, int] = (-1, -1)
+    ) -> Tensor:
+        assert causal
+        return plain_attention(q, k, v, softmax_scale, None if window_size[0] < 0 else window_size[0] + 1)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    found = Kernels()
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", found)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("name", STUDENTS)
+def test_packed_sequences_have_the_logits_that_each_has_alone(
+    students: dict[str, PreTrainedModel], name: str, attention: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = students[name]
+    generator = torch.Generator().manual_seed(0)
+    for lengths in LENGTHS:
+        sequences = list(torch.randint(290, (sum(lengths),), generator=generator).split(lengths))
+        with torch.no_grad():
+            alone = [model(input_ids=each[None]).logits[0] for each in sequences]
+            with monkeypatch.context() as patch:
+                patch.setattr(model.config, "_attn_implementation_internal", attention)
+                check_packing_supported(model)
+                together = model(**packed(sequences)).logits[0].split(lengths)
+                for number, expected in enumerate(alone):
+                    assert (together[number] - expected).abs().max() < 1e-5
+                    changed = [each.clone() for each in sequences]
+                    changed[number][0] += 1
+                    for other, found in enumerate(model(**packed(changed)).logits[0].split(lengths)):
+                        difference = (found - together[other]).abs().max()
+                        assert difference > 0.01 if other == number else difference < 1e-5
+        if attention == "flash_attention_2" and len(lengths) > 1:
+            assert kernels.lengths[-1] == lengths
+
+
+@pytest.mark.parametrize("spoilt", [{"attention_mask": True}, {"use_cache": True}])
+def test_with_a_mask_or_a_cache_the_same_comparison_fails(
+    students: dict[str, PreTrainedModel], spoilt: dict[str, bool]
+) -> None:
+    sequences = list(torch.arange(12).split([5, 7]))
+    inputs = packed(sequences) | spoilt
+    if spoilt.get("attention_mask"):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        alone = students["qwen2"](input_ids=sequences[1][None]).logits[0]
+        assert (students["qwen2"](**inputs).logits[0, 5:] - alone).abs().max() > 0.1
+
+
+def test_every_text_model_that_is_taken_was_compared(students: dict[str, PreTrainedModel]) -> None:
+    assert {text_config(model).model_type for model in students.values()} == set(TEXT_MODELS)
+
+
+def test_other_models_and_other_attention_are_refused(
+    students: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=20))
+    with pytest.raises(
+        ConfigError, match=r"text model is gpt2, expected one of llama, .*samples do not see each other"
+    ):
+        check_packing_supported(gpt2)
+    monkeypatch.setattr(students["llama"].config, "_attn_implementation_internal", "flex_attention")
+    with pytest.raises(
+        ConfigError, match=r"attention is flex_attention, expected one of sdpa, eager, flash_attention_2"
+    ):
+        check_packing_supported(students["llama"])
+
+
+# Whole batches
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("packing")
+    tiny_llava(root / "dense", num_layers=2)
+    tiny_llava(root / "other", num_layers=2, seed=1)
+    make_sparse(root / "dense", root / "sparse")
+    for kind in ("kd", "dpo"):
+        dataset = write_mixed_dataset(root / "data", 22, kind)  # type: ignore[arg-type]
+        LiveTeacher(root / "dense", root / "data").write_output(root / kind, dataset, kind, top_k=5)  # type: ignore[arg-type]
+    return root
+
+
+def examples(root: Path, kind: str, numbers: range | list[int]) -> list[Example]:
+    source = ShardSource(root / kind, ChatEncoder.load(root / "dense"), "pad", 4)
+    return [source[i] for i in numbers]
+
+
+def both(root: Path, kind: str, numbers: range | list[int]) -> tuple[Batch, Batch]:
+    """The same samples padded and packed."""
+    encoder = ChatEncoder.load(root / "dense")
+    settings: dict[str, Any] = {
+        "kind": kind,
+        "image_spec": ImageSpec.load(root / "dense"),
+        "image_processor": AutoImageProcessor.from_pretrained(root / "dense"),
+        "image_token_id": encoder.image_token_id,
+        "image_root": root / "data",
+        "aspect_ratio": "pad",
+        "max_tokens": 512,
+        "pad_token_id": encoder.tokenizer.pad_token_id,
+    }
+    chosen = examples(root, kind, numbers)
+    return Collator(**settings)(chosen), Collator(**settings, packed=True)(chosen)
+
+
+# Images and none, one image for several, text alone (a stand-in comes behind it), nothing (only a stand-in).
+BATCHES: list[list[int]] = [[0, 1, 2, 3, 4], [1, 3, 0, 5], [1, 3], [0], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", BATCHES)
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+def test_a_packed_batch_is_the_padded_one_without_its_padding(root: Path, kind: str, numbers: list[int]) -> None:
+    padded, found = both(root, kind, numbers)
+    filled = padded.attention_mask.bool()  # type: ignore[union-attr]
+    assert found.attention_mask is None
+    assert found.position_ids is not None
+    assert found.input_ids.shape == found.position_ids.shape == found.token_mask.shape == (1, int(filled.sum()))
+    assert torch.equal(found.input_ids[0], padded.input_ids[filled])
+    assert torch.equal(found.token_mask[0], padded.token_mask[filled])
+    positions = torch.arange(filled.shape[1]).expand_as(filled)
+    assert torch.equal(found.position_ids[0], positions[filled])
+    assert (found.position_ids == 0).sum() == found.num_sequences == padded.num_sequences == len(padded.input_ids)
+    assert torch.equal(found.input_ids[0, found.rows + 1], found.targets)
+    same = ("targets", "row_sequence", "pixel_values", "topk_ids", "topk_logprobs", "rest_mass", "reference_logprobs")
+    for name in same:
+        assert torch.equal(getattr(found, name), getattr(padded, name)), name
+    assert found.num_padding == 0
+    assert padded.num_padding == (~filled).sum()
+    counts = unit_counts(padded) | {"positions": int(filled.sum())}
+    assert unit_counts(found) == counts
+
+
+@pytest.mark.parametrize("numbers", BATCHES[:4])
+def test_images_and_stand_ins_stay_within_their_segment(root: Path, numbers: list[int]) -> None:
+    model = LiveTeacher(root / "dense", root / "data")
+    _, batch = both(root, "kd", numbers)
+    with torch.no_grad():
+        logits = model.model(**batch.sequence_inputs, pixel_values=batch.pixel_values).logits[0, batch.rows]
+    start = 0
+    for example in examples(root, "kd", numbers):
+        encoded, alone = model.logprobs(example.sample, 0)
+        stop = start + len(encoded.response_ids)
+        assert (logits[start:stop].log_softmax(-1) - alone).abs().max() < 1e-5
+        start = stop
+    assert start == batch.num_rows
+
+
+LOSSES = {
+    "distilled": ("other", "kd", LossConfig(distillation=1.0, cross_entropy=0.5)),
+    "distilled, sparse": ("sparse", "kd", LossConfig(distillation=1.0, balance=0.1, router_z=0.1)),
+    "preferred": ("other", "dpo", LossConfig(preference=1.0)),
+    "preferred, by length": ("sparse", "dpo", LossConfig(preference=1.0, preference_type="ipo", balance=0.1)),
+    "kto_pair": ("other", "dpo", LossConfig(preference=1.0, preference_type="kto_pair", length_normalised=True)),
+}
+
+
+def terms_and_gradient(model: PreTrainedModel, batch: Batch, config: LossConfig) -> tuple[dict[str, float], Tensor]:
+    """Each term that is trained on, the loss, and the gradient of all parameters in one."""
+    output = FusedOutput(model, vocab_size=293)
+    router = RouterMonitor(model) if is_sparse(model) else None
+    with output.scoring(batch, kept=config.distillation > 0):
+        rows = output.read(model(**batch.sequence_inputs, pixel_values=batch.pixel_values).logits)
+    router_logits = router.take() if router else ()
+    terms = compute_terms(rows, batch, config, vocab_size=293, router_logits=router_logits, router_top_k=2)
+    loss = step_loss(terms, unit_counts(batch))
+    loss.backward()
+    found = {name: term.total.item() for name, term in terms.items() if term.weight} | {"loss": loss.item()}
+    return found, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [*((name, False) for name in LOSSES), ("distilled, sparse", True), ("preferred", True)],
+)
+def test_terms_and_gradient_are_those_of_the_padded_batch(root: Path, name: str, checkpointing: bool) -> None:
+    student, kind, config = LOSSES[name]
+    results = []
+    for batch in both(root, kind, range(6)):
+        model = load_student(root / student, dtype=torch.float32).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        results.append(terms_and_gradient(model, batch, config))
+    (expected, gradient), (terms, found) = results
+    # A preference loss is a function of small differences between large sums.
+    assert terms == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert (found - gradient).norm() < 1e-6 * gradient.norm()
+
+
+# Whole runs
+
+PADDED: dict[str, Any] = {}
+PACKED = {"batching": "packed"}
+GROUPED = {"group_by_length": True}
+RUNS = {
+    "kd-padded": PADDED,
+    "kd-packed": PACKED,
+    "kd-grouped": GROUPED,
+    "dpo-padded": PADDED,
+    "dpo-packed": PACKED | GROUPED,
+}
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> Path:
+    for num_ranks in (1, 2):
+        configs = [
+            stage(
+                root / f"{name}-{num_ranks}",
+                root / "sparse",
+                trainable=["adapter", "language_model"],
+                data={"shards": str(root / name.split("-")[0]), "image_root": str(root / "data"), **data},
+                # Not the balance loss: it depends on which samples share a micro-batch.
+                loss={"preference" if name.startswith("dpo") else "distillation": 1.0, "router_z": 0.01},
+                optim={"max_steps": 3},
+                run={"zero_stage": 2, "activation_checkpointing": name.startswith("kd")},
+            )
+            for name, data in RUNS.items()
+        ]
+        run_stages(configs, root / "scratch", num_ranks)
+    return root
+
+
+def padding_of(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["padding_fraction"] for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_ends_with_the_same_weights_however_its_batches_are_made(runs: Path, name: str, num_ranks: int) -> None:
+    reference, found = runs / f"{name.split('-')[0]}-padded-1", runs / f"{name}-{num_ranks}"
+    assert losses_of(found) == pytest.approx(losses_of(reference), rel=2e-6)
+    # Of steps of 1e-3.
+    assert largest_difference(weights(found), weights(reference)) < 5e-6
+    padding = padding_of(found)
+    assert len(padding) == 3
+    if name.endswith("packed"):
+        assert padding == [0, 0, 0]
+    elif name.endswith("grouped"):
+        assert 0 < sum(padding) < 0.9 * sum(padding_of(reference))
+    else:
+        assert padding == pytest.approx(padding_of(reference)) and min(padding) > 0.1
+
+
+def test_a_student_that_would_leak_is_refused_before_training(tmp_path: Path) -> None:
+    path = tiny_causal_lm(tmp_path / "model", num_layers=1)
+    config = stage(tmp_path, path, data={"dataset": "x", "batching": "packed"}, loss={"cross_entropy": 1.0})
+    assert _student(TrainConfig.model_validate(config)).config.model_type == "qwen2"
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=20))
+    gpt2.save_pretrained(path)
+    with pytest.raises(ConfigError, match="the student's text model is gpt2"):
+        _student(TrainConfig.model_validate(config))

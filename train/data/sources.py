@@ -1,0 +1,295 @@
+"""From outputs of `precompute-logits`, or dataset files, to examples.
+
+    ShardSource | DatasetSource ── source[i] ──> Example
+    MixedSource   several of one kind, one behind the other
+
+Which of them a step takes is said by train/data/sampling.py.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from common.data.chat_encoding import ChatEncoder, EncodedChat
+from common.data.images import AspectRatio
+from common.data.samples import Dataset, Kind, Sample
+from common.errors import ConfigError, ProvenanceError, ShardError
+from common.shards.manifest import Manifest, published_shards, read_manifest, read_receipts, shard_path
+from common.shards.score_shard import ROWS_PER_GROUP, ShardFile, ShardRow
+from common.shards.scores import TeacherScores
+from common.storage.files import Location
+from train.config import SetConfig
+
+# A training set may have more shards than a process may have open files.
+_OPEN_FILES = 64
+
+# Of English text; it matters only where samples with and without images are compared.
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample in the student's tokens, one entry a conversation; `scores` is None without a teacher.
+
+    `image_root` is that of the sample's own set, where it has one.
+    """
+
+    sample: Sample
+    conversations: tuple[EncodedChat, ...]
+    scores: tuple[TeacherScores, ...] | None
+    image_root: Location | None = None
+
+
+class ExampleSource(Protocol):
+    """Random access to examples; `sha256` stands for all of them and their order.
+
+    `sampled`: the teacher's kept entries were drawn from its distribution, they are not its best ones.
+    """
+
+    sha256: str
+    sampled: bool
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+    def length(self, index: int, tokens_per_image: int) -> int:
+        """About how many tokens a sample has for a student with so many an image; the longer one of a pair.
+
+        Good enough to tell which samples are of a length.
+        """
+
+
+class DatasetSource:
+    """Examples of a dataset file, without teacher scores."""
+
+    sampled = False
+
+    def __init__(self, path: Location, kind: Kind, encoder: ChatEncoder) -> None:
+        self._dataset = Dataset.open(path, kind)
+        self.sha256 = self._dataset.sha256
+        self._encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        sample = self._dataset[index]
+        return Example(sample, self._encoder.encode_sample(sample), None)
+
+    def length(self, index: int, tokens_per_image: int) -> int:
+        """Estimated from the text's characters: to encode samples of a whole step would take each worker long."""
+        sample = self._dataset[index]
+        num_characters = max(sum(len(turn.content) for turn in turns) for turns in sample.conversations)
+        return num_characters // _CHARACTERS_PER_TOKEN + len(sample.images) * tokens_per_image
+
+
+class ShardSource:
+    """Examples of a complete output of `precompute-logits`.
+
+    The student's own encoding of a sample must have the tokens that the teacher scored. Under the teacher's chat
+    template it has: then the first sample of each row group is encoded again, and if it comes out as it is stored,
+    the others are taken as they are stored. Where the teacher wrote the responses itself, their tokens are always the
+    stored ones: their text may give others when it is encoded again.
+
+    Row groups are decoded when first asked for; the `cached_groups` most recent ones stay.
+
+    Raises:
+        ShardError: damaged or incomplete output.
+        ProvenanceError: made for another tokenizer, image treatment or choice of scored tokens.
+    """
+
+    def __init__(
+        self, output: Location, encoder: ChatEncoder, aspect_ratio: AspectRatio, cached_groups: int = 4
+    ) -> None:
+        self.output = output
+        self.manifest = read_manifest(output)
+        self.sha256 = self.manifest.sha256
+        self.sampled = self.manifest.capture.num_draws is not None
+        self._cached_groups = cached_groups
+        self._encoder = encoder
+        _check_provenance(output, self.manifest, encoder, aspect_ratio)
+        self._cache: OrderedDict[tuple[int, int], _Group] = OrderedDict()
+        self._files: OrderedDict[int, ShardFile] = OrderedDict()
+        # All that were asked for stay: about 12 bytes a sample.
+        self._sizes: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
+        missing = sorted(set(range(self.manifest.num_shards)) - set(published_shards(output)))
+        if missing:
+            raise ShardError(
+                f"{output}: {len(missing)} of {self.manifest.num_shards} shards are missing, the first is "
+                f"{missing[0]:05d}; run precompute-logits again to complete the output"
+            )
+        rows = [receipt.num_rows for receipt in read_receipts(output, self.manifest)]
+        self._first_row = np.concatenate([[0], np.cumsum(rows)])
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        shard, group, position = self._locate(index)
+        found = self._group(shard, group)
+        row = found.rows[position]
+        encoded = _stored(row) if found.as_stored else self._encode(row)
+        return Example(row.sample, encoded, tuple(scored.scores for scored in row.conversations))
+
+    def length(self, index: int, tokens_per_image: int) -> int:
+        """That of the stored tokens up to the last scored one, which leaves out what a template writes behind it."""
+        shard, group, position = self._locate(index)
+        if (shard, group) not in self._sizes:
+            self._sizes[shard, group] = self._file(shard).read_sizes(group)
+        num_tokens, num_images = self._sizes[shard, group][position].tolist()
+        return int(num_tokens + num_images * (tokens_per_image - 1))
+
+    def hold(self, window: int) -> None:
+        """Keeps as many row groups as a window of `window` samples may touch; it begins and ends within one."""
+        self._cached_groups = -(-window // ROWS_PER_GROUP) + 2
+
+    def _encode(self, row: ShardRow) -> tuple[EncodedChat, ...]:
+        """What the student reads, after a check that the teacher scored it."""
+        return self._encoded_again(row) if self.manifest.capture.generate is None else self._checked(row)
+
+    def _encoded_again(self, row: ShardRow) -> tuple[EncodedChat, ...]:
+        encoded = self._encoder.encode_sample(row.sample)
+        for own, scored in zip(encoded, row.conversations, strict=True):
+            if not np.array_equal(own.response_ids, scored.encoded.response_ids):
+                raise self._mismatch(
+                    row,
+                    f"the student's encoding has {len(own.response_ids)} scored tokens, the teacher scored "
+                    f"{len(scored.encoded.response_ids)} others",
+                )
+        return encoded
+
+    def _checked(self, row: ShardRow) -> tuple[EncodedChat, ...]:
+        for turns, scored in zip(row.sample.conversations, row.conversations, strict=True):
+            prompt_T = self._encoder.encode_prompt(turns[:-1])
+            if not np.array_equal(prompt_T, scored.encoded.input_ids[: len(prompt_T)]):
+                raise self._mismatch(
+                    row, f"the student's prompt of {len(prompt_T)} tokens is not the one that the teacher answered"
+                )
+        return _stored(row)
+
+    def _mismatch(self, row: ShardRow, what: str) -> ProvenanceError:
+        return ProvenanceError(
+            f"{self.output}: sample {row.sample.id!r}: {what}; use the chat template that the teacher used "
+            "(model.chat_template = FILE)"
+        )
+
+    def _locate(self, index: int) -> tuple[int, int, int]:
+        """Shard, row group and the place there of a sample."""
+        shard = int(np.searchsorted(self._first_row, index, side="right")) - 1
+        return shard, *divmod(index - int(self._first_row[shard]), ROWS_PER_GROUP)
+
+    def _group(self, shard: int, group: int) -> "_Group":
+        key = (shard, group)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        rows = self._file(shard).read_group(group)
+        found = self._cache[key] = _Group(rows, self._comes_out_as_stored(rows[0]))
+        while len(self._cache) > self._cached_groups:
+            self._cache.popitem(last=False)
+        return found
+
+    def _file(self, shard: int) -> ShardFile:
+        """Opened here and not before: a worker process may not share its parent's open files."""
+        if shard not in self._files:
+            self._files[shard] = ShardFile(shard_path(self.output, shard), self.manifest, shard)
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _comes_out_as_stored(self, row: ShardRow) -> bool:
+        return self.manifest.tokenizer.template_sha256 == self._encoder.template_sha256 and all(
+            np.array_equal(own.input_ids, stored.input_ids) and np.array_equal(own.spans, stored.spans)
+            for own, stored in zip(self._encode(row), _stored(row), strict=True)
+        )
+
+
+class MixtureSource:
+    """The examples of several sources, one source behind the other; `image_roots` are the sources' own, or None.
+
+    Raises:
+        ConfigError: best entries in some and drawn ones in others, which one loss cannot fit.
+    """
+
+    def __init__(self, sources: Sequence[ExampleSource], image_roots: Sequence[Location | None]) -> None:
+        if len({source.sampled for source in sources}) > 1:
+            kinds = ", ".join(
+                f"set {number} {'drawn' if source.sampled else 'best'}" for number, source in enumerate(sources, 1)
+            )
+            raise ConfigError(
+                f"data.mix: the sets' entries are not of one kind ({kinds}); a loss fits the teacher's best entries or "
+                "entries drawn from its distribution, so train on them one after the other"
+            )
+        self.sampled = sources[0].sampled
+        self.sha256 = hashlib.sha256(" ".join(source.sha256 for source in sources).encode()).hexdigest()
+        self.sources = tuple(sources)
+        self._image_roots = tuple(image_roots)
+        self._first = np.concatenate([[0], np.cumsum([len(source) for source in sources])])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        number, position = self._locate(index)
+        return replace(self.sources[number][position], image_root=self._image_roots[number])
+
+    def length(self, index: int, tokens_per_image: int) -> int:
+        """As the sample's own source tells it."""
+        number, position = self._locate(index)
+        return self.sources[number].length(position, tokens_per_image)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        return number, index - int(self._first[number])
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A decoded row group; `as_stored`: the student's encoding of its samples is the stored one."""
+
+    rows: list[ShardRow]
+    as_stored: bool
+
+
+def _stored(row: ShardRow) -> tuple[EncodedChat, ...]:
+    return tuple(scored.encoded for scored in row.conversations)
+
+
+def open_source(where: SetConfig, kind: Kind, encoder: ChatEncoder, aspect_ratio: AspectRatio) -> ExampleSource:
+    """The source that a configuration names; `kind` is what the objective needs.
+
+    Raises:
+        ConfigError: shards of the other kind.
+    """
+    if where.shards is None:
+        return DatasetSource(where.location, kind, encoder)
+    source = ShardSource(where.shards, encoder, aspect_ratio)
+    if source.manifest.kind != kind:
+        raise ConfigError(
+            f'{where.shards}: holds shards of kind "{source.manifest.kind}", this objective needs "{kind}"'
+        )
+    return source
+
+
+def _check_provenance(output: Location, manifest: Manifest, encoder: ChatEncoder, aspect_ratio: AspectRatio) -> None:
+    expected: dict[str, tuple[object, object]] = {
+        "tokenizer (SHA-256)": (manifest.tokenizer.sha256, encoder.tokenizer_sha256),
+        "tokenizer size": (manifest.tokenizer.vocab_size, encoder.vocab_size),
+        "scored tokens (data.score)": (manifest.capture.score, encoder.score),
+    }
+    if manifest.image is not None:
+        expected["image_aspect_ratio"] = (manifest.image.aspect_ratio, aspect_ratio)
+    differences = [f"  {name}: teacher {a!r}, student {b!r}" for name, (a, b) in expected.items() if a != b]
+    if differences:
+        raise ProvenanceError(
+            f"{output}: these scores do not fit this student\n"
+            + "\n".join(differences)
+            + "\nids of one tokenizer mean nothing in another; use a student of the teacher's family, "
+            "and the settings of the capture"
+        )

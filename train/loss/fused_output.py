@@ -1,0 +1,238 @@
+"""The output layer as the losses see it: a few logits a row and one logsumexp, never tokens x vocabulary.
+
+    hidden states, batch ── FusedOutput, in place of the layer's forward ──> RowLogits ── functional ──> losses
+
+Every loss of this project is a function of the student's logits at ids known beforehand, and of the mass of all other
+ids. So one function sees the vocabulary, and its gradient serves them all, whatever they do with what they get:
+
+    forward     each chunk of the vocabulary: logits of all rows, pick, fold into the running logsumexp, forget
+    backward    each chunk again: logits, their gradient from the final logsumexp, and its two products
+
+A chunk holds all rows and few ids. So the gradient of its part of the weight is whole at once and is rounded to the
+weight's dtype a single time, and nothing is kept from the forward to the backward pass but what came in. That costs a
+fourth product with the weight, where gradients made in the forward pass take three. But those need either whole rows of
+logits or the weight's gradient added up in many rounds, have to know the loss in the forward pass (a preference loss is
+known only after all sums), and hold a gradient of the weight's size between the passes.
+
+Legend: B sequences, T positions, R scored rows, H hidden size, V output layer, C ids of a chunk, K kept entries,
+J picked ids a row, N of all rows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from train.data.collator import Batch
+from train.loss.functional import NEGLIGIBLE_LOGIT, RowLogits, accumulation_dtype
+
+# Entries of a chunk's logits, or of its part of the weight, whichever is larger: 4 MiB in float32.
+_CHUNK_ENTRIES = 2**20
+# Below this the products are no longer bound by arithmetic.
+_MIN_CHUNK_IDS = 256
+
+
+class FusedOutput:
+    """Makes a model's output layer return what the losses need of the scored rows, in place of logits.
+
+    Its forward is replaced, not the layer: so the model stays the vanilla class, a tied weight stays tied, and ZeRO-3
+    gathers the weight around the call, forward and backward, as it does for any layer. Outside of `scoring` the layer
+    does what it always did.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+        """`vocab_size` is the tokenizer's: the layer's ids from there on are padding."""
+        self._layer: Any = model.get_output_embeddings()
+        self._plain = self._layer.forward
+        self._vocab_size = vocab_size
+        self._wanted: tuple[Tensor, Tensor, Tensor] | None = None
+        self._layer.forward = self._forward
+
+    @contextmanager
+    def scoring(self, batch: Batch, *, kept: bool) -> Iterator[None]:
+        """Within, the model's `logits` are for `read`; `kept` says whether the teacher's kept entries are wanted."""
+        self._wanted = batch.rows, *ids_to_gather(batch, kept=kept)
+        try:
+            yield
+        finally:
+            self._wanted = None
+
+    def read(self, logits: Tensor) -> RowLogits:
+        """What the model returned as its logits, while `scoring`."""
+        assert self._wanted is not None
+        return to_row_logits(logits, self._wanted[2])
+
+    def _forward(self, hidden_BTH: Tensor) -> Tensor:
+        if self._wanted is None:
+            logits_BTV: Tensor = self._plain(hidden_BTH)
+            return logits_BTV
+        rows_R, ids_RJ, masked_RJ = self._wanted
+        hidden_RH = hidden_BTH.flatten(0, 1)[rows_R]
+        layer = self._layer
+        return gather_logits(hidden_RH, layer.weight, layer.bias, ids_RJ, masked_RJ, vocab_size=self._vocab_size)
+
+
+def ids_to_gather(batch: Batch, *, kept: bool) -> tuple[Tensor, Tensor]:
+    """Ids to pick, int64 [R, J], and which of them the logsumexp leaves out, bool [R, J].
+
+    The teacher's kept entries, which it leaves out, come first; the scored token, which it does not, is the last.
+    """
+    own_R1 = batch.targets[:, None]
+    if not kept:
+        return own_R1, torch.zeros_like(own_R1, dtype=torch.bool)
+    assert batch.topk_ids is not None
+    assert batch.topk_logprobs is not None
+    filled_RK = batch.topk_logprobs > -torch.inf
+    return torch.cat([batch.topk_ids, own_R1], 1), torch.nn.functional.pad(filled_RK, (0, 1))
+
+
+def to_row_logits(picked_RJ1: Tensor, masked_RJ: Tensor) -> RowLogits:
+    """Names the columns of what `gather_logits` gave for `ids_to_gather`."""
+    kept_RK = picked_RJ1[:, :-2].masked_fill(~masked_RJ[:, :-1], NEGLIGIBLE_LOGIT)
+    return RowLogits(kept_RK=kept_RK, own_R=picked_RJ1[:, -2], rest_lse_R=picked_RJ1[:, -1])
+
+
+def gather_logits(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    ids_RJ: Tensor,
+    masked_RJ: Tensor,
+    *,
+    vocab_size: int,
+    chunk_ids: int | None = None,
+) -> Tensor:
+    """Logits of the picked ids of each row, and the logsumexp of the logits of all ids but the struck ones.
+
+    Products are accumulated in float32, float64 for float64 input. On a CPU the operands are converted to that dtype,
+    chunk by chunk: without instructions for bfloat16 its own products are many times slower. On a GPU they stay
+    narrow and so does, for its two products, the logits' gradient, which is what tensor cores take.
+
+    Args:
+        hidden_RH: [R, H] float.
+        weight_VH, bias_V: of the output layer, [V, H] and [V] float; no bias is None.
+        ids_RJ: [R, J] int64, below `vocab_size`.
+        masked_RJ: [R, J] bool: ids that the logsumexp leaves out, distinct within a row.
+        vocab_size: ids from here on are padding and take no part, at most V.
+        chunk_ids: C; by default what keeps a chunk at 4 MiB.
+
+    Returns:
+        [R, J + 1] float32 (float64 for float64 input), the logsumexp in the last column; about -1e30 where all ids are
+        struck. Differentiable, once, in hidden, weight and bias.
+
+    Raises:
+        ValueError: `vocab_size` exceeds V.
+    """
+    if vocab_size > len(weight_VH):
+        raise ValueError(
+            f"the student's output layer has {len(weight_VH)} ids, the tokenizer {vocab_size}: "
+            "the student belongs to another tokenizer, or its output layer has to be resized"
+        )
+    chunk_ids = chunk_ids or max(_CHUNK_ENTRIES // max(1, *hidden_RH.shape), _MIN_CHUNK_IDS)
+    picked: Tensor = _GatheredLogits.apply(hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, vocab_size, chunk_ids)
+    return picked
+
+
+class _GatheredLogits(torch.autograd.Function):
+    """`save_for_backward` keeps the weight itself, no view or copy of it: ZeRO-3 partitions it between the passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        ids_RJ: Tensor,
+        masked_RJ: Tensor,
+        vocab_size: int,
+        chunk_ids: int,
+    ) -> Tensor:
+        picked_N = hidden_RH.new_zeros(ids_RJ.numel(), dtype=accumulation_dtype(hidden_RH))
+        lse_R1 = picked_N.new_full((len(ids_RJ), 1), -torch.inf)
+        with torch.autocast(hidden_RH.device.type, enabled=False):
+            chunks = _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids)
+            for (_, _, logits_RC), (n, cells) in zip(chunks, _picks(ids_RJ, vocab_size, chunk_ids), strict=True):
+                picked_N[n] = logits_RC[cells]
+                _mask_logits(logits_RC, cells, masked_RJ.flatten()[n])
+                # Not torch.logsumexp, which on a CPU takes longer than the product does.
+                highest_R1 = logits_RC.amax(1, keepdim=True)
+                sum_R1 = logits_RC.sub_(highest_R1).exp_().sum(1, keepdim=True)
+                lse_R1 = torch.logaddexp(lse_R1, highest_R1 + sum_R1.log())
+        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, lse_R1)
+        ctx.sizes = vocab_size, chunk_ids
+        return torch.cat([picked_N.view(ids_RJ.shape), lse_R1], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_RJ1: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, lse_R1 = ctx.saved_tensors
+        vocab_size, chunk_ids = ctx.sizes
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        picked_gradient_N, lse_gradient_R1 = gradient_RJ1[:, :-1].flatten(), gradient_RJ1[:, -1:]
+        dtype = lse_R1.dtype
+        hidden_gradient_RH = torch.zeros_like(hidden_RH, dtype=dtype) if needs_hidden else None
+        # Padding ids keep their zeros.
+        weight_gradient_VH = torch.zeros_like(weight_VH) if needs_weight else None
+        bias_gradient_V = torch.zeros_like(bias_V) if needs_bias else None
+        with torch.autocast(hidden_RH.device.type, enabled=False):
+            operand_RH = hidden_RH.to(_operand_dtype(hidden_RH, weight_VH))
+            chunks = _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids)
+            picks = _picks(ids_RJ, vocab_size, chunk_ids)
+            for (start, weight_CH, logits_RC), (n, cells) in zip(chunks, picks, strict=True):
+                _mask_logits(logits_RC, cells, masked_RJ.flatten()[n])
+                gradient_RC = logits_RC.sub_(lse_R1).exp_().mul_(lse_gradient_R1)
+                gradient_RC.index_put_(cells, picked_gradient_N[n], accumulate=True)
+                chunk = slice(start, start + len(weight_CH))
+                if bias_gradient_V is not None:
+                    bias_gradient_V[chunk] = gradient_RC.sum(0)
+                gradient_RC = gradient_RC.to(weight_CH.dtype)
+                if hidden_gradient_RH is not None:
+                    hidden_gradient_RH += _product(gradient_RC, weight_CH, dtype)
+                if weight_gradient_VH is not None:
+                    weight_gradient_VH[chunk] = _product(gradient_RC.T, operand_RH, dtype)
+        if hidden_gradient_RH is not None:
+            hidden_gradient_RH = hidden_gradient_RH.to(hidden_RH.dtype)
+        return hidden_gradient_RH, weight_gradient_VH, bias_gradient_V, None, None, None, None
+
+
+def _chunks(
+    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, vocab_size: int, chunk_ids: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First id, weight [C, H] as an operand of products, and logits [R, C], which the receiver may overwrite."""
+    dtype, operand = accumulation_dtype(hidden_RH), _operand_dtype(hidden_RH, weight_VH)
+    operand_RH = hidden_RH.to(operand)
+    for start in range(0, vocab_size, chunk_ids):
+        chunk = slice(start, min(start + chunk_ids, vocab_size))
+        weight_CH = weight_VH[chunk].to(operand)
+        logits_RC = _product(operand_RH, weight_CH.T, dtype)
+        yield start, weight_CH, logits_RC if bias_V is None else logits_RC.add_(bias_V[chunk])
+
+
+def _operand_dtype(hidden_RH: Tensor, weight_VH: Tensor) -> torch.dtype:
+    return accumulation_dtype(hidden_RH) if hidden_RH.device.type == "cpu" else weight_VH.dtype
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    return left @ right if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
+
+
+def _picks(ids_RJ: Tensor, vocab_size: int, chunk_ids: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """For each chunk the picks that are in it: their places among all N, and their rows and columns of the chunk.
+
+    Sorted once, so that a pass looks at each pick once, not at all of them in each chunk.
+    """
+    ids_N = ids_RJ.flatten()
+    sorted_N, order_N = ids_N.sort()
+    starts = torch.arange(0, vocab_size + chunk_ids, chunk_ids, device=ids_RJ.device)
+    counts = torch.searchsorted(sorted_N, starts).diff().tolist()
+    for chunk, n in enumerate(order_N.split(counts)):
+        yield n, (n // ids_RJ.shape[1], ids_N[n] - chunk * chunk_ids)
+
+
+def _mask_logits(logits_RC: Tensor, cells: tuple[Tensor, Tensor], struck: Tensor) -> None:
+    """Leaves the struck logits out of any sum; adding, since a cell may be picked twice, once struck and once not."""
+    logits_RC.index_put_(cells, struck.to(logits_RC.dtype) * NEGLIGIBLE_LOGIT, accumulate=True)

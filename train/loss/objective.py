@@ -1,0 +1,137 @@
+"""The objective of a micro-batch: a weighted sum of terms, each a sum and a count.
+
+    RowLogits, router logits, Batch ── compute_terms ──> {name: Term}
+    {name: Term}, counts over the whole global step ── step_loss ──> scalar to differentiate
+
+A term is never averaged here: the sums of all micro-batches and ranks are divided once by the count of the whole
+step, so 1 rank x 8 accumulated micro-batches is 8 ranks x 1. Nothing in this module knows the trainer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.config import LossConfig
+from train.data.collator import Batch
+from train.loss.functional import (
+    RowLogits,
+    distillation_loss,
+    load_balancing_loss,
+    preference_loss,
+    router_entropy,
+    router_z_loss,
+    sequence_logprobs,
+)
+
+# What a term is counted in.
+UNITS = ("rows", "pairs", "tokens", "positions")
+
+
+@dataclass(frozen=True)
+class Term:
+    """`total` is a float32 scalar sum over a micro-batch; `unit` says of what; `weight` 0 is a metric only."""
+
+    total: Tensor
+    unit: str
+    weight: float = 0.0
+
+
+def unit_counts(batch: Batch) -> dict[str, int]:
+    """How many scored rows, preference pairs, real tokens and positions a micro-batch has."""
+    return {
+        "rows": batch.num_rows,
+        "pairs": batch.num_pairs,
+        "tokens": batch.num_tokens,
+        "positions": batch.input_ids.numel(),
+    }
+
+
+def compute_terms(
+    logits: RowLogits,
+    batch: Batch,
+    config: LossConfig,
+    *,
+    vocab_size: int,
+    router_logits: Sequence[Tensor] = (),
+    router_top_k: int = 1,
+) -> dict[str, Term]:
+    """All terms and metrics of a micro-batch.
+
+    Args:
+        logits: the student's at `batch.rows`, with the teacher's kept ids where `config` distils.
+        router_logits: one [B * T, E] a sparse layer; none for a dense student.
+        vocab_size: the tokenizer's size; the student's ids from there on are padding.
+
+    The balance loss is not a sum over tokens: a micro-batch's value is weighted with its number of tokens, so
+    that the step's value is the token-weighted mean of its micro-batches'. A micro-batch without samples gives the
+    same terms, all 0: every rank has to know the same names, and its graph has to reach every parameter.
+    """
+    terms = {"padding_fraction": Term(batch.num_padding, "positions")}
+    if config.preference:
+        terms |= _preference_terms(logits.own_logprobs, batch, config)
+    else:
+        terms["cross_entropy"] = Term(-logits.own_logprobs.sum(), "rows", config.cross_entropy)
+    if config.distillation:
+        assert batch.topk_logprobs is not None
+        assert batch.rest_mass is not None
+        loss_R = distillation_loss(
+            logits,
+            batch.topk_logprobs,
+            batch.rest_mass,
+            vocab_size=vocab_size,
+            divergence=config.divergence,
+            tail=config.tail or "bucket",
+            temperature=config.temperature,
+        )
+        terms["distillation"] = Term(loss_R.sum(), "rows", config.distillation)
+    if router_logits:
+        token_mask = batch.token_mask.flatten()
+        balance = load_balancing_loss(router_logits, token_mask, top_k=router_top_k)
+        terms["balance"] = Term(balance * batch.num_tokens, "tokens", config.balance)
+        z_T = router_z_loss(router_logits).masked_fill(~token_mask, 0.0)
+        terms["router_z"] = Term(z_T.sum(), "tokens", config.router_z)
+        with torch.no_grad():
+            entropy_T = router_entropy(router_logits).masked_fill(~token_mask, 0.0)
+        terms["router/entropy"] = Term(entropy_T.sum(), "tokens")
+    return terms
+
+
+def step_loss(terms: Mapping[str, Term], counts: Mapping[str, float]) -> Tensor:
+    """Weighted sum of the terms over the counts of the whole global step; every parameter stays connected."""
+    weighted = [term.weight * term.total / max(counts[term.unit], 1) for term in terms.values() if term.weight]
+    return torch.stack(weighted).sum()
+
+
+def _preference_terms(own_R: Tensor, batch: Batch, config: LossConfig) -> dict[str, Term]:
+    """Loss of the pairs, and the metrics under TRL's names."""
+    assert batch.reference_logprobs is not None
+    policy_S = sequence_logprobs(own_R, batch.row_sequence, batch.num_sequences)
+    reference_S = batch.reference_logprobs.to(policy_S.dtype)
+    pairs_2P = slice(2 * batch.num_pairs)
+    # What is logged is that of whole responses whatever the loss compares, as TRL does.
+    rewards = config.beta * (policy_S - reference_S).detach()[pairs_2P]
+    logps = policy_S.detach()[pairs_2P]
+    if config.length_normalised or config.preference_type == "ipo":
+        lengths_S = torch.bincount(batch.row_sequence, minlength=batch.num_sequences).clamp(min=1)
+        policy_S, reference_S = policy_S / lengths_S, reference_S / lengths_S
+    loss_P = preference_loss(
+        *policy_S[pairs_2P].chunk(2),
+        *reference_S[pairs_2P].chunk(2),
+        loss_type=config.preference_type,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+    )
+    chosen_reward_P, rejected_reward_P = rewards.chunk(2)
+    chosen_logp_P, rejected_logp_P = logps.chunk(2)
+    margin_P = chosen_reward_P - rejected_reward_P
+    return {
+        "preference": Term(loss_P.sum(), "pairs", config.preference),
+        "rewards/chosen": Term(chosen_reward_P.sum(), "pairs"),
+        "rewards/rejected": Term(rejected_reward_P.sum(), "pairs"),
+        "rewards/margins": Term(margin_P.sum(), "pairs"),
+        "rewards/accuracies": Term((margin_P > 0).to(margin_P.dtype).sum(), "pairs"),
+        "logps/chosen": Term(chosen_logp_P.sum(), "pairs"),
+        "logps/rejected": Term(rejected_logp_P.sum(), "pairs"),
+    }

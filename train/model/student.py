@@ -1,0 +1,279 @@
+"""The student: a standard model of transformers, loaded whole, saved for transformers and vLLM alike.
+
+    student directory, as train.model.compose or transformers made it ── load_student ──> model
+    model ── freeze ──> what a stage trains ── save_student ──> student directory
+
+A student is a `LlavaForConditionalGeneration` or a plain causal language model, dense or sparse. It is never
+subclassed: a subclass loses transformers' key conversion, and its weights stay random without an error.
+"""
+
+import functools
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from common.errors import ModelError, StorageError
+from train.model.cached_tower import cached_tower_config, full_config, full_state_dict
+
+GROUPS = frozenset({"vision_tower", "adapter", "language_model", "experts", "router"})
+
+# In the text config of an upcycled Qwen2-MoE: its shared expert is a placeholder of zeros, see train.moe.upcycle.
+ZERO_SHARED_EXPERT = "zero_shared_expert"
+
+# What a model directory holds beside config, weights and generation config.
+_ASSETS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+# As safetensors names them.
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+# No network, no code from the directory, no pickle.
+_SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+SAFE_WEIGHTS: dict[str, Any] = {**_SAFE, "use_safetensors": True}
+
+# What transformers and safetensors raise for a directory that is no model, or for a damaged one.
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+def load_student(path: Path, *, dtype: torch.dtype, tower: bool = True) -> PreTrainedModel:
+    """Load a LLaVA or a causal language model from a Hugging Face directory, in evaluation mode.
+
+    Args:
+        path: a local directory with config.json and safetensors.
+        dtype: of all parameters.
+        tower: False leaves out the vision tower of a LLaVA, which then takes its output instead
+        (train.model.cached_tower).
+
+    Raises:
+        ModelError: not a model directory, another architecture, damaged weights, weights of the wrong shape, or
+            any weight missing from or unknown to the architecture; none is ever left at its random start.
+    """
+    config = load_config(path)
+    if config.model_type == "llava":
+        model_class: Any = LlavaForConditionalGeneration
+    elif config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "vision_config"):
+        model_class = AutoModelForCausalLM
+    else:
+        raise ModelError(
+            f"{path}: found model type '{config.model_type}', expected 'llava' or a causal language model. "
+            "Convert an original LLaVA checkpoint to the llava-hf layout first"
+        )
+    options = {**SAFE_WEIGHTS, "config": config if tower else cached_tower_config(config)}
+    try:
+        model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"{path}: the weights cannot be loaded ({error}). Expected safetensors that fit config.json"
+        ) from error
+    check_all_weights_loaded(path, report)
+    return model
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The dtype that all weights of a model directory convert to without loss: their own, if they agree.
+
+    Raises:
+        ModelError: the directory has no readable safetensors.
+    """
+    found: set[torch.dtype] = set()
+    for file in path.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no dict)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: cannot be read as safetensors ({error}); copy or save it again") from error
+        found |= {_FLOATS[kind] for kind in kinds if kind in _FLOATS}
+    if not found:
+        raise ModelError(f"{path}: found no floating-point weights in *.safetensors; expected a saved model")
+    return functools.reduce(torch.promote_types, found)
+
+
+def is_multimodal(model: PreTrainedModel) -> bool:
+    """Whether the student takes images."""
+    return bool(model.config.model_type == "llava")
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder stack without the output layer: a Qwen2Model, LlamaModel, Qwen2MoeModel, ..."""
+    decoder: PreTrainedModel = model.model.language_model if is_multimodal(model) else model.model
+    return decoder
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of `language_model(model)`, the very object that it reads."""
+    config: PreTrainedConfig = model.config.text_config if is_multimodal(model) else model.config
+    return config
+
+
+def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
+    """Make the parameters of the named groups trainable and freeze all others.
+
+    Groups: "vision_tower"; "adapter"; "language_model", everything of the text model with its embeddings and
+    output layer; "experts", the expert FFNs of its sparse layers; "router". The zero shared expert of an
+    upcycled Qwen2-MoE stays frozen in every case.
+
+    Returns:
+        The number of trainable parameters, counted whole where ZeRO-3 has partitioned them.
+
+    Raises:
+        ModelError: an unknown group, or one that this model does not have.
+    """
+    found = {name: groups_of(name) for name, _ in model.named_parameters()}
+    present = frozenset[str]().union(*found.values())
+    if absent := trainable - present:
+        raise ModelError(
+            f"{type(model).__name__}: cannot train {sorted(absent)}; this model has {sorted(present)}"
+            + (f" of {sorted(GROUPS)}" if present != GROUPS else "")
+        )
+    keeps_zeros = getattr(text_config(model), ZERO_SHARED_EXPERT, False)
+    num_trainable = 0
+    for name, parameter in model.named_parameters():
+        frozen = keeps_zeros and ".mlp.shared_expert" in name
+        parameter.requires_grad_(bool(found[name] & trainable) and not frozen)
+        if parameter.requires_grad:
+            num_trainable += getattr(parameter, "ds_numel", parameter.numel())
+    return num_trainable
+
+
+def save_student(
+    model: PreTrainedModel, assets_from: Path, out: Path, *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the model into directory `out` so that transformers and vLLM load it, and add what goes with it.
+
+    The weights carry the names of the hub's llava-hf checkpoints (`vision_tower.vision_model...`), which both
+    read; transformers' own new names are unknown to vLLM. Tokenizer, chat template and image processor are
+    copied from `assets_from` byte for byte, so that their fingerprints stay the same.
+
+    Args:
+        model: its config and generation config are written too.
+        assets_from: the model directory that the tokenizer and processor files come from.
+        out: made if need be; files of the same names are replaced.
+        state_dict: the whole weights where `model` itself holds only a part of them (ZeRO-3).
+
+    Raises:
+        ModelError: `assets_from` has no tokenizer.
+        StorageError: `out` cannot be written.
+    """
+    assets = [path for name in _ASSETS if (path := assets_from / name).is_file()]
+    if not any(path.name.startswith("tokenizer") for path in assets):
+        raise ModelError(f"{assets_from}: has no tokenizer files to go with the saved model; name its directory")
+    # Attached explicitly: otherwise the names depend on how this model object came to be.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    try:
+        weights = full_state_dict(model, state_dict, assets_from)
+        if weights is not None:
+            # A tied layer's weight that was gathered apart is a copy, which transformers would store again.
+            weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
+        model.save_pretrained(out, state_dict=weights)
+        full_config(model, assets_from).save_pretrained(out)
+        for path in assets:
+            if path.parent.resolve() != out.resolve():
+                shutil.copyfile(path, out / path.name)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{out}: the model could not be written ({error}); free space or choose another") from error
+
+
+@contextmanager
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """Yield a new directory beside `out` that takes its name when the block ends well, and vanishes otherwise.
+
+    Raises:
+        StorageError: `out` exists and is not an empty directory, or its parent cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StorageError(f"{out}: exists and is not empty; choose a new directory or remove this one")
+    staging = out.with_name(f".{out.name}.partial")
+    try:
+        # Left behind by a killed process.
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        staging.replace(out)
+    except OSError as error:
+        raise StorageError(f"{out}: could not be written ({error}); free space or choose another") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_config(path: Path) -> PreTrainedConfig:
+    """The configuration of a model directory.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: has no config.json; expected a local Hugging Face model directory")
+    return load_component(AutoConfig, path, "config")
+
+
+def load_component(auto_class: Any, path: Path, what: str) -> Any:
+    """What `auto_class` makes of a model directory; `what` names it in the error.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        return auto_class.from_pretrained(path, **_SAFE)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{path}: the {what} cannot be loaded: {error}") from error
+
+
+def check_all_weights_loaded(path: Path, report: Mapping[str, Any]) -> None:
+    """Refuse what transformers reports but tolerates: it would leave weights random or drop trained ones.
+
+    Raises:
+        ModelError: names the first weights of each kind.
+    """
+    kinds = {
+        "missing_keys": "weights are missing and would be random",
+        "mismatched_keys": "weights have another shape than config.json says",
+        "unexpected_keys": "weights are unknown to the architecture",
+        "error_msgs": "weights failed to convert",
+    }
+    found = [
+        f"{len(keys)} {text}: {', '.join(map(str, keys[:5]))}{', ...' if len(keys) > 5 else ''}"
+        for kind, text in kinds.items()
+        if (keys := sorted(report.get(kind) or (), key=str))
+    ]
+    if found:
+        raise ModelError(f"{path}: {'; '.join(found)}. Expected weights that match config.json exactly")
+
+
+def groups_of(parameter_name: str) -> frozenset[str]:
+    """Which groups of `trainable` a parameter of this name belongs to."""
+    name = f".{parameter_name}"
+    if ".vision_tower." in name:
+        return frozenset({"vision_tower"})
+    if ".multi_modal_projector." in name:
+        return frozenset({"adapter"})
+    if ".mlp.experts." in name:
+        return frozenset({"language_model", "experts"})
+    if ".mlp.gate." in name:
+        return frozenset({"language_model", "router"})
+    return frozenset({"language_model"})

@@ -1,0 +1,221 @@
+"""What the routers of a sparse student do: logits for the losses, tokens an expert, the gradient they get.
+
+    decoder ── RouterWatch.take ───> logits of each sparse layer ── train.loss.objective
+            ── RouterWatch.count ──> tokens by layer, expert and modality ─┬─ metrics, at each log
+                                                                           └─ ExpertLoad, with each checkpoint
+    routers ── hooks ──────────────> gradient of the step ───────────────── metrics
+
+Counted is which experts each layer really called, in the training passes alone; that every real token reached all of
+its experts is checked whenever counts are read. Counts stay on the device between two readings.
+
+Axes: L sparse layers, N positions of a micro-batch (B * T), E experts, K experts a token, H hidden size,
+M modalities (text, image), S slots: the E experts, then the tokens themselves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.errors import ModelError
+from train.data.collator import Batch
+from train.model.student import is_multimodal, language_model, text_config
+from train.moe.expert_load import ExpertLoad
+from train.moe.upcycle import is_sparse
+
+# Sums a tensor over all ranks.
+Reduce = Callable[[Tensor], Tensor]
+
+
+class RouterMonitor:
+    """Watches the routers of a model in training, by hooks; the model and its config stay as they are.
+
+    LLaVA's forward drops router logits, and a causal language model that is configured to return them adds its own
+    balance loss to the LM loss. So only the decoder is asked, and nothing is added to any loss.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """The hooks are on when this returns.
+
+        Raises:
+            ModelError: the model has no router.
+        """
+        config = text_config(model)
+        if not is_sparse(model):
+            raise ModelError(f"{type(model).__name__}: has no router ({config.model_type}); upcycle it first")
+        self.top_k: int = config.num_experts_per_tok
+        self._num_experts: int = config.num_experts
+        self._image_token_id: int | None = model.config.image_token_index if is_multimodal(model) else None
+        self._decoder = language_model(model)
+        self._latest: tuple[Tensor, ...] | None = None
+        self._calls: list[Tensor] = []
+        self._selected_LNK: Tensor | None = None
+        self._layers: list[int] = []
+        self._routers: list[Tensor] = []
+        self._gradients: dict[int, Tensor] = {}
+        self._since_log: Tensor | int = 0
+        self._since_checkpoint: Tensor | int = 0
+        self._handles: list[Any] = [
+            self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._decoder.register_forward_hook(self._end),
+        ]
+
+    # One forward pass
+
+    def take(self) -> list[Tensor]:
+        """L tensors [N, E], float, before the softmax, rows in the order of the batch; each taken once.
+
+        They are part of the graph wherever the router is trained.
+        """
+        assert self._latest is not None, "no forward pass since the last call"
+        taken, self._latest = list(self._latest), None
+        return taken
+
+    def count(self, batch: Batch) -> None:
+        """Adds the latest forward pass, which was that of `batch`, to the counts."""
+        image_N = torch.zeros_like(batch.input_ids, dtype=torch.bool).flatten()
+        if self._image_token_id is not None:
+            image_N = (batch.input_ids == self._image_token_id).flatten()
+        assert self._selected_LNK is not None, "no forward pass yet"
+        counts_LSM = count_assignments(self._selected_LNK, image_N, batch.token_mask.flatten(), self._num_experts)
+        self._since_log = self._since_log + counts_LSM
+        self._since_checkpoint = self._since_checkpoint + counts_LSM
+
+    def remove(self) -> None:
+        """Take the hooks off the model again."""
+        for handle in self._handles:
+            handle.remove()
+
+    # Readings, by all ranks together
+
+    def begin_step(self) -> None:
+        """Forgets the gradient of the step before."""
+        self._gradients.clear()
+
+    def metrics(self, reduce: Reduce, num_ranks: int) -> dict[str, float]:
+        """Metrics since the last call, over all ranks.
+
+        router/largest_load, router/smallest_load    share of a layer's assignments that an expert got, times E (1 is
+                                                     even), of the expert with the most and the least of all layers
+        router/grad_norm                             of all routers' weights in the latest step, before clipping; absent
+                                                     where routers are frozen
+
+        Raises:
+            ModelError: a token did not reach all of its experts.
+        """
+        found: dict[str, float] = {}
+        if isinstance(self._since_log, Tensor):
+            counts_LSM, self._since_log = self._read(self._since_log, reduce), 0
+            assigned_LE = counts_LSM[:, :-1].sum(2).double()
+            load_LE = self._num_experts * assigned_LE / assigned_LE.sum(1, keepdim=True).clamp(min=1)
+            found = {"router/largest_load": load_LE.max().item(), "router/smallest_load": load_LE.min().item()}
+        if self._gradients:
+            # Losses are multiplied with the number of ranks, over which DeepSpeed then averages gradients.
+            total_LEH = reduce(torch.stack([self._gradients[layer] for layer in self._layers])) / num_ranks
+            found["router/grad_norm"] = total_LEH.norm().item()
+        return found
+
+    def pop_load(self, reduce: Reduce, step: int, since_step: int) -> ExpertLoad:
+        """The load of each expert since the last call, over all ranks: the tokens of steps `since_step` + 1 to `step`.
+
+        Raises:
+            ModelError: a token did not reach all of its experts.
+        """
+        assert isinstance(self._since_checkpoint, Tensor), "no training pass since the last call"
+        counts_LSM, self._since_checkpoint = self._read(self._since_checkpoint, reduce), 0
+        return ExpertLoad(
+            step=step,
+            since_step=since_step,
+            layers=tuple(self._layers),
+            top_k=self.top_k,
+            text_LE=counts_LSM[:, :-1, 0].cpu().numpy(),
+            image_LE=counts_LSM[:, :-1, 1].cpu().numpy(),
+        )
+
+    def _read(self, counts_LSM: Tensor, reduce: Reduce) -> Tensor:
+        total_LSM = reduce(counts_LSM)
+        check_no_dropped_tokens(total_LSM, self.top_k, self._layers)
+        return total_LSM
+
+    # Hooks
+
+    def _begin(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self._layers:
+            self._attach()
+        # Activation checkpointing calls experts again in the backward pass; those calls are dropped here.
+        self._calls.clear()
+        return args, {**kwargs, "output_router_logits": True}
+
+    def _end(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        self._selected_LNK = torch.stack(self._calls)
+        logits: tuple[Tensor, ...] = output.router_logits
+        trained = any(weight.requires_grad for weight in self._routers)
+        if torch.is_grad_enabled() and trained and not all(layer.requires_grad for layer in logits):
+            raise ModelError(
+                f"{type(module).__name__}: the router logits carry no gradient, so the losses of routers would train "
+                "nothing; set gradient_checkpointing_kwargs = {'use_reentrant': False}"
+            )
+        self._latest = logits
+
+    def _attach(self) -> None:
+        """At the first pass, since DeepSpeed may replace sparse blocks by its own before it."""
+        for number, layer in enumerate(self._decoder.layers):
+            block = layer.mlp
+            if not hasattr(block, "experts"):
+                continue
+            self._layers.append(number)
+            if hasattr(block, "router"):
+                # DeepSpeed's block: scores, experts and counts; its experts see the tokens of all ranks.
+                weight = block.router.gate.weight
+                hook = block.router.register_forward_hook(lambda _module, _args, output: self._calls.append(output[1]))
+            else:
+                weight = block.gate.weight
+                hook = block.experts.register_forward_pre_hook(lambda _module, args: self._calls.append(args[1]))
+            self._handles.append(hook)
+            self._routers.append(weight)
+            if weight.requires_grad:
+                self._handles.append(weight.register_hook(lambda g, n=number: self._note_gradient(n, g)))
+
+    def _note_gradient(self, layer: int, gradient_EH: Tensor) -> None:
+        # A copy: what autograd hands out becomes the parameter's gradient, which is reduced in place.
+        self._gradients[layer] = self._gradients.get(layer, 0) + gradient_EH.to(torch.float32, copy=True)
+
+
+def count_assignments(selected_LNK: Tensor, image_N: Tensor, mask_N: Tensor, num_experts: int) -> Tensor:
+    """Counts how many tokens each expert got.
+
+    Args:
+        selected_LNK: int64 [L, N, K], the experts that were called for each position; what is no expert is not counted.
+        image_N: bool [N], positions of image tokens.
+        mask_N: bool [N], positions of real tokens, neither padding nor stand-ins.
+        num_experts: E.
+
+    Returns:
+        int64 [L, E + 1, 2]: text and image tokens that each expert got, and in the last slot all there are.
+    """
+    counted_LNK = mask_N[:, None] & (selected_LNK >= 0) & (selected_LNK < num_experts)
+    slots = torch.where(counted_LNK, 2 * selected_LNK + image_N[:, None], 2 * num_experts).flatten(1)
+    counts = torch.zeros(len(slots), 2 * num_experts + 1, dtype=torch.int64, device=slots.device)
+    counts.scatter_add_(1, slots, torch.ones_like(slots))
+    tokens_M = torch.stack([(mask_N & ~image_N).sum(), (mask_N & image_N).sum()])
+    return torch.cat([counts[:, :-1].unflatten(1, (num_experts, 2)), tokens_M.expand(len(slots), 1, 2)], 1)
+
+
+def check_no_dropped_tokens(counts_LSM: Tensor, top_k: int, layers: list[int]) -> None:
+    """Checks the result of `count_assignments`, also added up: every token reached `top_k` experts in every layer.
+
+    Raises:
+        ModelError: names the first layer where one did not.
+    """
+    assigned_LM, wanted_LM = counts_LSM[:, :-1].sum(1), top_k * counts_LSM[:, -1]
+    for layer, assigned, wanted in zip(layers, assigned_LM.tolist(), wanted_LM.tolist(), strict=True):
+        if assigned != wanted:
+            raise ModelError(
+                f"layer {layer}: tokens were dropped: {assigned[0]:,} text and {assigned[1]:,} image assignments to "
+                f"experts, expected {wanted[0]:,} and {wanted[1]:,}, which is every token times top_k {top_k}; this "
+                "model's experts have a capacity or skip tokens: train it with a class that routes all of them"
+            )

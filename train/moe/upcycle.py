@@ -1,0 +1,285 @@
+"""Sparse upcycling of a dense student (arXiv 2212.05055).
+
+Every chosen feed-forward network is copied into E experts under a fresh router. The router's top-k weights are
+normalised to sum to one, so that equal experts give exactly what the dense network gave: the sparse student
+starts where the dense one stopped.
+
+| dense         | sparse     | beside the experts                                                            |
+| ------------- | ---------- | ----------------------------------------------------------------------------- |
+| Qwen1.5/Qwen2 | Qwen2-MoE  | the shared expert, which this class always has: a narrow one of frozen zeros   |
+| Llama/Mistral | Qwen2-MoE  | the same, and zero biases in q, k and v, which vLLM's class always reads       |
+| Qwen3         | Qwen3-MoE  | nothing                                                                       |
+
+Noise between the copies is a choice, and none is the default: Qwen2's mixture of experts was made with half of each
+expert drawn anew (arXiv 2407.10671), while OLMoE found no gain from such noise (arXiv 2409.02060). Every copy gets it:
+an exact one among noisy ones would start as the best expert, which routers would learn first.
+
+Axes: E experts, H hidden size, I width of a feed-forward network.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.initialization import no_init_weights
+
+from common.errors import ConfigError, ModelError
+from train.config import MoEConfig
+from train.model.student import (
+    ZERO_SHARED_EXPERT,
+    atomic_directory,
+    is_multimodal,
+    load_student,
+    save_student,
+    stored_dtype,
+    text_config,
+)
+
+SparsePattern = Literal["every-second", "first-half", "second-half", "all"]
+
+ROUTER_STD = 0.02
+
+# Noise is drawn from a stream of its own, so that a seed's routers are the same with and without it.
+_NOISE_STREAM = 0x6E6F697365
+
+# vLLM refuses a shared expert of width 0; 32 suits the kernels of both engines and costs next to nothing.
+_SHARED_EXPERT_WIDTH = 32
+
+_QWEN2_MOE_SOURCES = ("qwen2", "llama", "mistral")
+_QWEN3_MOE_SOURCES = ("qwen3",)
+
+# Rotary embeddings that transformers and vLLM both compute from `rope_parameters` alone, whatever the length.
+_STATIC_ROPE_TYPES = ("default", "linear", "llama3")
+
+# Carried over unchanged; every other field is either checked by `_check_exact_upcycling` or without effect on logits.
+_CARRIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+)
+
+_DENSE_FFN = re.compile(r"(?P<layer>.*\.layers\.(?P<index>\d+)\.mlp)\.(?P<part>gate|up|down)_proj\.weight")
+_QKV_WEIGHT = re.compile(r"(?P<linear>.*\.self_attn\.[qkv]_proj)\.weight")
+
+
+def sparse_layers(pattern: SparsePattern | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """The indices of the sparse layers among `num_layers`, ascending.
+
+    "every-second" is 1, 3, 5, ..., as `decoder_sparse_step=2` means in Qwen2-MoE; the halves split at
+    num_layers // 2.
+
+    Raises:
+        ConfigError: an index is out of range or given twice, or no layer is chosen.
+    """
+    match pattern:
+        case "every-second":
+            layers = tuple(range(1, num_layers, 2))
+        case "first-half":
+            layers = tuple(range(num_layers // 2))
+        case "second-half":
+            layers = tuple(range(num_layers // 2, num_layers))
+        case "all":
+            layers = tuple(range(num_layers))
+        case tuple():
+            layers = tuple(sorted(set(pattern)))
+            if len(layers) != len(pattern) or any(not 0 <= index < num_layers for index in layers):
+                raise ConfigError(
+                    f"moe.layers: found {list(pattern)}, expected distinct indices from 0 to {num_layers - 1}"
+                )
+        case _:
+            assert_never(pattern)
+    if not layers:
+        raise ConfigError(f"moe.layers: {pattern!r} chooses none of {num_layers} layers; choose at least one")
+    return layers
+
+
+def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedModel:
+    """A new sparse model with the logits of the dense one (float32: to 1e-5); the dense one is left as it is.
+
+    Routers are drawn from normal(0, 0.02) in the order of the layers. Adapter and vision tower are copied. With
+    `moe.noise` each expert's three matrices get independent Gaussian noise of that many standard deviations of the
+    dense matrix they are copies of, and the logits differ accordingly.
+
+    Args:
+        model: dense, whole (not partitioned by ZeRO-3); a LLaVA or a causal language model.
+        moe: number of experts, experts a token is sent to, sparse layers (see `sparse_layers`), noise.
+        seed: of the routers and the noise.
+
+    Raises:
+        ModelError: the text model's architecture is not in this module's table, or a setting of it has no exact
+            counterpart there.
+        ConfigError: `moe.layers` does not fit the number of layers, or `moe.top_k` the number of experts.
+    """
+    if moe.top_k > moe.num_experts:
+        raise ConfigError(f"moe.top_k: found {moe.top_k}, expected at most num_experts = {moe.num_experts}")
+    dense = text_config(model)
+    _check_exact_upcycling(dense)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__}: is partitioned by ZeRO-3; upcycle and save it before the distributed start"
+        )
+    layers = sparse_layers(moe.layers, dense.num_hidden_layers)
+    sparse = _sparse_config(dense, moe, layers)
+    with no_init_weights():
+        if is_multimodal(model):
+            config = copy.deepcopy(model.config)
+            config.text_config = sparse
+            upcycled: PreTrainedModel = type(model)(config)
+        else:
+            upcycled = {"qwen2_moe": Qwen2MoeForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}[sparse.model_type](sparse)
+    upcycled.to(model.dtype)
+    upcycled.tie_weights()
+    weights = _sparse_weights(model.state_dict(), frozenset(layers), moe, seed)
+    if sparse.model_type == "qwen2_moe":
+        weights |= _zeros_for_the_rest(upcycled.state_dict(), weights)
+    upcycled.load_state_dict(weights, strict=True)
+    upcycled.generation_config = copy.deepcopy(model.generation_config)
+    return upcycled.train(model.training)
+
+
+def upcycle_directory(dense: Path, out: Path, moe: MoEConfig, *, seed: int) -> int:
+    """`upcycle` from one student directory to another, in the dtype of the first; returns the number of parameters.
+
+    Raises:
+        ModelError, ConfigError: see `load_student` and `upcycle`; `out` is not made.
+        StorageError: `out` is not empty or cannot be written.
+    """
+    with atomic_directory(out) as staging:
+        model = upcycle(load_student(dense, dtype=stored_dtype(dense)), moe, seed=seed)
+        save_student(model, dense, staging)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def is_sparse(model: PreTrainedModel) -> bool:
+    """Whether the text model has routers."""
+    return getattr(text_config(model), "num_experts", None) is not None
+
+
+def _sparse_config(dense: PreTrainedConfig, moe: MoEConfig, layers: tuple[int, ...]) -> PreTrainedConfig:
+    settings = {name: copy.deepcopy(getattr(dense, name)) for name in _CARRIED}
+    settings |= {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": dense.intermediate_size,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(dense.num_hidden_layers) if i not in layers],
+        "use_sliding_window": False,
+    }
+    if dense.model_type in _QWEN3_MOE_SOURCES:
+        return Qwen3MoeConfig(**settings, head_dim=dense.head_dim, attention_bias=False)
+    return Qwen2MoeConfig(
+        **settings,
+        qkv_bias=True,
+        shared_expert_intermediate_size=_SHARED_EXPERT_WIDTH,
+        **{ZERO_SHARED_EXPERT: True},
+    )
+
+
+def _sparse_weights(
+    dense: Mapping[str, Tensor], layers: frozenset[int], moe: MoEConfig, seed: int
+) -> dict[str, Tensor]:
+    """The dense weights, the chosen FFNs replaced by expert stacks [E, 2I, H] and [E, H, I] and routers [E, H].
+
+    Without noise the stacks are views of the dense weights; they are copied when they are loaded.
+    """
+    routers = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(seed ^ _NOISE_STREAM)
+    weights: dict[str, Tensor] = {}
+    for name, tensor in dense.items():
+        ffn = _DENSE_FFN.fullmatch(name)
+        if ffn is None or int(ffn["index"]) not in layers:
+            weights[name] = tensor
+        elif ffn["part"] == "gate":
+            both = (tensor, dense[f"{ffn['layer']}.up_proj.weight"])
+            weights[f"{ffn['layer']}.experts.gate_up_proj"] = _experts(both, moe, noise)
+            router = torch.empty(moe.num_experts, tensor.shape[1])
+            weights[f"{ffn['layer']}.gate.weight"] = nn.init.normal_(router, std=ROUTER_STD, generator=routers)
+        elif ffn["part"] == "down":
+            weights[f"{ffn['layer']}.experts.down_proj"] = _experts((tensor,), moe, noise)
+    return weights
+
+
+def _experts(matrices: tuple[Tensor, ...], moe: MoEConfig, generator: torch.Generator) -> Tensor:
+    """E copies of the matrices, which are stacked along their rows, each with noise of its own."""
+    if not moe.noise:
+        return torch.cat(matrices).expand(moe.num_experts, -1, -1)
+    copies = []
+    for _ in range(moe.num_experts):
+        for matrix in matrices:
+            exact = matrix.float()
+            drawn = torch.empty(exact.shape).normal_(generator=generator)
+            copies.append((exact + moe.noise * exact.std() * drawn).to(matrix.dtype))
+    return torch.cat(copies).unflatten(0, (moe.num_experts, -1))
+
+
+def _zeros_for_the_rest(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros for the shared experts and for absent q, k and v biases; anything else is left missing."""
+    absent = {f"{qkv['linear']}.bias" for name in found if (qkv := _QKV_WEIGHT.fullmatch(name))}
+    absent |= {name for name in wanted if ".mlp.shared_expert" in name}
+    return {name: torch.zeros_like(wanted[name]) for name in absent if name in wanted and name not in found}
+
+
+def _check_exact_upcycling(dense: PreTrainedConfig) -> None:
+    """Refuse a text model whose sparse counterpart would not compute the same in transformers and in vLLM."""
+    kind = dense.model_type
+    if kind not in _QWEN2_MOE_SOURCES + _QWEN3_MOE_SOURCES:
+        known = ", ".join(_QWEN2_MOE_SOURCES + _QWEN3_MOE_SOURCES)
+        raise ModelError(f"{kind}: cannot be upcycled; expected a dense text model of type {known}")
+    rope = dense.rope_parameters
+    partial = rope.get("partial_rotary_factor", getattr(dense, "partial_rotary_factor", None))
+    window = getattr(dense, "sliding_window", None)
+    layer_types = getattr(dense, "layer_types", None) or ()
+    # Llama's and Qwen3's bias is also in the output projection, where the sparse classes have none.
+    attention_bias = getattr(dense, "attention_bias", False)
+    mlp_bias = getattr(dense, "mlp_bias", False)
+    # vLLM's Qwen2-MoE divides the hidden size by the heads, whatever the config says.
+    plain_head_dim = dense.hidden_size // dense.num_attention_heads
+    head_dim = getattr(dense, "head_dim", None) or plain_head_dim
+    quantisation = getattr(dense, "quantization_config", None)
+    checks: list[tuple[bool, str, object, str]] = [
+        (dense.hidden_act == "silu", "hidden_act", dense.hidden_act, "silu"),
+        (
+            rope["rope_type"] in _STATIC_ROPE_TYPES,
+            "rope_type",
+            rope["rope_type"],
+            "/".join(_STATIC_ROPE_TYPES),
+        ),
+        (partial in (None, 1.0), "partial_rotary_factor", partial, "1"),
+        (window is None, "sliding_window", window, "full attention"),
+        ("sliding_attention" not in layer_types, "layer_types", layer_types, "full attention"),
+        (not attention_bias, "attention_bias", attention_bias, "false"),
+        (not mlp_bias, "mlp_bias", mlp_bias, "false"),
+        (kind in _QWEN3_MOE_SOURCES or head_dim == plain_head_dim, "head_dim", head_dim, str(plain_head_dim)),
+        (quantisation is None, "quantization_config", quantisation, "plain weights"),
+    ]
+    wrong = [f"{name} is {found!r}, expected {wanted}" for exact, name, found, wanted in checks if not exact]
+    if wrong:
+        raise ModelError(f"{kind}: cannot be upcycled exactly: {'; '.join(wrong)}. Use another dense student")
