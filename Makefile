@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set, each worker compiles all tests again, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup browser demo test test-fast check lint
+.PHONY: setup browser demo test test-fast coverage check lint
 
 setup:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" LOCK="$(LOCK)" sh .ci/setup
@@ -28,6 +28,10 @@ test: setup browser check
 # The tier for the loop of writing code: starts no engine.
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NO_VLLM) -m "not slow and not vllm" -q -n 2
+
+# The share of lines that the fast tier runs, by file and in all; fails below fail_under of pyproject.toml.
+coverage: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NO_VLLM) -m "not slow and not vllm" -q -n 2 --cov --cov-report=term:skip-covered
 
 lint: setup
 	$(BIN)/ruff check .
