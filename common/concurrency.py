@@ -36,7 +36,7 @@ def prefetch_map(
                 pending.append(pool.submit(function, next(drawn)))
             except StopIteration:
                 break
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised again below, at its turn
                 failure = error
             if len(pending) >= ahead:
                 yield pending.popleft().result()
@@ -128,7 +128,7 @@ class Prefetcher(Generic[T]):
                 self._put((item,))
                 if self._closed.is_set():
                     return
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
             self._failure = error
         self._put(None)
 

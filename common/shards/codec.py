@@ -81,6 +81,26 @@ class BinaryColumn:
         return self.data[self.offsets[start] : self.offsets[stop]]
 
 
+class RowColumns(NamedTuple):
+    """What a shard says of each row in native columns: arrays [R].
+
+    `rest_mass` as it is stored (`Quantizer.stored_rest`); `tables` are numbers of the token order's tables.
+    """
+
+    counts: npt.NDArray[np.int32]
+    rest_mass: npt.NDArray[np.float32]
+    tables: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class CodecSettings:
+    """How a shard's kept entries are stored. With `keep_codes` those of a quantised precision are read with codes."""
+
+    order: TokenOrder
+    quantizer: Quantizer
+    keep_codes: bool = False
+
+
 class KeptEntries(NamedTuple):
     """Arrays [N] of entries as `TeacherScores` has them."""
 
@@ -96,16 +116,16 @@ def column_names(form: StoredPrecision) -> tuple[str, ...]:
 
 
 def pack(
-    scores: Sequence[TeacherScores], tables: Sequence[npt.NDArray[np.uint8]], order: TokenOrder, coding: Quantizer
+    scores: Sequence[TeacherScores], tables: Sequence[npt.NDArray[np.uint8]], settings: CodecSettings
 ) -> dict[str, BinaryColumn]:
     """The binary columns of these conversations, whose rows have these `tables` of the order, [R] each.
 
     Scores with `codes` are stored by them, not by their log-probs.
     """
     sizes = [len(each.ids) for each in scores]
-    batches = [_pack_batch(scores[a:b], np.concatenate(tables[a:b]), order, coding) for a, b in _batches(sizes)]
+    batches = [_pack_batch(scores[a:b], np.concatenate(tables[a:b]), settings) for a, b in _batches(sizes)]
     packed = {}
-    for name in column_names(coding.precision):
+    for name in column_names(settings.quantizer.precision):
         lengths = np.concatenate([np.zeros(1, np.int64), *(batch[name][1] for batch in batches)])
         data = np.concatenate([np.zeros(0, np.uint8), *(batch[name][0] for batch in batches)])
         packed[name] = BinaryColumn(data, np.cumsum(lengths))
@@ -114,35 +134,24 @@ def pack(
 
 def unpack(
     columns: Mapping[str, BinaryColumn],
-    counts: Sequence[npt.NDArray[np.int32]],
-    rest_mass: Sequence[npt.NDArray[np.float32]],
-    tables: Sequence[npt.NDArray[np.uint8]],
-    order: TokenOrder,
-    coding: Quantizer,
+    rows: Sequence[RowColumns],
+    settings: CodecSettings,
     where: str,
-    keep_codes: bool = False,
 ) -> Iterator[KeptEntries]:
-    """The kept entries of each conversation, in the order of `TeacherScores`; each array owns its memory.
+    """Yields the kept entries of each conversation, in the order of `TeacherScores`; each array owns its memory.
 
-    `counts`, `rest_mass` and `tables` have [R] of each conversation, rest masses as they are stored.
-    `codes` come with `keep_codes` and a quantised form alone.
+    `rows` has the native columns of each conversation.
 
     Raises:
         ShardError: the streams do not fit together, or name a token past the vocabulary.
     """
-    sizes = [int(each.sum()) for each in counts]
+    sizes = [int(each.counts.sum()) for each in rows]
     for start, stop in _batches(sizes):
-        counts_R, rest_R = np.concatenate(counts[start:stop]), np.concatenate(rest_mass[start:stop])
-        tables_R = np.concatenate(tables[start:stop])
-        parts = {name: column.part(start, stop) for name, column in columns.items()}
-        if counts_R.min(initial=0) < 0:
-            raise ShardError(f"{where}: a row keeps {counts_R.min()} entries; the shard is damaged")
-        if tables_R.max(initial=0) >= order.num_tables:
-            raise ShardError(
-                f"{where}: names table {tables_R.max()}, there are {order.num_tables}; the shard is damaged"
-            )
+        together = RowColumns(*map(np.concatenate, zip(*rows[start:stop], strict=True)))
+        _check_rows(together, settings.order.num_tables, where)
         ends = np.cumsum([0, *sizes[start:stop]])
-        kept = _unpack_batch(parts, ends, counts_R, rest_R, tables_R, order, coding, where, keep_codes)
+        parts = {name: column.part(start, stop) for name, column in columns.items()}
+        kept = _unpack_batch(parts, ends, together, settings, where)
         for part in map(slice, ends[:-1], ends[1:]):
             yield KeptEntries(
                 kept.ids[part].copy(),
@@ -152,10 +161,18 @@ def unpack(
             )
 
 
+def _check_rows(rows: RowColumns, num_tables: int, where: str) -> None:
+    if rows.counts.min(initial=0) < 0:
+        raise ShardError(f"{where}: a row keeps {rows.counts.min()} entries; the shard is damaged")
+    if rows.tables.max(initial=0) >= num_tables:
+        raise ShardError(f"{where}: names table {rows.tables.max()}, there are {num_tables}; the shard is damaged")
+
+
 def _pack_batch(
-    scores: Sequence[TeacherScores], tables_R: npt.NDArray[np.uint8], order: TokenOrder, coding: Quantizer
+    scores: Sequence[TeacherScores], tables_R: npt.NDArray[np.uint8], settings: CodecSettings
 ) -> dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:
     """Bytes of each column, and how many of them each conversation has."""
+    order, coding = settings.order, settings.quantizer
     form = coding.precision
     counts_R = np.concatenate([each.counts for each in scores])
     ends = np.cumsum([0, *(len(each.ids) for each in scores)])
@@ -210,15 +227,13 @@ def _pack_batch(
 def _unpack_batch(
     columns: Mapping[str, npt.NDArray[np.uint8]],
     ends: npt.NDArray[np.int64],
-    counts_R: npt.NDArray[np.int32],
-    rest_R: npt.NDArray[np.float32],
-    tables_R: npt.NDArray[np.uint8],
-    order: TokenOrder,
-    coding: Quantizer,
+    rows: RowColumns,
+    settings: CodecSettings,
     where: str,
-    keep_codes: bool,
 ) -> KeptEntries:
     """The entries of all rows, each row by descending log-prob, ties by ascending id; `ends` are conversations'."""
+    counts_R, rest_R, tables_R = rows
+    order, coding = settings.order, settings.quantizer
     form = coding.precision
     symbols_N = join_quarters([columns[name] for name in _SYMBOL_COLUMNS], counts_R, where)
     low, high, *planes = (columns[name] for name in column_names(form)[NUM_QUARTERS:])
@@ -273,7 +288,7 @@ def _unpack_batch(
     scale_R = np.log(mass_R) - np.log(np.maximum(sums_R, 1))
     logprobs_RK = _LOG_WEIGHTS.take(codes_RK, mode="clip")
     logprobs_RK += scale_R.astype(np.float32)[:, None]
-    codes_N = _entries(codes_RK, counts_R).astype(np.uint8) if keep_codes else None
+    codes_N = _entries(codes_RK, counts_R).astype(np.uint8) if settings.keep_codes else None
     return KeptEntries(ids_N, _entries(logprobs_RK, counts_R), None, codes_N)
 
 
@@ -317,7 +332,8 @@ def _values(scores: TeacherScores, coding: Quantizer) -> npt.NDArray[np.uint32]:
     assert np.isfinite(scores.logprobs).all()
     levels = np.float32(coding.levels)
     roots_N = np.exp(scores.logprobs * np.float32(0.5))
-    return np.minimum(np.rint(roots_N * levels), levels).astype(np.uint32)
+    codes_N: npt.NDArray[np.float32] = np.minimum(np.rint(roots_N * levels), levels)
+    return codes_N.astype(np.uint32)
 
 
 def _key_type(form: StoredPrecision) -> type[np.unsignedinteger]:

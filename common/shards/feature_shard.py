@@ -37,7 +37,14 @@ from common.shards.manifest import (
     read_feature_manifest,
     shard_path,
 )
-from common.shards.parquet_shard import ZSTD_LEVEL, ParquetShard, footer_metadata, publish_shard, read_footer
+from common.shards.parquet_shard import (
+    ZSTD_LEVEL,
+    ParquetShard,
+    ShardContents,
+    footer_metadata,
+    publish_shard,
+    read_footer,
+)
 from common.storage.files import Location, open_ranged, publish, read_bytes
 
 INDEX_NAME = "images.parquet"
@@ -133,7 +140,8 @@ def unpack_features(packed: Mapping[str, bytes], manifest: FeatureManifest, wher
     if codes_PD.min() < -_MAX_CODE:
         raise ShardError(f"{where}: has a code below -{_MAX_CODE}")
     patches_P, channels_D = (np.frombuffer(column, "<f4") for column in columns[1:])
-    return codes_PD.astype(np.float32) * patches_P[:, None] * channels_D
+    features_PD: npt.NDArray[np.float32] = codes_PD.astype(np.float32) * patches_P[:, None] * channels_D
+    return features_PD
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -175,7 +183,7 @@ def write_feature_shard(
             ]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table_schema))
         writer.add_key_value_metadata(footer_metadata(manifest, number))
-    return publish_shard(output, number, manifest, buffer.getvalue(), num_rows=len(rows))
+    return publish_shard(output, number, manifest, ShardContents(buffer.getvalue(), len(rows)))
 
 
 class FeatureFile(ParquetShard):
@@ -306,7 +314,7 @@ def is_feature_cache(output: Location) -> bool:
         raise
     except (OSError, ValueError, KeyError, TypeError):
         for number in published_shards(output)[:1]:
-            return _kind_in_footer(shard_path(output, number)) == "features"
+            return bool(_kind_in_footer(shard_path(output, number)) == "features")
     return False
 
 

@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import ValidationError
 
 from common.config import StrictModel, digest
+from common.data.chat_encoding import ScoredTokens
+from common.data.images import AspectRatio
 from common.data.samples import Kind
 from common.errors import ProvenanceError, ShardError
 from common.shards.quantization import Quantizer, StoredPrecision
@@ -60,7 +62,7 @@ class ImageIdentity(StrictModel):
     """What the teacher saw of an image."""
 
     processor_sha256: str
-    aspect_ratio: Literal["pad", "keep"]
+    aspect_ratio: AspectRatio
     tokens_per_image: int
 
 
@@ -97,7 +99,7 @@ class CaptureSettings(StrictModel):
     seed: int | None
     generate: GenerateSettings | None
     images: Literal["path", "bytes"]
-    score: Literal["response", "all"]
+    score: ScoredTokens
     max_tokens: int
     on_bad_sample: Literal["stop", "skip"]
 
@@ -133,7 +135,7 @@ class EncoderIdentity(StrictModel):
     layers: tuple[int, ...]
     select_strategy: Literal["default", "full"]
     processor_sha256: str
-    aspect_ratio: Literal["pad", "keep"]
+    aspect_ratio: AspectRatio
     dtype: Literal["bfloat16"]
     tokens_per_image: int
     num_channels: int

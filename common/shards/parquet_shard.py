@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,30 +91,31 @@ def footer_metadata(manifest: ShardedManifest, number: int, **others: str | byte
     }
 
 
-def publish_shard(
-    output: Location,
-    number: int,
-    manifest: ShardedManifest,
-    data: bytes,
-    *,
-    num_rows: int,
-    num_scored_tokens: int = 0,
-    skipped: tuple[SkippedSample, ...] = (),
-) -> Receipt:
+@dataclass(frozen=True)
+class ShardContents:
+    """A shard's Parquet file, and what its receipt says of the rows in it."""
+
+    data: bytes
+    num_rows: int
+    num_scored_tokens: int = 0
+    skipped: tuple[SkippedSample, ...] = ()
+
+
+def publish_shard(output: Location, number: int, manifest: ShardedManifest, contents: ShardContents) -> Receipt:
     """Publishes a shard's Parquet file, then its receipt.
 
     Raises:
         StorageError: not written; no receipt exists then, so the shard does not either.
     """
-    publish(shard_path(output, number), data)
+    publish(shard_path(output, number), contents.data)
     receipt = Receipt(
         shard=number,
         manifest_sha256=manifest.sha256,
-        num_rows=num_rows,
-        num_scored_tokens=num_scored_tokens,
-        num_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        skipped=skipped,
+        num_rows=contents.num_rows,
+        num_scored_tokens=contents.num_scored_tokens,
+        num_bytes=len(contents.data),
+        sha256=hashlib.sha256(contents.data).hexdigest(),
+        skipped=contents.skipped,
     )
     write_with_digest(receipt_path(output, number), receipt)
     return receipt

@@ -64,7 +64,8 @@ def probability_error(scores: TeacherScores, coding: Quantizer) -> npt.NDArray[n
     logprobs_N = scores.logprobs.astype(np.float64)
     probs_N = np.exp(logprobs_N)
     if coding.precision == "fp16":
-        return probs_N * np.expm1(np.maximum(np.abs(logprobs_N) * 2.0**-11, 2.0**-25))
+        relative_N: npt.NDArray[np.float64] = np.expm1(np.maximum(np.abs(logprobs_N) * 2.0**-11, 2.0**-25))
+        return probs_N * relative_N
     if coding.levels is None:
         return np.zeros_like(probs_N)
     step = 1 / coding.levels
@@ -77,7 +78,8 @@ def probability_error(scores: TeacherScores, coding: Quantizer) -> npt.NDArray[n
     error_N = step / 2 + roots_N * np.repeat(np.maximum(most_R, least_R), scores.counts)
     # The last terms: what the kept mass itself may be off, float32 as the rest is.
     rest_error_R = scores.rest_mass * REST_ROUNDING + 2.0**-24
-    return error_N * (2 * roots_N + error_N) + np.repeat(rest_error_R, scores.counts)
+    total_N: npt.NDArray[np.float64] = error_N * (2 * roots_N + error_N) + np.repeat(rest_error_R, scores.counts)
+    return total_N
 
 
 def _sums(values_N: npt.NDArray[np.float64], counts_R: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:

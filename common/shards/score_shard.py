@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from common.data.chat_encoding import EncodedChat
 from common.data.samples import ImageRef, Kind, Sample, Turn
 from common.errors import ShardError
-from common.shards.codec import BinaryColumn, column_names, pack, unpack
+from common.shards.codec import BinaryColumn, CodecSettings, RowColumns, column_names, pack, unpack
 from common.shards.manifest import CaptureSettings, Manifest, Receipt, SkippedSample
-from common.shards.parquet_shard import ZSTD_LEVEL, ParquetShard, footer_metadata, publish_shard
+from common.shards.parquet_shard import ZSTD_LEVEL, ParquetShard, ShardContents, footer_metadata, publish_shard
 from common.shards.scores import TeacherScores
 from common.shards.token_order import TokenOrder, classes_from_text, classes_to_text, find_classes
 from common.storage.files import Location
@@ -94,7 +94,7 @@ def write_shard(
     image_token_id = next(iter(image_token_ids), None)
     scores = [c.scores for row in rows for c in row.conversations]
     classes, tables = find_classes(scores, manifest.tokenizer.vocab_size)
-    order = TokenOrder(classes)
+    codec = CodecSettings(TokenOrder(classes), manifest.capture.coding)
     table_schema = score_schema(manifest.kind, manifest.capture)
     buffer = io.BytesIO()
     with pq.ParquetWriter(
@@ -113,7 +113,7 @@ def write_shard(
         for start in range(0, len(rows), ROWS_PER_GROUP):
             stop = start + ROWS_PER_GROUP
             at_once = len(PREFIXES[manifest.kind])
-            columns = _to_columns(rows[start:stop], tables[start * at_once : stop * at_once], manifest, order)
+            columns = _to_columns(rows[start:stop], tables[start * at_once : stop * at_once], manifest.kind, codec)
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table_schema))
         # Given to the schema it would be written twice, the second time in what Arrow keeps for itself.
         writer.add_key_value_metadata(
@@ -124,15 +124,8 @@ def write_shard(
                 token_classes=classes_to_text(classes),
             )
         )
-    return publish_shard(
-        output,
-        number,
-        manifest,
-        buffer.getvalue(),
-        num_rows=len(rows),
-        num_scored_tokens=num_scored_tokens(rows),
-        skipped=tuple(skipped),
-    )
+    contents = ShardContents(buffer.getvalue(), len(rows), num_scored_tokens(rows), tuple(skipped))
+    return publish_shard(output, number, manifest, contents)
 
 
 class ShardFile(ParquetShard):
@@ -148,14 +141,14 @@ class ShardFile(ParquetShard):
     def __init__(self, path: Location, manifest: Manifest, number: int, *, keep_codes: bool = False) -> None:
         what = f"{manifest.kind} shard with {manifest.capture.precision or 'drawn'} entries"
         super().__init__(path, manifest, number, score_schema(manifest.kind, manifest.capture), what)
-        self._keep_codes = keep_codes
         self._kind = manifest.kind
         self._capture = manifest.capture
         with self.shard_errors():
             image_token = self.footer.get("image_token_id")
             self.image_token_id = int(image_token) if image_token else None
         text = self.footer.get("token_classes", "")
-        self._order = TokenOrder(classes_from_text(text.encode(), manifest.tokenizer.vocab_size, str(path)))
+        order = TokenOrder(classes_from_text(text.encode(), manifest.tokenizer.vocab_size, str(path)))
+        self._codec = CodecSettings(order, manifest.capture.coding, keep_codes)
 
     def read_sizes(self, group: int) -> npt.NDArray[np.int32]:
         """Tokens and images of each row of a group, int32 [rows, 2], without decoding the rows.
@@ -213,13 +206,9 @@ class ShardFile(ParquetShard):
                 )
         kept = unpack(
             {name: _packed(table.column(prefix + name)) for name in column_names(self._capture.precision)},
-            counts,
-            rest,
-            tables,
-            self._order,
-            self._capture.coding,
+            [RowColumns(*row) for row in zip(counts, rest, tables, strict=True)],
+            self._codec,
             f"{self.path}: rows {first_row} to {first_row + len(counts) - 1}",
-            self._keep_codes,
         )
         columns = zip(_split(table.column(prefix + "input_ids")), spans, own, rest, counts, kept, strict=True)
         return [
@@ -232,31 +221,30 @@ class ShardFile(ParquetShard):
 
 
 def _to_columns(
-    rows: Sequence[ShardRow], tables: Sequence[npt.NDArray[np.uint8]], manifest: Manifest, order: TokenOrder
+    rows: Sequence[ShardRow], tables: Sequence[npt.NDArray[np.uint8]], kind: Kind, codec: CodecSettings
 ) -> list[pa.Array]:
     """The columns of `score_schema`, in its order; `tables` has the conversations of all rows, one after the other."""
-    coding = manifest.capture.coding
     samples = [row.sample for row in rows]
     columns = [
         pa.array([sample.id for sample in samples], pa.string()),
         pa.array([row.index for row in rows], pa.int64()),
         pa.array([[{"bytes": image.data, "path": image.path} for image in s.images] for s in samples], _IMAGES),
     ]
-    for which in range(len(PREFIXES[manifest.kind])):
+    for which in range(len(PREFIXES[kind])):
         turns = [[{"role": t.role, "content": t.content} for t in s.conversations[which]] for s in samples]
         encoded = [row.conversations[which].encoded for row in rows]
         scores = [row.conversations[which].scores for row in rows]
-        tables_of = tables[which :: len(PREFIXES[manifest.kind])]
+        tables_of = tables[which :: len(PREFIXES[kind])]
         columns += [
             pa.array(turns, _MESSAGES),
             _join([e.input_ids for e in encoded], _INTS),
             _join([e.spans for e in encoded], _SPANS),
             pa.array([s.total_logprob for s in scores], pa.float64()),
             _join([s.own_logprobs for s in scores], _FLOATS),
-            _join([coding.stored_rest(s.rest_mass) for s in scores], _FLOATS),
+            _join([codec.quantizer.stored_rest(s.rest_mass) for s in scores], _FLOATS),
             _join([s.counts for s in scores], _INTS),
             _join(list(tables_of), _BYTES),
-            *map(_binary, pack(scores, tables_of, order, coding).values()),
+            *map(_binary, pack(scores, tables_of, codec).values()),
         ]
     return columns
 

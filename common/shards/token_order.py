@@ -167,7 +167,8 @@ def _best_table(
     log_odds_RM = np.tile(log_prior_M, (len(places_RJ), 1))
     for places_R in places_RJ.T:
         log_odds_RM += weights_U1M.take(places_R, axis=0)
-    return log_odds_RM.argmax(1)
+    tables_R: npt.NDArray[np.intp] = log_odds_RM.argmax(1)
+    return tables_R
 
 
 def _best(

@@ -37,7 +37,7 @@ def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
     Raises:
         ConfigError: an unknown protocol, one whose package is not installed, or an address that holds credentials.
     """
-    if isinstance(text, UPath) and not isinstance(text, Path):
+    if not isinstance(text, str | Path) and isinstance(text, UPath):
         return text
     address = os.fspath(text)
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)", address)

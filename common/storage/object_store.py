@@ -94,7 +94,7 @@ def call_with_retries(path: UPath, action: str, call: Callable[[Any, str], T]) -
 
 
 @functools.lru_cache
-def filesystem(protocol: str, pid: int) -> Any:
+def filesystem(protocol: str, pid: int) -> Any:  # noqa: ARG001 - a part of the cache's key
     """The process's fsspec file system of a protocol; `pid` because its connections do not survive a fork.
 
     Listings are never cached: other processes write to the same output.

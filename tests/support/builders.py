@@ -77,8 +77,8 @@ def make_draws(rng: np.random.Generator, num_rows: int, num_draws: int) -> Teach
     return scores_from_draws(own, drawn_RD, vocab_size=VOCAB_SIZE)
 
 
-def make_rows(
-    kind: Kind, num_rows: int, seed: int = 0, top_k: int = 5, num_tokens: int = 12, num_draws: int | None = None
+def make_rows(  # noqa: PLR0913 - a test names the one or two properties of rows that matter to it
+    kind: Kind, num_rows: int, *, seed: int = 0, top_k: int = 5, num_tokens: int = 12, num_draws: int | None = None
 ) -> list[ShardRow]:
     """Rows of one or two conversations with two spans each, images by path, by bytes and none."""
     rng = np.random.default_rng(seed)

@@ -94,8 +94,7 @@ def running_store() -> Iterator[Store]:
     )
     assert server.stdout is not None
     store = Store()
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(store, "127.0.0.1", int(server.stdout.readline())))
-    proxy.daemon_threads = True
+    proxy = _Proxy(store, int(server.stdout.readline()))
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()
     settings = {
@@ -121,58 +120,67 @@ def running_store() -> Iterator[Store]:
         server.wait()
 
 
-def _handler(store: Store, host: str, port: int) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Proxy(ThreadingHTTPServer):
+    """Passes requests on to the server at `port` of this machine, except those that `store.fault` makes fail."""
 
-        def _pass_on(self) -> None:
-            body = self._body()
-            address = urlsplit(self.path)
-            key = address.path.removeprefix(f"/{BUCKET}").lstrip("/")
-            fault = store.next_fault(self.command, key)
-            if fault == "drop":
-                self._note(key, address.query, body, 0, 0)
-                self.close_connection = True
-                return
-            if isinstance(fault, tuple):
-                data = _ERROR.format(code=fault[1]).encode()
-                status, headers = fault[0], [("Content-Type", "application/xml"), ("Content-Length", str(len(data)))]
-            else:
-                status, headers, data = self._ask(body)
-            self._note(key, address.query, body, len(data), status)
-            if fault == "drop answer":
-                self.close_connection = True
-                return
-            self.send_response_only(status)
-            for name, value in headers:
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
-            self.close_connection = fault == "cut"
+    daemon_threads = True
 
-        def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-            connection = http.client.HTTPConnection(host, port, timeout=30)
-            connection.request(self.command, self.path, body or None, dict(self.headers))
-            answer = connection.getresponse()
-            data = answer.read()
-            kept = [(n, v) for n, v in answer.getheaders() if n.lower() not in ("transfer-encoding", "connection")]
-            if not any(name.lower() == "content-length" for name, _ in kept):
-                kept.append(("Content-Length", str(len(data))))
-            connection.close()
-            return answer.status, kept, data
+    def __init__(self, store: Store, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _ProxyHandler)
+        self.store = store
+        self.upstream_port = port
 
-        def _body(self) -> bytes:
-            assert self.headers.get("Transfer-Encoding") is None
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-        def _note(self, key: str, query: str, body: bytes, num_received: int, status: int) -> None:
-            names = tuple(sorted(parse_qs(query, keep_blank_values=True)))
-            store.requests.append(Request(self.command, key, names, len(body), num_received, status))
+class _ProxyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Proxy
 
-        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass_on
+    def _handle(self) -> None:
+        body = self._read_body()
+        address = urlsplit(self.path)
+        key = address.path.removeprefix(f"/{BUCKET}").lstrip("/")
+        fault = self.server.store.next_fault(self.command, key)
+        if fault == "drop":
+            self._record(key, address.query, len(body), 0, 0)
+            self.close_connection = True
+            return
+        if isinstance(fault, tuple):
+            data = _ERROR.format(code=fault[1]).encode()
+            status, headers = fault[0], [("Content-Type", "application/xml"), ("Content-Length", str(len(data)))]
+        else:
+            status, headers, data = self._forward(body)
+        self._record(key, address.query, len(body), len(data), status)
+        if fault == "drop answer":
+            self.close_connection = True
+            return
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+        self.close_connection = fault == "cut"
 
-        def log_message(self, *_: Any) -> None:
-            pass
+    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port, timeout=30)
+        connection.request(self.command, self.path, body or None, dict(self.headers))
+        answer = connection.getresponse()
+        data = answer.read()
+        kept = [(n, v) for n, v in answer.getheaders() if n.lower() not in ("transfer-encoding", "connection")]
+        if not any(name.lower() == "content-length" for name, _ in kept):
+            kept.append(("Content-Length", str(len(data))))
+        connection.close()
+        return answer.status, kept, data
 
-    return Handler
+    def _read_body(self) -> bytes:
+        assert self.headers.get("Transfer-Encoding") is None
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _record(self, key: str, query: str, num_sent: int, num_received: int, status: int) -> None:
+        names = tuple(sorted(parse_qs(query, keep_blank_values=True)))
+        self.server.store.requests.append(Request(self.command, key, names, num_sent, num_received, status))
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _handle
+
+    def log_message(self, *_: Any) -> None:
+        pass

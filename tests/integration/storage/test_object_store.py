@@ -11,7 +11,7 @@ import pytest
 from upath import UPath
 
 from common.data.images import check_image_exists, load_image
-from common.data.samples import Dataset, ImageRef
+from common.data.samples import Dataset, ImageRef, Kind
 from common.errors import DataError, ProvenanceError, ShardError, StorageError
 from common.shards.manifest import Manifest, open_output, published_shards, read_manifest, read_receipts, shard_path
 from common.shards.score_shard import ShardFile, write_shard
@@ -40,7 +40,7 @@ PASSING: list[Fault] = [SLOW_DOWN, (500, "InternalError"), (429, "TooManyRequest
 
 
 @pytest.fixture
-def root(store: Store) -> UPath:
+def root(store: Store) -> UPath:  # noqa: ARG001 - starts the server
     """A prefix of its own."""
     found = parse_location(f"s3://{BUCKET}/{uuid4()}")
     assert isinstance(found, UPath)
@@ -62,7 +62,7 @@ def test_publish_is_one_put_at_any_size(store: Store, root: UPath) -> None:
         assert file_size(root / "x") == num_bytes
 
 
-def test_what_is_written_is_read_and_listed_from_anywhere(store: Store, root: UPath) -> None:
+def test_what_is_written_is_read_and_listed_from_anywhere(root: UPath) -> None:
     assert list_files(root) == {}
     assert not is_file(root / "a")
     publish(root / "a", b"12")
@@ -111,7 +111,7 @@ def test_a_ranged_file_reads_what_a_local_one_reads(store: Store, root: UPath, t
 
 
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
-def test_shards_come_back_as_they_were_written(root: UPath, tmp_path: Path, kind: str) -> None:
+def test_shards_come_back_as_they_were_written(root: UPath, tmp_path: Path, kind: Kind) -> None:
     manifest = make_manifest(kind, num_samples=70, samples_per_shard=70)
     rows = make_rows(kind, 70)
     for output in (root, tmp_path):
@@ -271,7 +271,7 @@ def test_any_other_file_system_of_fsspec_serves() -> None:
         read_bytes(root / "y")
 
 
-def test_of_two_that_begin_one_output_one_decides(store: Store, root: UPath) -> None:
+def test_of_two_that_begin_one_output_one_decides(root: UPath) -> None:
     ours, theirs = make_manifest(), make_manifest(top_k=8)
 
     def begin(manifest: Manifest) -> str:
@@ -315,7 +315,7 @@ def test_a_store_that_fails_is_not_a_damaged_shard(
     with pytest.raises(StorageError, match=r"shard-00000.parquet: could not look at"):
         ShardFile(shard_path(root, 0), manifest, 0)
     # A listing has no key.
-    store.fault = lambda number, method, key: fault if key else None
+    store.fault = lambda _number, _method, key: fault if key else None
     with pytest.raises(StorageError, match=r"shard-00000.json: could not read"):
         read_receipts(root, manifest)
 
@@ -371,7 +371,7 @@ def test_an_object_is_copied_before_it_is_deleted(store: Store, root: UPath) -> 
     move(root / "a", root / "below" / "b")
     assert store.objects(root.name) == {"below/b": b"12"}
     publish(root / "a", b"3")
-    store.fault = lambda _, method, key: DENIED if method in ("DELETE", "POST") else None
+    store.fault = lambda _number, method, _key: DENIED if method in ("DELETE", "POST") else None
     with pytest.raises(StorageError, match="could not delete"):
         move(root / "a", root / "c")
     assert store.objects(root.name) == {"below/b": b"12", "a": b"3", "c": b"3"}

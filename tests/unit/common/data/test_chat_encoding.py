@@ -257,7 +257,8 @@ def test_placeholders_expand_as_in_a_plain_loop(ids: list[int], image_id: int | 
         expanded += [token] * (tokens_per_image if token == image_id else 1)
         positions.append(len(expanded) - 1)
     found, where = expand_placeholders(np.array(ids, np.int32), image_id, tokens_per_image)
-    assert (found.dtype, where.dtype) == (np.int32, np.int64)
+    assert found.dtype == np.int32
+    assert where.dtype == np.int64
     assert (found.tolist(), where.tolist()) == (expanded, positions)
 
 

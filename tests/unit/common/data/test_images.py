@@ -69,7 +69,8 @@ def test_every_colour_mode_becomes_rgb() -> None:
     np.testing.assert_array_equal(pixels_of(encoded(Image.fromarray(colour, "RGBA"))), colour[:, :, :3])
     palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
     palette.putpalette([255, 0, 0, 0, 255, 0, 9, 8, 7])
-    for options in ({}, {"transparency": 1}):
+    variants: list[dict[str, Any]] = [{}, {"transparency": 1}]
+    for options in variants:
         assert pixels_of(encoded(palette, **options)).tolist() == [[[255, 0, 0], [0, 255, 0], [9, 8, 7]]]
 
 

@@ -115,7 +115,8 @@ def test_unmarked_images_go_before_the_first_user_turn(tmp_path: Path) -> None:
 
 
 def test_text_alone_needs_no_image_key(tmp_path: Path) -> None:
-    for extra in ({}, {"image": None}, {"images": []}):
+    extras: tuple[dict[str, Any], ...] = ({}, {"image": None}, {"images": []})
+    for extra in extras:
         assert only_sample(tmp_path, GOOD | extra).images == ()
 
 

@@ -3,12 +3,13 @@
 from unittest.mock import patch
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ShardError
-from common.shards.codec import BinaryColumn, column_names, pack, unpack
+from common.shards.codec import BinaryColumn, CodecSettings, RowColumns, column_names, pack, unpack
 from common.shards.quantization import Precision, Quantizer, StoredPrecision, probability_error
 from common.shards.scores import MAX_DRAWS, MAX_VOCAB_SIZE, TeacherScores, scores_from_draws, scores_from_topk
 from common.shards.token_order import TokenOrder, classes_from_text, classes_to_text, find_classes
@@ -55,14 +56,23 @@ def through(
     with patch("common.shards.token_order.ENTRIES_A_TABLE", entries_a_table):
         classes, tables = find_classes(scores, vocab_size)
     order = TokenOrder(classes_from_text(classes_to_text(classes).encode(), vocab_size, "here"))
-    coding = Quantizer(form, TOP_K, num_draws)
-    columns = pack(scores, tables, order, coding)
+    codec = CodecSettings(order, Quantizer(form, TOP_K, num_draws))
+    columns = pack(scores, tables, codec)
     assert tuple(columns) == column_names(form)
-    counts, rests = [each.counts for each in scores], [coding.stored_rest(each.rest_mass) for each in scores]
-    read = unpack(columns, counts, rests, tables, order, coding, "here")
+    rows = row_columns(scores, tables, codec.quantizer)
+    read = unpack(columns, rows, codec, "here")
     return [
-        TeacherScores(each.own_logprobs, rest, each.counts, ids, logprobs, draws)
-        for each, rest, (ids, logprobs, draws, _) in zip(scores, rests, read, strict=True)
+        TeacherScores(each.own_logprobs, row.rest_mass, each.counts, *kept)
+        for each, row, kept in zip(scores, rows, read, strict=True)
+    ]
+
+
+def row_columns(
+    scores: list[TeacherScores], tables: list[npt.NDArray[np.uint8]], quantizer: Quantizer
+) -> list[RowColumns]:
+    return [
+        RowColumns(each.counts, quantizer.stored_rest(each.rest_mass), tables_R)
+        for each, tables_R in zip(scores, tables, strict=True)
     ]
 
 
@@ -123,8 +133,9 @@ def test_draws_come_back_exactly(seed: int, num_draws: int, vocab_size: int) -> 
 def test_streams_of_draws_that_do_not_fit_are_named() -> None:
     scores = scores_from_draws(np.zeros(1, np.float32), np.array([[3, 3, 3, 5]]), vocab_size=9)
     order, tables = TokenOrder(np.ones((1, 9), np.uint8)), [np.zeros(1, np.uint8)]
-    coding = Quantizer(None, 0, 4)
-    columns = pack([scores], tables, order, coding)
+    codec = CodecSettings(order, Quantizer(None, 0, 4))
+    columns = pack([scores], tables, codec)
+    rows = row_columns([scores], tables, codec.quantizer)
     assert [columns[name].data.tolist() for name in column_names(None)[-3:]] == [[1], [3], [0]]
     for name, data, found in (
         ("topk_repeated", [], "0 bytes of bits for 2 drawn"),
@@ -135,7 +146,7 @@ def test_streams_of_draws_that_do_not_fit_are_named() -> None:
     ):
         changed = BinaryColumn(np.array(data, np.uint8), np.array([0, len(data)]))
         with pytest.raises(ShardError, match=f"here.*{found}"):
-            list(unpack({**columns, name: changed}, [scores.counts], [scores.rest_mass], tables, order, coding, "here"))
+            list(unpack({**columns, name: changed}, rows, codec, "here"))
 
 
 @pytest.mark.parametrize("gap", [0, 191, 192, 193, 192 + 255, 192 + 256, 192 + 63 * 256 - 1, 192 + 63 * 256, 2**20 - 2])
@@ -145,9 +156,9 @@ def test_every_kind_of_difference_comes_back(gap: int) -> None:
     assert order.ids.tolist() == list(range(vocab_size))
     ids = np.array([[0, gap + 1]]) if gap < vocab_size - 1 else np.array([[0, 0]])
     scores = scores_from_topk(np.zeros(1, np.float32), ids, np.log(np.array([[0.25, 0.5]])).astype(np.float32))
-    coding = Quantizer("fp32", 2, None)
-    columns = pack([scores], tables, order, coding)
-    ((found, *_),) = unpack(columns, [scores.counts], [scores.rest_mass], tables, order, coding, "here")
+    codec = CodecSettings(order, Quantizer("fp32", 2, None))
+    rows = row_columns([scores], tables, codec.quantizer)
+    ((found, *_),) = unpack(pack([scores], tables, codec), rows, codec, "here")
     assert found.tolist() == [gap + 1, 0]
 
 
@@ -216,11 +227,11 @@ def test_the_same_scores_give_the_same_bytes_whatever_they_are_batched_with() ->
         classes, tables = find_classes(many, 5000)
     order = TokenOrder(classes)
     assert order.num_tables == 4
-    coding = Quantizer("q8", 64, None)
-    together = pack(many, tables, order, coding)
+    codec = CodecSettings(order, Quantizer("q8", 64, None))
+    together = pack(many, tables, codec)
     assert sum(len(each.ids) for each in many) > 1 << 17, "more than one batch"
     for number in (0, 41, 79):
-        alone = pack([many[number]], [tables[number]], order, coding)
+        alone = pack([many[number]], [tables[number]], codec)
         for name, column in together.items():
             assert column.part(number, number + 1).tobytes() == alone[name].data.tobytes()
 
@@ -264,20 +275,19 @@ def test_streams_that_do_not_fit_are_named() -> None:
     scores = scores_from_topk(np.zeros(1, np.float32), np.array([[500, 3]]), np.array([[-1.0, -2.0]], np.float32))
     classes = np.ones((2, 1000), np.uint8)
     classes[:, 900:] = 0
-    order = TokenOrder(classes)
-    coding = Quantizer("q6", 2, None)
-    columns = pack([scores], [np.ones(1, np.uint8)], order, coding)
+    codec = CodecSettings(TokenOrder(classes), Quantizer("q6", 2, None))
+    columns = pack([scores], [np.ones(1, np.uint8)], codec)
 
-    def read(table: int = 1, **changed: bytes) -> object:
+    def read(changed: dict[str, bytes], table: int = 1) -> object:
         replaced = {name: np.frombuffer(data, np.uint8) for name, data in changed.items()}
         parts = {name: replaced.get(name, column.data) for name, column in columns.items()}
         packed = {name: BinaryColumn(data, np.array([0, len(data)])) for name, data in parts.items()}
-        tables = [np.array([table], np.uint8)]
-        return list(unpack(packed, [scores.counts], [scores.rest_mass], tables, order, coding, "here"))
+        rows = row_columns([scores], [np.array([table], np.uint8)], codec.quantizer)
+        return list(unpack(packed, rows, codec, "here"))
 
-    read()
+    read({})
     with pytest.raises(ShardError, match=r"here.*names table 2, there are 2"):
-        read(2)
+        read({}, table=2)
     for name, data, found in (
         ("topk_ids_1", b"\x00\x00", "symbols in quarters"),
         ("topk_ids_0", b"\x00", "symbols in quarters"),
@@ -289,7 +299,7 @@ def test_streams_that_do_not_fit_are_named() -> None:
         ("topk_ids_3", b"\xc4", "past the last one of its row's table"),
     ):
         with pytest.raises(ShardError, match=f"here.*{found}"):
-            read(**{name: data})
+            read({name: data})
 
 
 @settings(max_examples=50, deadline=None)
@@ -297,15 +307,18 @@ def test_streams_that_do_not_fit_are_named() -> None:
 def test_codes_are_written_again_as_they_are(case: tuple[list[TeacherScores], int], precision: Precision) -> None:
     """Between two orders of tokens; coding the decoded log-probs instead would shift some by a step."""
     first, vocab_size = case
-    coding = Quantizer(precision, TOP_K, None)
-    counts, rests = [each.counts for each in first], [coding.stored_rest(each.rest_mass) for each in first]
+    quantizer = Quantizer(precision, TOP_K, None)
+    classes, tables = find_classes(first, vocab_size)
+    rows = row_columns(first, tables, quantizer)
 
     def read(scores: list[TeacherScores], order: TokenOrder) -> list[TeacherScores]:
-        columns = pack(scores, tables, order, coding)
-        kept = unpack(columns, counts, rests, tables, order, coding, "here", keep_codes=True)
-        return [TeacherScores(s.own_logprobs, r, s.counts, *k) for s, r, k in zip(scores, rests, kept, strict=True)]
+        codec = CodecSettings(order, quantizer, keep_codes=True)
+        kept = unpack(pack(scores, tables, codec), rows, codec, "here")
+        return [
+            TeacherScores(each.own_logprobs, row.rest_mass, each.counts, *entries)
+            for each, row, entries in zip(scores, rows, kept, strict=True)
+        ]
 
-    classes, tables = find_classes(first, vocab_size)
     before = read(first, TokenOrder(classes))
     after = read(before, TokenOrder(1 + np.arange(vocab_size, dtype=np.uint8)[None, :] % 7))
     for a, b in zip(before, after, strict=True):

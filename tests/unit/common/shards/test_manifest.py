@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 
+from common.config import StrictModel
 from common.errors import ProvenanceError, ShardError
 from common.shards.manifest import (
     MANIFEST_NAME,
@@ -75,8 +75,8 @@ def test_every_changed_byte_is_found_or_changes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    content: BaseModel,
-    read: Callable[[Path], BaseModel],
+    content: StrictModel,
+    read: Callable[[Path], StrictModel],
 ) -> None:
     path = tmp_path / name
     write_with_digest(path, content)

@@ -45,6 +45,12 @@ NATIVE = {
 }
 
 
+def query(sql: str) -> list[tuple[Any, ...]]:
+    relation = duckdb.sql(sql)
+    assert relation is not None
+    return relation.fetchall()
+
+
 def assert_same_rows(found: list[ShardRow], expected: list[ShardRow]) -> None:
     assert [(row.index, row.sample) for row in found] == [(row.index, row.sample) for row in expected]
     for one, two in zip(found, expected, strict=True):
@@ -166,17 +172,17 @@ def test_duckdb_sees_native_columns(tmp_path: Path, kind: Kind, capture: str) ->
     packed = dict.fromkeys(names, "BLOB")
     prefixes = ("",) if kind == "kd" else ("chosen_", "rejected_")
     files = f"read_parquet('{tmp_path}/shard-*.parquet')"
-    found = {name: column for name, column, *_ in duckdb.sql(f"describe select * from {files}").fetchall()}
+    found = {name: column for name, column, *_ in query(f"describe select * from {files}")}
     assert found == {
         "sample_id": "VARCHAR",
         "index": "BIGINT",
         "images": "STRUCT(bytes BLOB, path VARCHAR)[]",
     } | {prefix + name: column for prefix in prefixes for name, column in (NATIVE | packed).items()}
     for which, prefix in enumerate(prefixes):
-        counts, total, low = duckdb.sql(
+        ((counts, total, low),) = query(
             f"select sum(list_sum({prefix}topk_counts)), sum({prefix}logprob_sum), "
             f"min(list_min({prefix}own_logprobs)) from {files}"
-        ).fetchall()[0]
+        )
         scores = [row.conversations[which].scores for row in rows]
         assert counts == sum(len(s.ids) for s in scores)
         assert total == pytest.approx(math.fsum(float(v) for s in scores for v in s.own_logprobs), rel=1e-12)
@@ -229,7 +235,7 @@ def test_pages_are_zstd_with_checksums_and_roles_share_a_dictionary(tmp_path: Pa
     offset = next(c for c in columns if c.path_in_schema == "chosen_topk_logprobs_1").data_page_offset + 60
     data = bytearray(shard_path(tmp_path, 0).read_bytes())
     data[offset] ^= 1
-    shard_path(tmp_path, 0).write_bytes(data)
+    shard_path(tmp_path, 0).write_bytes(bytes(data))
     with pytest.raises(ShardError, match="CRC"):
         list(ShardFile(shard_path(tmp_path, 0), make_manifest("dpo"), 0))
 
@@ -288,7 +294,7 @@ def test_what_is_no_parquet_is_a_shard_error(tmp_path: Path, data: bytes) -> Non
 def test_well_formed_parquet_with_wrong_values_is_refused(tmp_path: Path, column: str, value: object) -> None:
     manifest = make_manifest()
     write_shard(tmp_path, 0, manifest, make_rows("kd", 3), ())
-    path = shard_path(tmp_path, 0)
+    path = tmp_path / "shard-00000.parquet"
     table = read_table(path)
     values = table[column].to_pylist()
     values[1] = value
@@ -309,7 +315,7 @@ def test_flipped_bits_are_found_by_sha256_and_never_crash_the_reader(tmp_path: P
     for _ in range(300):
         data = bytearray(whole)
         data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-        path.write_bytes(data)
+        path.write_bytes(bytes(data))
         assert file_sha256(path) != receipt.sha256
         try:
             list(ShardFile(path, manifest, 0))

@@ -9,7 +9,9 @@ import math
 import re
 import struct
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -19,7 +21,7 @@ import pytest
 import zstandard
 
 from common.data.samples import Kind
-from common.shards.codec import ID_COLUMNS, pack
+from common.shards.codec import ID_COLUMNS, CodecSettings, pack
 from common.shards.manifest import CaptureSettings, GenerateSettings, Manifest, Receipt, SkippedSample, open_output
 from common.shards.quantization import Quantizer, StoredPrecision
 from common.shards.score_shard import ShardFile, score_schema, write_shard
@@ -68,7 +70,7 @@ def values_of(columns: dict[str, bytes], counts: list[int], rests: list[float], 
         None: ("topk_draws", 2, "<H"),
     }[form]
     planes = [columns[f"{name}_{plane}"] for plane in range(width)]
-    values = (struct.unpack(code, bytes(entry))[0] for entry in zip(*planes, strict=True))
+    values: Iterator[Any] = (struct.unpack(code, bytes(entry))[0] for entry in zip(*planes, strict=True))
     if form is None:
         bits = columns["topk_repeated"]
         assert len(bits) == -(-sum(counts) // 8)
@@ -124,7 +126,8 @@ def test_the_worked_example_is_right() -> None:
             np.array([[151_643, 5], [300, 0]]),
             np.log(np.array([[0.5, 0.36], [0.64, 1e-300]])).astype(np.float32) + np.array([[0, 0], [0, -np.inf]]),
         )
-        packed = pack([scores], [np.array(tables, np.uint8)], TokenOrder(classes[None, :]), coding)
+        codec = CodecSettings(TokenOrder(classes[None, :]), coding)
+        packed = pack([scores], [np.array(tables, np.uint8)], codec)
         assert {name: column.data.tobytes() for name, column in packed.items()} == {
             name: columns[name] for name in (*ID_COLUMNS, *names)
         }
@@ -144,13 +147,8 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
             tmp_path, 0, manifest, rows, [SkippedSample(index=70, id="Ünï 🐈", reason='“missing”: "a\\b"\n\x1f\x7f\t')]
         )
 
-    contents = {}
-    for name in ("manifest.json", "shard-00000.json"):
-        content = json.loads((tmp_path / name).read_text("utf-8"))
-        claimed = content.pop("content_sha256")
-        assert hashlib.sha256(canonical(content).encode("ascii")).hexdigest() == claimed
-        contents[name] = content | {"digest": claimed}
-    receipt, digest = contents["shard-00000.json"], contents["manifest.json"]["digest"]
+    content, digest = read_checked(tmp_path / "manifest.json")
+    receipt, _ = read_checked(tmp_path / "shard-00000.json")
     data = (tmp_path / "shard-00000.parquet").read_bytes()
     assert receipt["manifest_sha256"] == digest
     assert (receipt["num_bytes"], receipt["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
@@ -159,7 +157,6 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
     assert file.metadata.metadata[b"decant.manifest_sha256"].decode() == digest
     assert file.metadata.metadata[b"decant.shard"] == b"0"
     assert file.metadata.metadata[b"decant.schema_version"] == b"5"
-    content = {name: value for name, value in contents["manifest.json"].items() if name != "digest"}
     assert json.loads(file.metadata.metadata[b"decant.manifest"]) == content
     orders = orders_of(file, manifest.tokenizer.vocab_size)
     assert len(orders) >= 4
@@ -201,6 +198,14 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
                 assert [token_id for token_id, _ in in_order] == list(entries)
                 np.testing.assert_allclose([p for _, p in in_order], list(entries.values()), rtol=2e-7, atol=1e-6)
     assert num_scored == receipt["num_scored_tokens"]
+
+
+def read_checked(path: Path) -> tuple[dict[str, Any], str]:
+    """What a JSON file holds, and its digest, which the page's canonical JSON has to give."""
+    content = json.loads(path.read_text("utf-8"))
+    claimed = content.pop("content_sha256")
+    assert hashlib.sha256(canonical(content).encode("ascii")).hexdigest() == claimed
+    return content, claimed
 
 
 def orders_of(file: pq.ParquetFile, vocab_size: int) -> list[list[int]]:
@@ -266,10 +271,8 @@ def test_drawn_entries_are_found_by_the_page_too(tmp_path: Path) -> None:
     rows = make_rows("kd", 5, num_draws=1000)
     open_output(tmp_path, manifest)
     write_shard(tmp_path, 0, manifest, rows, [])
-    content = json.loads((tmp_path / "manifest.json").read_text("utf-8"))
-    claimed = content.pop("content_sha256")
-    assert hashlib.sha256(canonical(content).encode("ascii")).hexdigest() == claimed
-    most = 0
+    read_checked(tmp_path / "manifest.json")
+    most = 0.0
     file = pq.ParquetFile(tmp_path / "shard-00000.parquet")
     orders = orders_of(file, manifest.tokenizer.vocab_size)
     for record, row in zip(file.read().to_pylist(), rows, strict=True):

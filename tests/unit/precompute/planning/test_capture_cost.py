@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 
 from common.errors import DataError, ModelError
 from common.estimates import Estimate, format_value
-from common.shards.codec import pack
+from common.shards.codec import CodecSettings, pack
 from common.shards.parquet_shard import ZSTD_LEVEL
 from common.shards.quantization import Quantizer
 from common.shards.scores import scores_from_draws, scores_from_topk
@@ -213,7 +213,7 @@ def test_entries_take_about_the_bytes_that_are_assumed(tmp_path: Path) -> None:
     for form, assumed in ENTRY_BYTES.items():
         scores, coding = (drawn, Quantizer(None, 0, 34)) if form is None else (best, Quantizer(form, top_k, None))
         classes, tables = find_classes([scores], VOCAB_SIZE)
-        streams = pack([scores], tables, TokenOrder(classes), coding).values()
+        streams = pack([scores], tables, CodecSettings(TokenOrder(classes), coding)).values()
         num_bytes = sum(len(zstandard.compress(stream.data.tobytes(), ZSTD_LEVEL)) for stream in streams)
         assert num_bytes / len(scores.ids) == pytest.approx(assumed, rel=0.25), form
 
