@@ -45,10 +45,8 @@ def test_without_kept_entries_the_own_logprobs_remain() -> None:
 
 
 def test_a_rank_without_logits_scores_nothing() -> None:
-    assert (
-        score_rows(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), lambda rows: None, vocab_size=9, top_k=2)
-        is None
-    )
+    hidden, targets = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    assert score_rows(hidden, targets, lambda _: None, vocab_size=9, top_k=2) is None
 
 
 def test_the_memory_of_logits_is_bounded_by_the_chunk() -> None:
