@@ -7,7 +7,7 @@ import pytest
 from vllm.logprobs import FlatLogprobs, create_prompt_logprobs
 
 from common.errors import ModelError
-from precompute.config import CaptureWay, EngineConfig
+from precompute.config import CaptureMode, EngineConfig
 from precompute.engine.row_request import RowRequest
 from precompute.engine.score_conversion import rows_from_flat_logprobs
 from precompute.engine.teacher import Teacher
@@ -16,7 +16,7 @@ from precompute.scorer import ScorerSettings
 pytestmark = pytest.mark.vllm
 
 
-def start_teacher(way: CaptureWay) -> Teacher:
+def start_teacher(way: CaptureMode) -> Teacher:
     settings = ScorerSettings(
         model_dir=Path(),
         engine=EngineConfig(capture=way),
