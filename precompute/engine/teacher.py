@@ -51,7 +51,7 @@ class Teacher:
                 f"top_k = {settings.top_k} exceeds the {settings.output_vocab_size} entries of the teacher's "
                 'vocabulary; give "all" to keep every one'
             )
-        self._settings = settings
+        self.settings = settings
         limits = EngineLimits(
             # vLLM generates at least one token, which needs room.
             max_model_len=settings.max_tokens + 1,
@@ -75,22 +75,22 @@ class Teacher:
         Raises:
             ModelError: the engine died, or what it returned does not fit the request.
         """
-        num_responses = 1 if self._settings.generate is None else self._settings.generate.num_samples
+        num_responses = 1 if self.settings.generate is None else self.settings.generate.num_samples
         prompts = (
             ((request, number), Prompt(request.encoded.input_ids, request.images, request.where))
             for request in requests
             for number in range(num_responses)
         )
-        params = self._scoring_params if self._settings.generate is None else self._generating_params
+        params = self._scoring_params if self.settings.generate is None else self._generating_params
         with closing(self._engine.run(prompts, params)) as outputs:
             for (request, number), output in outputs:
                 if isinstance(output, RejectedRequest):
                     # vLLM rejects a prompt once for each of its responses.
                     if number == 0:
                         yield request.key, output
-                elif self._settings.generate is None:
+                elif self.settings.generate is None:
                     rows = self._scored_rows(output, request)
-                    yield request.key, scores_from_rows(rows, self._settings, request.where)
+                    yield request.key, scores_from_rows(rows, self.settings, request.where)
                 else:
                     yield request.key, self._generated_response(output, request, number)
 
@@ -100,7 +100,7 @@ class Teacher:
 
     def _start_capture(self) -> bool:
         """Turns capture in the engine on as the configuration wants it; returns whether it is on."""
-        way = self._settings.engine.capture
+        way = self.settings.engine.capture
         problem = "engine.capture is stock" if way == "stock" else start_capture(self._engine.collective_rpc)
         if problem and way == "in-engine":
             self.close()
@@ -127,13 +127,13 @@ class Teacher:
         if self.in_engine:
             params.extra_args = self._row_request(request, expanded_ids).extra_args()
         else:
-            params.prompt_logprobs = _num_stock_logprobs(self._settings)
+            params.prompt_logprobs = _num_stock_logprobs(self.settings)
             params.flat_logprobs = True
         return params
 
     def _generating_params(self, key: tuple[ScoreRequest, int], expanded_ids: list[int]) -> SamplingParams:
         """Returns vLLM's parameters of a prompt that is to be answered."""
-        (request, number), settings = key, self._settings
+        (request, number), settings = key, self.settings
         assert settings.generate is not None
         seed = draw_seed(settings.seed, request.sample_id, number)
         # Padding of the output layer is no text, and an image token would stand for an image that does not exist.
@@ -155,7 +155,7 @@ class Teacher:
 
     def _generated_response(self, output: RequestOutput, request: ScoreRequest, number: int) -> GeneratedResponse:
         """Returns the response that vLLM wrote, with the scores of its tokens."""
-        settings, completion = self._settings, output.outputs[0]
+        settings, completion = self.settings, output.outputs[0]
         response_ids = np.asarray(completion.token_ids, np.int32)
         found = completion.logprobs
         if isinstance(found, FlatLogprobs):
@@ -180,10 +180,10 @@ class Teacher:
         return RowRequest(
             rows=predicting_positions(positions_R).astype(np.int32),
             targets=request.encoded.response_ids.astype(np.int32),
-            vocab_size=self._settings.output_vocab_size,
-            top_k=self._settings.top_k,
-            num_draws=self._settings.num_draws or 0,
-            seed=draw_seed(self._settings.seed, request.sample_id, request.key[1]),
+            vocab_size=self.settings.output_vocab_size,
+            top_k=self.settings.top_k,
+            num_draws=self.settings.num_draws or 0,
+            seed=draw_seed(self.settings.seed, request.sample_id, request.key[1]),
         )
 
     def _scored_rows(self, output: RequestOutput, request: ScoreRequest) -> CapturedRows:

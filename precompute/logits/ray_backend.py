@@ -70,7 +70,7 @@ def score_on_ray(
         ModelError: the actors die again and again.
         DecantError: what preparing or scoring raised in an actor, with its type and message.
     """
-    config = _with_absolute_paths(job.config)
+    config = with_absolute_paths(job.config)
     with _cluster(config.ray.address):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_gpus, num_actors = plan_pool(config, nodes, len(missing))
@@ -179,7 +179,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         logging.getLogger(name).setLevel(level)
     connected = ray.is_initialized()
     if not connected:
-        _check_reachable(address or os.environ.get("RAY_ADDRESS"))
+        check_reachable(address or os.environ.get("RAY_ADDRESS"))
         try:
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -200,7 +200,7 @@ def _cluster(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def _check_reachable(address: str | None) -> None:
+def check_reachable(address: str | None) -> None:
     """Checks that something listens at a `host:port`, because Ray would try for twenty minutes.
 
     Raises:
@@ -240,7 +240,7 @@ def plan_pool(config: PrecomputeConfig, nodes: Sequence[Mapping[str, float]], nu
     return num_gpus, min(settings.max_actors or room, room, num_shards)
 
 
-def _with_absolute_paths(config: PrecomputeConfig) -> PrecomputeConfig:
-    """Makes the paths absolute, because actors do not start in the driver's working directory."""
+def with_absolute_paths(config: PrecomputeConfig) -> PrecomputeConfig:
+    """Returns `config` with absolute paths, because actors do not start in the driver's working directory."""
     paths = {name: value.absolute() for name, value in config if isinstance(value, Path)}
     return config.model_copy(update=paths)

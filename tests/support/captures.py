@@ -1,4 +1,4 @@
-"""Captures with a stand-in for the engine, and what they left."""
+"""Captures with a fake teacher, and the bytes of their shards."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ NUM_SAMPLES = 10
 
 
 def score(config: PrecomputeConfig, **teacher: Any) -> CaptureSummary:
-    return run_capture(config, progress=False, start_teacher=lambda plan: FakeTeacher(plan, **teacher))
+    return run_capture(config, progress=False, start_teacher=lambda settings: FakeTeacher(settings, **teacher))
 
 
 def no_teacher(_: ScorerSettings) -> Scorer:

@@ -18,16 +18,16 @@ from tests.support.real_weights import write_jsonl
 
 
 class FakeTeacher:
-    """Answers in batches, the last request of a batch first; `before` is called with each request."""
+    """Yields scores in batches, those of a batch's last request first; `before` is called with each request."""
 
     def __init__(
         self,
-        plan: ScorerSettings,
+        settings: ScorerSettings,
         before: Callable[[ScoreRequest], None] | None = None,
         batch_size: int = 3,
         delay_s: float = 0.0,
     ) -> None:
-        self._plan = plan
+        self._settings = settings
         self._before = before
         self._batch_size = batch_size
         self._delay_s = delay_s
@@ -42,13 +42,13 @@ class FakeTeacher:
             self.num_requests += 1
             batch.append(request)
             if len(batch) == self._batch_size:
-                yield from self._answers(batch)
-        yield from self._answers(batch)
+                yield from self._score_batch(batch)
+        yield from self._score_batch(batch)
 
     def close(self) -> None:
         self.closed = True
 
-    def _answers(self, batch: list[ScoreRequest]) -> Iterator[tuple[RequestKey, TeacherScores]]:
+    def _score_batch(self, batch: list[ScoreRequest]) -> Iterator[tuple[RequestKey, TeacherScores]]:
         while batch:
             time.sleep(self._delay_s)
             request = batch.pop()
@@ -57,18 +57,18 @@ class FakeTeacher:
     def _scores(self, encoded: EncodedChat, images: tuple[Image.Image, ...]) -> TeacherScores:
         seed = hashlib.sha256(encoded.input_ids.tobytes() + b"".join(image.tobytes() for image in images)).digest()
         content = np.frombuffer(seed, np.uint32)
-        plan, num_rows = self._plan, len(encoded.response_ids)
-        logits_RV = np.random.default_rng(content).normal(0, 2, (num_rows, plan.output_vocab_size))
+        settings, num_rows = self._settings, len(encoded.response_ids)
+        logits_RV = np.random.default_rng(content).normal(0, 2, (num_rows, settings.output_vocab_size))
         logprobs_RV = logits_RV - np.log(np.exp(logits_RV).sum(axis=1, keepdims=True))
         own_R = logprobs_RV[np.arange(num_rows), encoded.response_ids]
-        if plan.num_draws is not None:
-            rng = np.random.default_rng([plan.seed, *content])
-            drawn_RD = [rng.choice(len(row), plan.num_draws, p=np.exp(row)) for row in logprobs_RV]
-            return scores_from_draws(own_R, np.stack(drawn_RD), vocab_size=plan.vocab_size)
-        ids_RK = np.argsort(-logprobs_RV, axis=1)[:, : plan.top_k]
+        if settings.num_draws is not None:
+            rng = np.random.default_rng([settings.seed, *content])
+            drawn_RD = [rng.choice(len(row), settings.num_draws, p=np.exp(row)) for row in logprobs_RV]
+            return scores_from_draws(own_R, np.stack(drawn_RD), vocab_size=settings.vocab_size)
+        ids_RK = np.argsort(-logprobs_RV, axis=1)[:, : settings.top_k]
         kept_RK = np.take_along_axis(logprobs_RV, ids_RK, axis=1)
-        kept_RK[ids_RK >= plan.vocab_size] = -np.inf
-        return scores_from_topk(own_R, ids_RK, kept_RK, top_p=plan.top_p, min_k=plan.min_k)
+        kept_RK[ids_RK >= settings.vocab_size] = -np.inf
+        return scores_from_topk(own_R, ids_RK, kept_RK, top_p=settings.top_p, min_k=settings.min_k)
 
 
 def random_pixels(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -76,7 +76,7 @@ def random_pixels(rng: np.random.Generator, height: int, width: int) -> npt.NDAr
 
 
 def conversation_records(root: Path, n: int) -> list[dict[str, Any]]:
-    """LLaVA records of every shape: no image, one, two; one turn or two. Writes the images into `root`."""
+    """Makes LLaVA records of every shape: no image, one, two; one turn or two. Writes the images into `root`."""
     rng = np.random.default_rng(0)
     root.mkdir(parents=True, exist_ok=True)
     records = []
@@ -108,7 +108,7 @@ def preference_records(root: Path, n: int) -> list[dict[str, Any]]:
 
 
 def make_config(root: Path, teacher: Path, records: list[dict[str, Any]], **settings: Any) -> PrecomputeConfig:
-    """A configuration for `records`, written to `root`, with small shards."""
+    """Makes a configuration with small shards for `records`, which it writes to `root`."""
     dataset = write_jsonl(root / "data.jsonl", records)
     defaults = {"top_k": 8, "samples_per_shard": 4, "max_tokens": 512}
     own = {"teacher": teacher, "dataset": dataset, "image_root": root, "output": root / "out"}
