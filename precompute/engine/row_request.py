@@ -110,7 +110,8 @@ def draw_from_distributions(
     """
     weights_RV = np.zeros_like(logprobs_RV)
     np.put_along_axis(weights_RV, ids_RV.astype(np.int64), np.exp(logprobs_RV), axis=1)
-    return draw(torch.from_numpy(weights_RV), torch.from_numpy(uniforms_RD)).numpy().astype(np.int32)
+    drawn_RD: npt.NDArray[np.int32] = draw(torch.from_numpy(weights_RV), torch.from_numpy(uniforms_RD)).int().numpy()
+    return drawn_RD
 
 
 def _generator(seed: str) -> np.random.Generator:

@@ -195,12 +195,13 @@ class Engine:
 
     def _step(self) -> list[RequestOutput]:
         try:
-            return self._engine.step()
+            outputs: list[RequestOutput] = self._engine.step()
         except (RuntimeError, VLLMError) as error:
             raise ModelError(
                 f"the vLLM engine stopped: {error}; if its memory ran out, lower engine.max_num_batched_tokens or "
                 "engine.gpu_memory_utilization, then run the same command again: it continues"
             ) from error
+        return outputs
 
 
 def _engine_arguments(

@@ -1,9 +1,13 @@
 """Captures with a fake teacher, and the bytes of their shards."""
 
-from pathlib import Path
+import io
 from typing import Any
 
+from rich.console import Console
+
+from common.storage.files import Location
 from precompute.config import PrecomputeConfig
+from precompute.features.run import FeatureSummary
 from precompute.logits.run import CaptureSummary, run_capture
 from precompute.scorer import Scorer, ScorerSettings
 from tests.support.fake_teacher import FakeTeacher
@@ -19,5 +23,13 @@ def no_teacher(_: ScorerSettings) -> Scorer:
     raise AssertionError("the teacher was started")
 
 
-def shard_bytes(output: Path) -> dict[str, bytes]:
+def shard_bytes(output: Location) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(output.glob("shard-*"))}
+
+
+def rendered(summary: CaptureSummary | FeatureSummary) -> str:
+    """What a summary looks like on a wide terminal."""
+    console = Console(width=300, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(summary.render())
+    return capture.get()

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from PIL import Image
 from common.data.chat_encoding import EncodedChat
 from common.shards.scores import TeacherScores, scores_from_draws, scores_from_topk
 from precompute.config import PrecomputeConfig
-from precompute.scorer import RequestKey, ScoreRequest, ScorerSettings
+from precompute.scorer import RequestKey, ScoreRequest, ScorerSettings, ScoringResult
 from tests.support.real_weights import write_jsonl
 
 
@@ -34,7 +34,7 @@ class FakeTeacher:
         self.num_requests = 0
         self.closed = False
 
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[tuple[RequestKey, TeacherScores]]:
+    def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[RequestKey, ScoringResult], None, None]:
         batch: list[ScoreRequest] = []
         for request in requests:
             if self._before:
@@ -48,13 +48,14 @@ class FakeTeacher:
     def close(self) -> None:
         self.closed = True
 
-    def _score_batch(self, batch: list[ScoreRequest]) -> Iterator[tuple[RequestKey, TeacherScores]]:
+    def _score_batch(self, batch: list[ScoreRequest]) -> Iterator[tuple[RequestKey, ScoringResult]]:
         while batch:
             time.sleep(self._delay_s)
             request = batch.pop()
-            yield request.key, self._scores(request.encoded, request.images)
+            yield request.key, self.make_scores(request.encoded, request.images)
 
-    def _scores(self, encoded: EncodedChat, images: tuple[Image.Image, ...]) -> TeacherScores:
+    def make_scores(self, encoded: EncodedChat, images: tuple[Image.Image, ...]) -> TeacherScores:
+        """Returns the scores of a conversation, random numbers that its tokens and images seed."""
         seed = hashlib.sha256(encoded.input_ids.tobytes() + b"".join(image.tobytes() for image in images)).digest()
         content = np.frombuffer(seed, np.uint32)
         settings, num_rows = self._settings, len(encoded.response_ids)

@@ -14,17 +14,18 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from common.shards.manifest import published_shards, read_manifest, shard_path
 from common.shards.score_shard import ScoredConversation, ShardFile, ShardRow
+from common.storage.files import Location
 
 ENGINE = {"dtype": "float32", "kv_cache_gib": 1, "max_num_seqs": 4, "enforce_eager": True}
 TOP_K = 16
 
 
-def rows_of(output: Path) -> list[ShardRow]:
+def rows_of(output: Location) -> list[ShardRow]:
     manifest = read_manifest(output)
     return [row for n in published_shards(output) for row in ShardFile(shard_path(output, n), manifest, n)]
 
 
-def padded(path: Path, mean: tuple[int, int, int]) -> Image.Image:
+def padded(path: Path, mean: tuple[int, ...]) -> Image.Image:
     """Centres an image on a square of its longer side, in numpy."""
     pixels = np.asarray(Image.open(path).convert("RGB"))
     height, width = pixels.shape[:2]

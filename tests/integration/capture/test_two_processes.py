@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.shards.manifest import published_shards, read_manifest, read_receipt
+from common.storage.files import Location
 from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[3]
 PROCESS = """
 import sys
 import precompute.logits.pipeline
+from common.storage.files import Location
 from precompute.config import PrecomputeConfig
 from tests.support.captures import score
 
@@ -57,7 +59,7 @@ def wait_for_messages(processes: "list[subprocess.Popen[str]]") -> list[str]:
     return messages
 
 
-def wait_for_shards(output: Path, count: int) -> None:
+def wait_for_shards(output: Location, count: int) -> None:
     deadline_s = time.monotonic() + 60
     while len(published_shards(output)) < count:
         assert time.monotonic() < deadline_s

@@ -43,6 +43,7 @@ def test_draws_replace_the_best_entries(tmp_path: Path) -> None:
         ("node = 0", "node: unknown key"),
         ("num_draws = 50\ntop_k = 5", "give one of the two"),
         ("num_draws = 50\ntop_p = 0.9", "give one of the two"),
+        ('num_draws = 50\nprecision = "q8"', "which are exact"),
         ("num_draws = 65536", "num_draws"),
         ("top_k = 0\ntop_p = 0.9", "top_p needs top_k"),
         ("min_k = 2", "give top_p as well"),

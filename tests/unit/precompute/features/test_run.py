@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import precompute.features.run
-from common.data.images import ImageSpec, load_image
+from common.data.images import ImageSpec, load_image, read_image_and_digest
 from common.data.samples import ImageRef
 from common.errors import DataError, ModelError, ProvenanceError
-from common.shards.feature_shard import FeatureCache
+from common.shards.feature_shard import FeatureCache, write_feature_shard
 from common.shards.manifest import published_shards, read_feature_manifest
 from common.storage.files import parse_location
 from precompute.features.run import FeatureSettings, FeatureSummary, run_features
+from tests.support.captures import rendered
 from tests.support.models import randomise, tiny_llava
 from tests.support.object_store import BUCKET
 
@@ -218,13 +219,12 @@ def test_a_rerun_writes_what_is_missing_and_reads_no_other_image(
     (output / "shard-00001.json").unlink()
     (output / "shard-00002.parquet").write_bytes(whole["shard-00002.parquet"][:-1])
     read: list[str] = []
-    original = precompute.features.run.read_image_and_digest
 
     def counting(path: str, *rest: Any) -> tuple[str, bytes]:
         read.append(path)
-        return original(path, *rest)
+        return read_image_and_digest(path, *rest)
 
-    monkeypatch.setattr(precompute.features.run, "read_image_and_digest", counting)
+    monkeypatch.setattr("precompute.features.run.read_image_and_digest", counting)
     assert compute(root, output).num_new_images == 4
     assert sorted(read) == sorted(ORDER[3:])
     assert contents(output) == whole
@@ -238,14 +238,13 @@ def test_an_interrupt_keeps_complete_shards_and_the_next_run_continues(
 ) -> None:
     whole, output = tmp_path / "whole", tmp_path / "out"
     compute(root, whole)
-    original = precompute.features.run.write_feature_shard
 
     def interrupted(*arguments: Any) -> Any:
-        original(*arguments)
+        write_feature_shard(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(precompute.features.run, "write_feature_shard", interrupted)
+        patch.setattr("precompute.features.run.write_feature_shard", interrupted)
         summary = compute(root, output)
     assert summary.interrupted
     assert not summary.complete
@@ -345,3 +344,12 @@ def test_images_and_cache_may_be_in_an_object_store(root: Path, tmp_path: Path) 
     assert read_feature_manifest(remote) == read_feature_manifest(local)
     expected, found = read_features(local), read_features(remote)
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_summary_says_whether_shards_are_missing(root: Path, tmp_path: Path) -> None:
+    summary = compute(root, tmp_path / "out")
+    assert "7 distinct, 7 new" in rendered(summary)
+    assert "all shards are complete" in rendered(summary)
+    stopped = replace(summary, num_complete_shards=1, interrupted=True)
+    assert "interrupted: shards are missing; run the same command again to continue" in rendered(stopped)
+    assert "interrupted" not in rendered(replace(stopped, interrupted=False))

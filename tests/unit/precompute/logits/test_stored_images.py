@@ -45,8 +45,9 @@ def test_training_needs_no_image_folder(tmp_path: Path, llava_dir: Path) -> None
     data.mkdir()
     config = make_config(data, llava_dir, conversation_records(data, 4), store_images=True)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
-    output = shutil.move(config.output, tmp_path / "out")
-    shutil.rmtree(tmp_path / "data")
+    output = tmp_path / "out"
+    shutil.move(data / "out", output)
+    shutil.rmtree(data)
     for row in ShardFile(shard_path(output, 0), read_manifest(output), 0):
         for image in row.sample.images:
             assert load_image(image, None, "pad", (0, 0, 0), row.sample.id).size[0] > 0
