@@ -1,4 +1,4 @@
-"""Shards under way: collects the results of items, and publishes each shard in a thread when its last one is there."""
+"""Collects the results of a shard's items, and publishes the shard in a thread once it has them all."""
 
 import logging
 import threading
@@ -16,11 +16,11 @@ ResultT = TypeVar("ResultT")
 
 
 class ShardWriter(Generic[ResultT]):
-    """Publishes shards of one output, each in the writer's thread and at most once.
+    """Publishes shards of one output in a thread, each at most once.
 
     Other processes may work on the same output: a shard that one of them has published is neither begun nor written.
-    Leaving the context waits until all full shards are published, also after a failure of the caller. Threads may
-    share a ShardWriter.
+    Leaving the context waits until all full shards are published, also after a failure of the caller. Several threads
+    may call it.
     """
 
     def __init__(

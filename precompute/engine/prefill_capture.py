@@ -87,7 +87,7 @@ def score_chunks(
     """Scores the wanted rows of a step, those of all requests together, and adds them to the requests' accumulators.
 
     Args:
-        chunks: one for each request that asked for rows and whose prompt is in this step.
+        chunks: one for each request that wants rows and whose prompt is in this step.
         hidden_states: [T, H], the step's batch on the engine's device.
         compute_logits: the output layer; gives None on a tensor-parallel rank that the logits are not gathered on.
         to_cpu: whether scores are copied to the host; else they stay on the device of `hidden_states`.

@@ -70,7 +70,7 @@ class Teacher:
         self.in_engine = self._start_capture()
 
     def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[RequestKey, ScoringResult], None, None]:
-        """Yields answers in the order in which they are finished; `requests` is drawn in another thread.
+        """Yields results in the order in which they are finished; `requests` is drawn in another thread.
 
         Raises:
             ModelError: the engine died, or what it returned does not fit the request.
@@ -99,10 +99,14 @@ class Teacher:
         self._engine.close()
 
     def _start_capture(self) -> bool:
-        """Turns capture in the engine on as the configuration wants it; returns whether it is on."""
-        way = self.settings.engine.capture
-        problem = "engine.capture is stock" if way == "stock" else start_capture(self._engine.collective_rpc)
-        if problem and way == "in-engine":
+        """Turns capture in the engine on, if it is configured; returns True if it is on.
+
+        Raises:
+            ModelError: engine.capture is "in-engine", and this vLLM cannot be patched.
+        """
+        mode = self.settings.engine.capture
+        problem = "engine.capture is stock" if mode == "stock" else start_capture(self._engine.collective_rpc)
+        if problem and mode == "in-engine":
             self.close()
             raise ModelError(
                 f"vLLM {vllm.__version__} cannot capture in the engine: {problem}; install a version that this program "
@@ -110,7 +114,7 @@ class Teacher:
             )
         if problem:
             logger.log(
-                logging.INFO if way == "stock" else logging.WARNING,
+                logging.INFO if mode == "stock" else logging.WARNING,
                 "capture: vLLM's own prompt log-probs of every position (%s)",
                 problem,
             )

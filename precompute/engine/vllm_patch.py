@@ -114,7 +114,7 @@ def patch_front_end() -> None:
 
     @wraps(stock_prompt)
     def update_prompt(self: Any, prompt_logprobs_tensors: Any) -> None:
-        # Our scores come for requests that did not ask for vLLM's.
+        # Without vLLM's own prompt log-probs, what arrives here are our scores.
         if self.num_prompt_logprobs is None:
             self.prompt_logprobs = unpack_row_scores(prompt_logprobs_tensors)
         else:

@@ -4,7 +4,7 @@ open_inputs ─> CaptureInputs    dataset, encoder, image settings; weight files
     .check(i)                   one sample encoded and checked, except for what needs its images decoded
 prepare_job ─> CaptureJob       the inputs, and the manifest, which also needs the teacher's weights
     .with_image_bytes(i, s)     the sample with its image files, if shards are to hold them
-    .decode(i, s)               a sample's images, as the teacher is to see them
+    .load_images(i, s)          a sample's images, as the teacher is to see them
 """
 
 import logging
@@ -93,7 +93,7 @@ class CaptureInputs:
         ids = self.encoder.encode_prompt(without_last_response(sample.conversations[0]))
         return (EncodedChat(ids, np.zeros((0, 2), np.int32), self.encoder.image_token_id),)
 
-    def text(self, ids: npt.NDArray[np.int32]) -> str:
+    def decode_text(self, ids: npt.NDArray[np.int32]) -> str:
         """Decodes ids, without special tokens."""
         with self._encoding:
             return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True))
@@ -126,7 +126,7 @@ class CaptureJob(CaptureInputs):
             output_vocab_size=self.manifest.teacher.vocab_size,
         )
 
-    def decode(self, index: int, sample: Sample) -> tuple[Image.Image, ...]:
+    def load_images(self, index: int, sample: Sample) -> tuple[Image.Image, ...]:
         """Returns the images of a sample as the teacher is to see them.
 
         Raises:

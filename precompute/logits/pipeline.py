@@ -5,7 +5,7 @@
 
 Memory is bounded at each arrow: a window of encoded samples, a few decoded ones, the requests that the teacher holds,
 the shards under way and those that wait for the writer. When the writer falls behind, the loop waits for it.
-The order of the requests is a function of the dataset and the missing shards; rows stand in dataset order.
+The order of the requests is a function of the dataset and the missing shards; the rows of a shard are in dataset order.
 """
 
 import time
@@ -34,7 +34,7 @@ from precompute.shard_writer import ShardWriter
 # left to run alone at the end. A shard is complete at most a window later than in dataset order.
 _WINDOW = 256
 
-# Samples whose images are decoded before the teacher asks for them.
+# Samples whose images are decoded before the teacher draws them.
 _DECODED_AHEAD = 64
 
 # Shards that wait for the writer besides the one it writes.
@@ -115,21 +115,21 @@ def _generated_row(job: CaptureJob, prompt: _EncodedSample, response: GeneratedR
     sample = replace(
         prompt.sample,
         id=f"{prompt.sample.id}#{response.number}",
-        conversations=((*without_last_response(turns), Turn("assistant", job.text(response.response_ids))),),
+        conversations=((*without_last_response(turns), Turn("assistant", job.decode_text(response.response_ids))),),
     )
     scored = ScoredConversation(EncodedChat(input_ids, spans, encoded.image_token_id), response.scores)
     return ShardRow(prompt.index, sample, (scored,))
 
 
-# What becomes of a sample: its rows, or why it has none.
+# A sample's rows, or why it has none.
 _SampleResult = list[ShardRow] | SkippedSample
 
 
 def score_shards(job: CaptureJob, teacher: Scorer, numbers: Sequence[int], counter: CaptureCounter, bar: Any) -> None:
     """Scores and publishes shards, except those that another process has published when their turn comes.
 
-    `bar` is a tqdm bar of samples. Whatever ends the loop early, an interrupt included, the shards whose samples all
-    had their scores are published first.
+    `bar` is a tqdm bar of samples. If the loop ends early, by an error or an interrupt, the shards whose samples all
+    have their scores are published first.
 
     Raises:
         DataError: a sample cannot be used, or the teacher refuses it, and on_bad_sample is "stop".
@@ -215,20 +215,20 @@ def _load_ahead(job: CaptureJob, indices: Iterable[int]) -> Generator[_LoadedSam
         except DataError as error:
             return job.skip_or_raise(index, error)
 
-    def decode(item: _EncodedSample | SkippedSample) -> _LoadedSample | SkippedSample:
+    def load(item: _EncodedSample | SkippedSample) -> _LoadedSample | SkippedSample:
         if isinstance(item, SkippedSample):
             return item
         try:
             sample = job.with_image_bytes(item.index, item.sample)
-            return _LoadedSample(replace(item, sample=sample), job.decode(item.index, sample))
+            return _LoadedSample(replace(item, sample=sample), job.load_images(item.index, sample))
         except DataError as error:
             return job.skip_or_raise(item.index, error)
 
     num_threads = job.config.num_loader_threads
     with closing(prefetch_map(encode, indices, num_threads=num_threads, ahead=_WINDOW)) as encoded:
         ordered = _longest_first(encoded)
-        with closing(prefetch_map(decode, ordered, num_threads=num_threads, ahead=_DECODED_AHEAD)) as decoded:
-            yield from decoded
+        with closing(prefetch_map(load, ordered, num_threads=num_threads, ahead=_DECODED_AHEAD)) as loaded:
+            yield from loaded
 
 
 def _longest_first(items: Iterator[_EncodedSample | SkippedSample]) -> Iterator[_EncodedSample | SkippedSample]:

@@ -35,7 +35,7 @@ def make_requests(job: CaptureJob) -> list[ScoreRequest]:
     requests = []
     for index in range(NUM_SAMPLES):
         sample, conversations, _ = job.check(index)
-        images = job.decode(index, sample)
+        images = job.load_images(index, sample)
         requests += [
             ScoreRequest((index, number), sample.id, encoded, images, job.where(index))
             for number, encoded in enumerate(conversations)

@@ -16,10 +16,10 @@ from precompute.scorer import ScorerSettings
 pytestmark = pytest.mark.vllm
 
 
-def start_teacher(way: CaptureMode) -> Teacher:
+def start_teacher(mode: CaptureMode) -> Teacher:
     settings = ScorerSettings(
         model_dir=Path(),
-        engine=EngineConfig(capture=way),
+        engine=EngineConfig(capture=mode),
         max_tokens=8,
         max_images=1,
         top_k=2,

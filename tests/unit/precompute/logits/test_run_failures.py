@@ -192,7 +192,10 @@ def test_a_failure_of_any_part_is_the_one_that_is_reported(
             raise failures[part]
         return ()
 
-    targets = {"writer": "precompute.logits.pipeline.write_shard", "loader": "precompute.logits.job.CaptureJob.decode"}
+    targets = {
+        "writer": "precompute.logits.pipeline.write_shard",
+        "loader": "precompute.logits.job.CaptureJob.load_images",
+    }
     if part in targets:
         monkeypatch.setattr(targets[part], fail)
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 40))

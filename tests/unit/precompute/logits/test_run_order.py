@@ -114,7 +114,7 @@ def test_images_and_finished_shards_are_not_kept(
     rows: list[weakref.ref[ShardRow]] = []
     peak = {"images": 0, "rows": 0}
 
-    def decode(job: CaptureJob, index: int, sample: Sample, real: Any = CaptureJob.decode) -> Any:
+    def load_images(job: CaptureJob, index: int, sample: Sample, real: Any = CaptureJob.load_images) -> Any:
         found = real(job, index, sample)
         images.extend(map(weakref.ref, found))
         return found
@@ -128,7 +128,7 @@ def test_images_and_finished_shards_are_not_kept(
         peak["images"] = max(peak["images"], sum(ref() is not None for ref in images))
         peak["rows"] = max(peak["rows"], sum(ref() is not None for ref in rows))
 
-    monkeypatch.setattr(CaptureJob, "decode", decode)
+    monkeypatch.setattr(CaptureJob, "load_images", load_images)
     monkeypatch.setattr("precompute.logits.pipeline.ShardRow", TrackedRow)
     score(config, before=measure, delay_s=0.005)
     assert len(images) == 60
