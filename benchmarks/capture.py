@@ -74,11 +74,11 @@ def _measure(model_dir: Path, rounds: int) -> dict[str, list[float]]:
 
     from precompute.config import EngineConfig
     from precompute.engine.row_request import RowRequest
-    from precompute.engine.vllm_engine import Engine, Prompt
+    from precompute.engine.vllm_engine import Engine, EngineLimits, Prompt
     from precompute.engine.vllm_patch import start_capture
 
     settings = EngineConfig(dtype="float32", kv_cache_gib=1, enforce_eager=True, max_num_batched_tokens=PROMPT_TOKENS)
-    engine = Engine(model_dir, settings, max_model_len=PROMPT_TOKENS + 1, max_images=0, max_logprobs=TOP_K)
+    engine = Engine(model_dir, settings, EngineLimits(PROMPT_TOKENS + 1, max_images=0, max_logprobs=TOP_K))
     if lacks := start_capture(engine.collective_rpc):
         raise SystemExit(f"no capture in the engine: {lacks}")
     texts = real_ids(model_dir, 16 * PROMPT_TOKENS).reshape(16, PROMPT_TOKENS)

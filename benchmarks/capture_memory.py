@@ -78,13 +78,13 @@ def _measure(model_dir: Path, way: str, length: int) -> float:
 
     from precompute.config import EngineConfig
     from precompute.engine.row_request import RowRequest
-    from precompute.engine.vllm_engine import Engine, Prompt
+    from precompute.engine.vllm_engine import Engine, EngineLimits, Prompt
     from precompute.engine.vllm_patch import start_capture
 
     settings = EngineConfig(
         dtype="float32", kv_cache_gib=0.25, enforce_eager=True, max_num_batched_tokens=LONG, max_num_seqs=1
     )
-    engine = Engine(model_dir, settings, max_model_len=LONG + 1, max_images=0, max_logprobs=TOP_K)
+    engine = Engine(model_dir, settings, EngineLimits(LONG + 1, max_images=0, max_logprobs=TOP_K))
     if lacks := start_capture(engine.collective_rpc):
         raise SystemExit(f"no capture in the engine: {lacks}")
 

@@ -24,7 +24,7 @@ from common.shards.score_shard import ScoredConversation, ShardRow, write_shard
 from precompute.config import EngineConfig
 from precompute.engine.row_request import pack_row_scores, unpack_row_scores
 from precompute.engine.row_scores import RowScores
-from precompute.engine.teacher import to_scores
+from precompute.engine.score_conversion import scores_from_rows
 from precompute.scorer import ScorerSettings
 from tests.support.builders import make_manifest
 
@@ -83,7 +83,7 @@ def _write(root: Path, number: int, records: list[Any], vocab_size: int) -> int:
     )
     rows = []
     for index, (ids, record) in enumerate(records):
-        scores = to_scores(unpack_row_scores(record), plan, "benchmark")
+        scores = scores_from_rows(unpack_row_scores(record), plan, "benchmark")
         encoded = EncodedChat(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
         turns = (Turn("user", "What is it?"), Turn("assistant", "It is text."))
         sample = Sample(str(index), "kd", (), (turns,))

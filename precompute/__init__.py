@@ -1,1 +1,1 @@
-"""The inference node: dataset and teacher in, verified shards out. The only place that knows vLLM."""
+"""The inference node: from a dataset and a teacher to verified shards. The only place that knows vLLM."""

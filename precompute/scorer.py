@@ -1,4 +1,4 @@
-"""What passes between the loop and a teacher, so that the loop knows no engine."""
+"""The interface between the capture's loop and a teacher, so that the loop knows no engine."""
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ RequestKey = tuple[int, int]
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A conversation to score, or a prompt to answer. `key` is (position in the dataset, number of the conversation).
+    """A conversation to score, or a prompt to answer.
 
-    `sample_id` and the key's second part seed what is drawn for it.
+    `key` is (position in the dataset, number of the conversation); its second part and `sample_id` seed what is drawn.
+    `where` names the conversation in errors.
     """
 
     key: RequestKey
@@ -32,14 +33,14 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class RejectedRequest:
-    """A request that the teacher will not score, such as one whose images it cannot process; `reason` names it."""
+    """A request that the teacher refuses, such as one whose images it cannot process; `reason` names it."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class GeneratedResponse:
-    """Response `number` that the teacher wrote to a prompt: its ids, int32 [R], and their scores."""
+    """Response number `number` of a prompt, written by the teacher: its ids, int32 [R], and their scores."""
 
     number: int
     response_ids: npt.NDArray[np.int32]
@@ -51,13 +52,13 @@ ScoringResult = TeacherScores | GeneratedResponse | RejectedRequest
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """What a teacher must know before it starts.
+    """Settings that a teacher starts with.
 
     `max_tokens` bounds the expanded sequence, `max_images` a sequence's images (0: no vision tower);
     `output_vocab_size` is the size of the output layer, `vocab_size` the tokenizer's, `top_k` at most the former.
-    With `top_p`, a row keeps the least number of its best entries that hold this mass, from `min_k` to `top_k`;
-    with `num_draws`, so many draws instead, which `seed` and the request decide. With `generate` requests are prompts.
-    `node_rank` is this process's number among those that share the output.
+    With `top_p`, a row keeps the smallest number of its best entries that hold this mass, from `min_k` to `top_k`. With
+    `num_draws` it keeps that many draws instead, which depend on `seed` and the request alone. With `generate`,
+    requests are prompts. `node_rank` is this process's number among those that share the output.
     """
 
     model_dir: Path
@@ -79,13 +80,14 @@ class Scorer(Protocol):
     """A started teacher."""
 
     def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[RequestKey, ScoringResult], None, None]:
-        """Draws requests as there is room, in a thread of its own if it likes, and yields answers in any order.
+        """Scores requests and yields their results in any order.
 
-        A conversation has one answer, a prompt as many as responses are to be written; either may be refused instead,
-        once. Closing the generator stops the drawing.
+        Requests are drawn as there is room, possibly in another thread; closing the generator stops the drawing. A
+        conversation has one result, a prompt one for each response that is to be written; instead of them, either may
+        have one RejectedRequest.
         """
         ...
 
     def close(self) -> None:
-        """Frees what the teacher holds."""
+        """Frees the teacher's memory and processes."""
         ...

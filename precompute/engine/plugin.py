@@ -6,18 +6,18 @@ import sys
 
 
 def register() -> None:
-    """Installs the capture, and lets vLLM import its LLaVA model without torchvision."""
+    """Patches vLLM for the capture, and lets it import its LLaVA model without torchvision."""
     from precompute.engine.vllm_patch import install_patches
 
-    _stand_in_for_torchvision()
+    _alias_pixtral_processor()
     install_patches()
 
 
-def _stand_in_for_torchvision() -> None:
+def _alias_pixtral_processor() -> None:
     """Lets vLLM import its LLaVA model where torchvision is absent, as in the CPU environment.
 
-    vLLM takes one helper from a module of transformers that needs torchvision; the module's PIL twin has the
-    same helper, so it stands in. With torchvision installed nothing is touched.
+    vLLM imports one helper from a module of transformers that needs torchvision. The module's PIL version has the same
+    helper, so it is entered under the other's name. With torchvision installed nothing changes.
     """
     name = "transformers.models.pixtral.image_processing_pixtral"
     if importlib.util.find_spec("torchvision") is None and name not in sys.modules:

@@ -1,14 +1,16 @@
-"""What a request asks of the capture in the engine, and what it gets back.
+"""Records that pass between the front end and the workers: which rows a request wants, and the rows that it gets.
 
-Legend: R wanted rows of a request, K kept entries, D draws, V the output layer's entries.
+Legend: R wanted rows of a request, K kept entries, D draws, V the output layer's entries. Knows torch, but not vLLM.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from precompute.engine.row_scores import RowScores, draw
 
@@ -18,11 +20,11 @@ _STEPS_KEY = "decant_steps"
 
 @dataclass(frozen=True)
 class RowRequest:
-    """What to score of one prompt.
+    """The rows of one prompt that are to be scored, and how.
 
     `rows` int32 [R]: positions of the expanded prompt, ascending, whose output is wanted. `targets` int32 [R]: the
-    token whose own log-prob each row gives. `vocab_size` is that of the output layer, `top_k` the entries to keep.
-    `num_draws` ids are drawn from each row besides, the same ones for the same `seed`, an integer of up to 128 bits
+    token whose own log-prob each row gives. `vocab_size` is that of the output layer, `top_k` the number of entries to
+    keep. `num_draws` ids are also drawn from each row, the same ones for the same `seed`, an integer of up to 128 bits
     in hexadecimal.
     """
 
@@ -34,13 +36,13 @@ class RowRequest:
     seed: str = "0"
 
     def extra_args(self) -> dict[str, Any]:
-        """For `SamplingParams.extra_args`, which vLLM carries to its workers."""
+        """Returns the request for `SamplingParams.extra_args`, which vLLM sends to its workers."""
         arrays = {"rows": self.rows.tobytes(), "targets": self.targets.tobytes()}
         return {_KEY: {**vars(self), **arrays}}
 
     @classmethod
-    def of(cls, sampling_params: Any) -> "RowRequest | None":
-        """The wish that a request came with."""
+    def from_sampling_params(cls, sampling_params: Any) -> "RowRequest | None":
+        """Returns the row request in vLLM's sampling parameters, or None if they have none."""
         found = (getattr(sampling_params, "extra_args", None) or {}).get(_KEY)
         if found is None:
             return None
@@ -50,7 +52,7 @@ class RowRequest:
 
 @dataclass(frozen=True)
 class CapturedRows:
-    """What a request gives back: float32 own [R], int32 ids and float32 logprobs [R, K], int32 drawn [R, D]."""
+    """Scores of a request's rows: float32 own [R], int32 ids and float32 logprobs [R, K], int32 drawn [R, D]."""
 
     own: npt.NDArray[np.float32]
     ids: npt.NDArray[np.int32]
@@ -59,9 +61,10 @@ class CapturedRows:
 
 
 class CapturedSamplerSteps:
-    """Scores of the tokens that a request generates, as vLLM's sampler gives them, without a Python object an entry.
+    """Scores of the tokens that a request generates, from vLLM's sampler, kept as arrays.
 
-    `of` makes one for a request whose `extra_args` are `ask()`; the request asks for `logprobs` as well.
+    vLLM itself would make a Python object of each entry. A request whose `SamplingParams.extra_args` come from
+    `extra_args`, and which wants vLLM's `logprobs`, gets one by `from_sampling_params`.
     """
 
     def __init__(self, num_draws: int, seed: str) -> None:
@@ -70,29 +73,29 @@ class CapturedSamplerSteps:
         self._parts: list[CapturedRows] = []
 
     @staticmethod
-    def ask(num_draws: int = 0, seed: str = "0") -> dict[str, Any]:
-        """For `SamplingParams.extra_args`."""
+    def extra_args(num_draws: int = 0, seed: str = "0") -> dict[str, Any]:
+        """Returns the entry of `SamplingParams.extra_args` that turns the capture of a request's steps on."""
         return {_STEPS_KEY: {"num_draws": num_draws, "seed": seed}}
 
     @classmethod
-    def of(cls, sampling_params: Any) -> "CapturedSamplerSteps | None":
-        """An empty one, if the request asks for it."""
+    def from_sampling_params(cls, sampling_params: Any) -> "CapturedSamplerSteps | None":
+        """Returns an empty one, or None if the request did not turn the capture of its steps on."""
         found = (getattr(sampling_params, "extra_args", None) or {}).get(_STEPS_KEY)
         return None if found is None else cls(**found)
 
     def append(self, logprobs_lists: Any) -> None:
-        """Takes what the sampler gives for new tokens: the own entry first, then the best K in descending order."""
+        """Adds the sampler's entries for new tokens: the own one first, then the best K in descending order."""
         ids, logprobs = (np.asarray(array) for array in logprobs_lists[:2])
         own, ids, logprobs = logprobs[:, 0].copy(), ids[:, 1:].astype(np.int32), logprobs[:, 1:].astype(np.float32)
         drawn = ids[:, :0]
         if self._num_draws:
-            # All of the vocabulary is here, once, and goes with this call.
+            # The entries are the whole vocabulary, too many to keep, so ids are drawn at once.
             drawn = draw_from_distributions(ids, logprobs, self._random.random((len(ids), self._num_draws)))
             ids, logprobs = ids[:, :0], logprobs[:, :0]
         self._parts.append(CapturedRows(own, ids, logprobs, drawn))
 
     def rows(self) -> CapturedRows:
-        """All steps so far."""
+        """Returns the rows of all steps so far, in their order."""
         return CapturedRows(
             **{name: np.concatenate([getattr(part, name) for part in self._parts]) for name in vars(self._parts[0])}
         )
@@ -101,34 +104,36 @@ class CapturedSamplerSteps:
 def draw_from_distributions(
     ids_RV: npt.NDArray[np.int32], logprobs_RV: npt.NDArray[np.float32], uniforms_RD: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.int32]:
-    """Ids drawn from whole distributions whose entries come in any order, int32 [R, D]: what the engine would draw."""
+    """Draws ids, int32 [R, D], from whole distributions whose entries come in any order.
+
+    They are the ids that the engine draws from the same distributions with the same uniforms.
+    """
     weights_RV = np.zeros_like(logprobs_RV)
     np.put_along_axis(weights_RV, ids_RV.astype(np.int64), np.exp(logprobs_RV), axis=1)
-    return draw(torch.from_numpy(weights_RV), torch.from_numpy(uniforms_RD)).numpy().astype(np.int32)
+    drawn_RD: npt.NDArray[np.int32] = draw(torch.from_numpy(weights_RV), torch.from_numpy(uniforms_RD)).int().numpy()
+    return drawn_RD
 
 
 def _generator(seed: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int(seed, 16)))
 
 
-def request_uniforms(wish: RowRequest) -> npt.NDArray[np.float64]:
-    """The random numbers of a request, float64 [R, D] in [0, 1): a function of its seed alone."""
-    return _generator(wish.seed).random((len(wish.rows), wish.num_draws))
+def request_uniforms(request: RowRequest) -> npt.NDArray[np.float64]:
+    """Returns the random numbers of a request, float64 [R, D] in [0, 1): a function of its seed alone."""
+    return _generator(request.seed).random((len(request.rows), request.num_draws))
 
 
-def pack_row_scores(scores: RowScores) -> Any:
-    """Into the record that vLLM carries from its workers to the front end."""
-    from vllm.v1.outputs import LogprobsTensors
-
+def pack_row_scores(scores: RowScores) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns scores as the fields of vLLM's `LogprobsTensors`, which it sends from its workers to the front end."""
     ids = torch.cat([scores.ids, scores.drawn], dim=1)
     logprobs = torch.cat([scores.own[:, None], scores.logprobs], dim=1)
-    # Instead of ranks, which nobody asked for.
+    # The field is meant for the ranks of tokens, which nobody reads here.
     top_k = torch.tensor([scores.ids.shape[1]], dtype=torch.int32)
-    return LogprobsTensors(ids, logprobs, top_k)
+    return ids, logprobs, top_k
 
 
-def unpack_row_scores(tensors: Any) -> CapturedRows:
-    """Inverse of `pack_row_scores`, without a copy."""
+def unpack_row_scores(tensors: Sequence[Tensor]) -> CapturedRows:
+    """Inverts `pack_row_scores`, without a copy; fields past the third are ignored."""
     ids, logprobs, top_k = (tensor.numpy() for tensor in tensors[:3])
     k = int(top_k[0])
     return CapturedRows(own=logprobs[:, 0], ids=ids[:, :k], logprobs=logprobs[:, 1:], drawn=ids[:, k:])

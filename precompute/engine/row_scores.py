@@ -1,9 +1,9 @@
-"""Scores of chosen rows of the output layer, one bounded chunk of logits after the other.
+"""Scores of chosen rows of the output layer, from one bounded chunk of logits at a time.
 
 Legend: R rows, H hidden size, V the output layer's entries, K entries kept, D draws, B ids of a block, C blocks.
 
 One pass over a chunk gives everything: the K best logits, the log of the sum of exponentials, the own token's logit,
-and draws. Nothing of the size R x V exists, whatever the number of rows.
+and draws. No array of size R x V is ever made.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Float32 logits of one chunk. Each chunk reads the output layer's weights, so few are better; but larger ones than this
-# glibc takes from fresh pages again and again, which costs as much as the top-k.
+# Float32 logits of one chunk. Each chunk reads the output layer's weights, so few chunks are better; but glibc takes
+# larger ones than this from fresh pages each time, which costs as much as the top-k.
 CHUNK_BYTES = {"cpu": 24 << 20}
 CHUNK_BYTES_ELSEWHERE = 256 << 20
 
-# Ids of a block, outermost first.
+# Numbers of ids in a block, outermost first.
 _BLOCKS = (64, 8)
 _BLOCK = _BLOCKS[0]
 
@@ -26,8 +26,10 @@ LogitsFunction = Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class RowScores:
-    """`own` float32 [R]: log-prob of each row's target. `ids` int32, `logprobs` float32 [R, K]: the best entries in
-    descending order. `drawn` int32 [R, D]: ids drawn with replacement. K or D may be 0.
+    """Scores of R rows, on the engine's device or on the host; K or D may be 0.
+
+    `own` float32 [R]: log-prob of each row's target. `ids` int32, `logprobs` float32 [R, K]: the best entries in
+    descending order. `drawn` int32 [R, D]: ids drawn with replacement.
     """
 
     own: Tensor
@@ -36,7 +38,7 @@ class RowScores:
     drawn: Tensor
 
 
-def score_rows(
+def score_rows(  # noqa: PLR0913 - a pure function of arrays and sizes
     hidden_RH: Tensor,
     targets_R: Tensor,
     compute_logits: LogitsFunction,
@@ -60,7 +62,7 @@ def score_rows(
     """
     chunk_bytes = CHUNK_BYTES.get(hidden_RH.device.type, CHUNK_BYTES_ELSEWHERE)
     total, num_draws = len(hidden_RH), 0 if uniforms_RD is None else uniforms_RD.shape[1]
-    # Made first: small results kept between the chunks would leave holes that no next chunk fits into.
+    # Allocated before the chunks, because small results kept between them would fragment the memory.
     result = RowScores(
         own=hidden_RH.new_empty(total, dtype=torch.float32),
         ids=hidden_RH.new_empty(total, top_k, dtype=torch.int32),
@@ -68,7 +70,7 @@ def score_rows(
         drawn=hidden_RH.new_empty(total, num_draws, dtype=torch.int32),
     )
     num_chunks = -(-total * vocab_size * 4 // chunk_bytes)
-    # Of equal size: a short last one would read the weights for a few rows.
+    # Chunks are of equal size, because a short last one would read all weights for a few rows.
     for rows in torch.arange(total).tensor_split(min(max(num_chunks, 1), max(total, 1))):
         chunk = slice(int(rows[0]), int(rows[-1]) + 1) if total else slice(0)
         logits_RV = compute_logits(hidden_RH[chunk])
@@ -78,18 +80,18 @@ def score_rows(
         scores = score_logits(logits_RV.float(), targets_R[chunk], top_k=top_k, uniforms_RD=uniforms)
         for name, part in vars(scores).items():
             getattr(result, name)[chunk] = part
-        # Freed before the next chunk's logits are made, not after.
+        # Else this chunk's logits would live until the next chunk's are made.
         del logits_RV, scores
     return result
 
 
 def score_logits(logits_RV: Tensor, targets_R: Tensor, *, top_k: int, uniforms_RD: Tensor | None = None) -> RowScores:
-    """Scores of one chunk of float32 logits, which are overwritten."""
+    """Scores one chunk of float32 logits, which it overwrites."""
     own_R1 = logits_RV.gather(1, targets_R[:, None])
     values_RK, ids_RK = best_entries(logits_RV, top_k)
     peak_R1 = values_RK[:, :1] if top_k else logits_RV.amax(1, keepdim=True)
     place_R1 = ids_RK[:, :1] if top_k else logits_RV.argmax(1, keepdim=True)
-    # Overwritten: a second array of this size would cost more than all the rest.
+    # In place, because a second array of this size would cost more than all the rest.
     probs_RV = torch.softmax(logits_RV, 1, out=logits_RV)
     # The largest probability is at least 1 / V, so its logarithm is exact to float32.
     log_sum_R1 = peak_R1 - probs_RV.gather(1, place_R1).log()
@@ -103,7 +105,7 @@ def score_logits(logits_RV: Tensor, targets_R: Tensor, *, top_k: int, uniforms_R
 
 
 def best_entries(values_RV: Tensor, k: int, blocks: tuple[int, ...] = _BLOCKS) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row and their positions, int64 [R, K], in descending order.
+    """Returns the k largest values of each row and their positions, int64 [R, K], in descending order.
 
     Equals `torch.topk` but for ties, at about half its cost: the k largest values lie in the k blocks whose maxima
     are largest, because k blocks with larger maxima would hold k larger values. The same is done again within these
@@ -120,7 +122,7 @@ def best_entries(values_RV: Tensor, k: int, blocks: tuple[int, ...] = _BLOCKS) -
     rows_R1 = torch.arange(len(values_RV), device=values_RV.device)[:, None]
     candidates = blocks_RCB[rows_R1, chosen_RK].flatten(1)
     if tail := size - num_blocks * block:
-        # The ids past the last whole block are a block more, shorter than the others.
+        # The ids past the last whole block form one more block, shorter than the others.
         candidates = torch.cat([candidates, values_RV[:, size - tail :]], dim=1)
         chosen_RK = torch.nn.functional.pad(chosen_RK, (0, 1), value=num_blocks)
     best_RK, places_RK = best_entries(candidates, k, blocks[1:])
@@ -128,10 +130,10 @@ def best_entries(values_RV: Tensor, k: int, blocks: tuple[int, ...] = _BLOCKS) -
 
 
 def draw(weights_RV: Tensor, uniforms_RD: Tensor) -> Tensor:
-    """Ids drawn with replacement, int64 [R, D]: id v with probability weights[v] / sum of the row's weights.
+    """Draws ids with replacement, int64 [R, D]: id v with probability weights[v] / sum of the row's weights.
 
     Inverts the cumulative distribution at each uniform, in two steps so that V float64 sums are never held: first the
-    block of ids, then the id within it. Sums are float64; what is left of rounding is below 1e-7 of a probability.
+    block of ids, then the id within it. Sums are float64; rounding changes a probability by less than 1e-7.
     """
     size = weights_RV.shape[1]
     num_blocks = -(-size // _BLOCK)
@@ -143,7 +145,7 @@ def draw(weights_RV: Tensor, uniforms_RD: Tensor) -> Tensor:
     block_RD = torch.searchsorted(upto_RC, point_RD, right=True).clamp_(max=num_blocks - 1)
     before_RD = torch.where(block_RD > 0, upto_RC.gather(1, (block_RD - 1).clamp(min=0)), 0.0)
     inside_RDB = blocks_RCB.gather(1, block_RD[:, :, None].expand(-1, -1, _BLOCK)).double()
-    # The last id of positive weight stands for the rounding of the two sums.
+    # Where the rounding of the two sums would lead past the block, its last id of positive weight is taken.
     last_RD = _BLOCK - 1 - (inside_RDB > 0).flip(2).byte().argmax(2)
     within_RD = (inside_RDB.cumsum(2) <= (point_RD - before_RD)[:, :, None]).sum(2)
     return block_RD * _BLOCK + torch.minimum(within_RD, last_RD)

@@ -1,15 +1,17 @@
 """`precompute-features`: from a dataset's images to a feature cache.
 
     dataset ─> distinct images, by the SHA-256 of their files ─> manifest, images.parquet ─> missing shards
-        ─> read and decode (threads) ─> batches through the vision tower ─> writer thread: shard, receipt
+        ─> read and decode (threads) ─> batches through the vision tower ─> writer's thread: shard, receipt
 
-A batch never crosses a shard, so a rerun computes what the first run would have. Until its receipt is published a shard
-does not exist: a run that is stopped at any moment loses the shards under way.
+A batch never crosses a shard, so that a rerun computes the same batches as the first run. Until its receipt is
+published a shard does not exist: a run that is stopped loses only the shards under way.
+
+Legend: I images, P tokens that the tower gives an image, D channels.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,12 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+from PIL.Image import Image
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from common.concurrency import BackgroundWriter, prefetch_map
+from common.concurrency import prefetch_map
 from common.data.images import AspectRatio, ImageSpec, load_image, read_image_and_digest
 from common.data.samples import Dataset, ImageRef
 from common.errors import DataError, ModelError, ShardError
@@ -47,19 +51,20 @@ from common.shards.manifest import (
     read_receipts,
 )
 from common.storage.files import Location, directory_lock, remove_partials
+from precompute.shard_writer import ShardWriter
 
 logger = logging.getLogger(__name__)
 
-# Files that are read at once: an object store takes its time.
+# Threads that read files; several, because each read of an object store waits for its answer.
 _READERS = 8
 
-# Beside the one that is written, each as large as its file.
+# Shards that wait for the writer besides the one it writes; each takes as much memory as its file.
 _WAITING_SHARDS = 1
 
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """What the command was told."""
+    """Options of the command."""
 
     model: Path
     dataset: Location
@@ -85,11 +90,11 @@ class FeatureSummary:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard is there."""
+        """Returns True if every shard is published."""
         return self.num_complete_shards == self.manifest.num_shards
 
     def render(self) -> RenderableType:
-        """The totals and the outcome."""
+        """Returns the totals and the outcome for the terminal."""
         table = Table(show_header=False, box=None)
         encoder, num_shards = self.manifest.encoder, self.manifest.num_shards
         table.add_row("output", str(self.output))
@@ -100,30 +105,27 @@ class FeatureSummary:
         if self.num_new_images:
             speed = f"{self.num_new_images / max(self.compute_s, 1e-9):,.1f} images/s"
             table.add_row("computed in", f"{self.compute_s:,.0f} s, {speed}")
-        state = "all shards are complete"
-        if not self.complete:
-            state = "interrupted: " * self.interrupted + "shards are missing; run the same command again to continue"
+        if self.complete:
+            state = "all shards are complete"
+        else:
+            state = "shards are missing; run the same command again to continue"
+            if self.interrupted:
+                state = f"interrupted: {state}"
         return Group(table, Text(state))
 
 
 @dataclass(frozen=True)
 class _FeatureJob:
+    """All that is known before the vision tower starts."""
+
     settings: FeatureSettings
     manifest: FeatureManifest
     images: list[CachedImage]
     mean_rgb: tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Neighbouring images of one shard."""
-
-    shard: int
-    images: range
-
-
 def run_features(settings: FeatureSettings, *, progress: bool = True) -> FeatureSummary:
-    """Computes the features of every image that has none yet. Ctrl-C ends it early with `interrupted` set.
+    """Computes the features of every image that has none yet. Ctrl-C ends the run early with `interrupted` set.
 
     Raises:
         DataError: an image is missing, unreadable or not the one that the cache was begun with.
@@ -142,7 +144,7 @@ def run_features(settings: FeatureSettings, *, progress: bool = True) -> Feature
     if missing:
         counted: list[int] = []
         try:
-            _compute(job, missing, counted, progress)
+            _compute_shards(job, missing, counted, progress)
         except KeyboardInterrupt:
             interrupted = True
         num_new = sum(counted)
@@ -162,9 +164,9 @@ def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
     encoder = encoder_identity(settings.model, settings.aspect_ratio)
     spec = ImageSpec.load(settings.model)
     assert spec is not None
-    # Of either kind: nothing but images is looked at.
+    # The kind does not matter, because only images are read.
     dataset = Dataset.open(settings.dataset, "kd")
-    # If those of another dataset are there, the manifest below is refused, before any image is read.
+    # If the output lists the images of another dataset, its manifest differs from the one below and is refused.
     images = _known_images(settings.output)
     if images is None:
         images = distinct_images(dataset, settings.image_root, progress=progress)
@@ -184,25 +186,25 @@ def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
 
 
 def _known_images(output: Location) -> list[CachedImage] | None:
-    """Those of a cache that was begun already, so that files are not read twice; None if there is nothing to trust."""
+    """Returns the images of a cache that was begun already, so that files are not read twice; None if it lists none."""
     try:
         return read_index(output, read_feature_manifest(output))
     except ShardError:
-        # What is broken is said where it is compared or read.
+        # A damaged manifest or index is reported where it is compared or read.
         return None
 
 
 def distinct_images(dataset: Dataset, image_root: Location | None, *, progress: bool) -> list[CachedImage]:
-    """The images of a dataset, each once, in the order in which their files first appear.
+    """Returns the images of a dataset, each once, in the order in which their files first appear.
 
     Raises:
         DataError: an image is missing or unreadable; names the sample. StorageError: the store refused.
     """
-    first_named: dict[str, int] = {}
+    first_index: dict[str, int] = {}
     for index in range(len(dataset)):
         for ref in dataset.images(index):
             assert ref.path is not None
-            first_named.setdefault(ref.path, index)
+            first_index.setdefault(ref.path, index)
 
     def sha256(item: tuple[str, int]) -> str:
         path, index = item
@@ -210,16 +212,16 @@ def distinct_images(dataset: Dataset, image_root: Location | None, *, progress: 
 
     paths: dict[str, list[str]] = {}
     with (
-        closing(prefetch_map(sha256, first_named.items(), num_threads=_READERS, ahead=8 * _READERS)) as found,
-        tqdm(total=len(first_named), desc="reading", unit=" images", disable=not progress) as bar,
+        closing(prefetch_map(sha256, first_index.items(), num_threads=_READERS, ahead=8 * _READERS)) as found,
+        tqdm(total=len(first_index), desc="reading", unit=" images", disable=not progress) as bar,
     ):
-        for path, digest in zip(first_named, found, strict=True):
+        for path, digest in zip(first_index, found, strict=True):
             paths.setdefault(digest, []).append(path)
             bar.update()
     return [CachedImage(digest, tuple(names)) for digest, names in paths.items()]
 
 
-def _compute(job: _FeatureJob, missing: Sequence[int], counted: list[int], progress: bool) -> None:
+def _compute_shards(job: _FeatureJob, missing: Sequence[int], counted: list[int], progress: bool) -> None:
     """Writes the missing shards; appends the number of images of each to `counted`."""
     # Imported here because a run with nothing to do should not spend seconds on it.
     from precompute.features.vision_tower import VisionTower, single_threaded_torch
@@ -228,61 +230,68 @@ def _compute(job: _FeatureJob, missing: Sequence[int], counted: list[int], progr
     tower = VisionTower(settings.model, manifest.encoder)
     logger.info("%s: %s; features as %s", settings.model, tower.description, settings.form)
 
-    def batches() -> Iterator[_Batch]:
-        for number in missing:
-            shard = manifest.shard_range(number)
-            # Another process on this output may have been faster.
-            if is_complete(settings.output, number, manifest):
-                bar.update(len(shard))
-                continue
-            for start in range(shard.start, shard.stop, settings.batch_size):
-                yield _Batch(number, range(start, min(start + settings.batch_size, shard.stop)))
+    def load(batch: range) -> tuple[range, Any]:
+        return batch, tower.pixels([_open_image(job, index) for index in batch])
 
-    def load(batch: _Batch) -> tuple[_Batch, Any]:
-        return batch, tower.pixels([_open(job, index) for index in batch.images])
-
-    def compute(loaded: tuple[_Batch, Any]) -> tuple[_Batch, list[FeatureRow]]:
+    def compute(loaded: tuple[range, Any]) -> list[FeatureRow]:
         batch, pixels = loaded
-        rows = []
-        for index, features in zip(batch.images, tower.features(pixels), strict=True):
-            if not np.isfinite(features).all():
-                raise ModelError(
-                    f"{settings.model}: its vision tower gives values that are no numbers for the image "
-                    f"{job.images[index].paths[0]}; it may be damaged, or too large for bfloat16"
-                )
-            rows.append(FeatureRow(index, job.images[index], pack_features(features, settings.form)))
-        return batch, rows
+        return _make_rows(job, batch, tower.features(pixels))
 
-    def write(rows: list[FeatureRow]) -> None:
-        number = rows[0].index // settings.images_per_shard
-        with directory_lock(settings.output):
-            if is_complete(settings.output, number, manifest):
-                return
-            write_feature_shard(settings.output, number, manifest, rows)
+    def write(number: int, rows: Sequence[FeatureRow]) -> None:
+        write_feature_shard(settings.output, number, manifest, rows)
         counted.append(len(rows))
 
     at_once = tower.num_threads
     num_images = sum(len(manifest.shard_range(number)) for number in missing)
-    # Left from the last to the first: nothing is computed any more when what it is computed from is closed.
+    # Contexts are left in reverse order: no batch is computed any more when the source of the batches is closed.
     with (
         tqdm(total=num_images, desc="computing", unit=" images", disable=not progress) as bar,
         single_threaded_torch(),
-        BackgroundWriter(write, max_waiting=_WAITING_SHARDS) as writer,
-        closing(prefetch_map(load, batches(), num_threads=_READERS, ahead=2 + at_once)) as loaded,
+        ShardWriter[FeatureRow](settings.output, manifest, write, bar, max_waiting=_WAITING_SHARDS) as writer,
+        closing(
+            prefetch_map(load, _begin_batches(job, missing, writer), num_threads=_READERS, ahead=2 + at_once)
+        ) as loaded,
         closing(prefetch_map(compute, loaded, num_threads=at_once, ahead=1 + at_once)) as computed,
     ):
-        rows: list[FeatureRow] = []
-        for batch, new in computed:
+        for rows in computed:
             writer.check()
-            rows += new
-            bar.update(len(new))
-            if batch.images.stop == manifest.shard_range(batch.shard).stop:
-                writer.put(rows)
-                rows = []
+            for row in rows:
+                writer.add(row.index, row)
 
 
-def _open(job: _FeatureJob, index: int) -> Any:
-    """The image as the tower's processor is to see it."""
+def _begin_batches(job: _FeatureJob, numbers: Iterable[int], writer: ShardWriter[FeatureRow]) -> Iterator[range]:
+    """Begins the shards one after the other and yields batches of their images, none of which crosses a shard."""
+    size = job.settings.batch_size
+    for number in numbers:
+        if writer.begin(number):
+            shard = job.manifest.shard_range(number)
+            for start in range(shard.start, shard.stop, size):
+                yield range(start, min(start + size, shard.stop))
+
+
+def _make_rows(job: _FeatureJob, batch: range, features_IPD: npt.NDArray[np.float32]) -> list[FeatureRow]:
+    """Returns the rows of a batch's features.
+
+    Raises:
+        ModelError: a feature is not finite.
+    """
+    rows = []
+    for index, features_PD in zip(batch, features_IPD, strict=True):
+        if not np.isfinite(features_PD).all():
+            raise ModelError(
+                f"{job.settings.model}: its vision tower gives values that are no numbers for the image "
+                f"{job.images[index].paths[0]}; it may be damaged, or too large for bfloat16"
+            )
+        rows.append(FeatureRow(index, job.images[index], pack_features(features_PD, job.settings.form)))
+    return rows
+
+
+def _open_image(job: _FeatureJob, index: int) -> Image:
+    """Returns the image as the tower's processor is to see it.
+
+    Raises:
+        DataError: it is missing or unreadable, or not the one that the cache was begun with.
+    """
     known, root = job.images[index], job.settings.image_root
     path = known.paths[0]
     where = f"{job.settings.dataset}: image {path}"

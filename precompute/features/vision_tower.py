@@ -1,10 +1,10 @@
-"""The vision tower alone: from images to features. The language model of a LLaVA is never read.
+"""The vision tower of a LLaVA, from images to features. The language model is never read.
 
 Legend: I images, P tokens that the tower gives an image, D channels.
 
-On a CPU each call computes with one thread, and several calls run at once: how a matrix product is split over threads
-depends on how many images share it, and so do the last bits. With one thread an image's features do not depend on the
-images beside it, which is what makes them those of a training run in bfloat16, bit for bit.
+On a CPU each call computes with one thread, and several calls run at once. With more threads, the split of a matrix
+product over them, and so the last bits, would depend on the number of images in it. With one thread an image's features
+do not depend on the images beside it, and so are those of a training run in bfloat16, bit for bit.
 """
 
 import os
@@ -28,14 +28,14 @@ from common.shards.manifest import EncoderIdentity
 
 
 class VisionTower:
-    """A tower in bfloat16, on a GPU if there is one. `encoder` is what is expected of it.
-
-    Raises:
-        ModelError: tensors are missing, unknown or of another shape, none is ever left at random; or what it makes of
-            an image is not what its configuration says.
-    """
+    """A vision tower in bfloat16, on a GPU if there is one."""
 
     def __init__(self, model_dir: Path, encoder: EncoderIdentity) -> None:
+        """Loads the tower, every tensor of it, and checks that its features have the shape that `encoder` says.
+
+        Raises:
+            ModelError: tensors are missing, unknown or of another shape; or features are.
+        """
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         config, self._layers, self._strategy = vision_config(model_dir)
         self._processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
@@ -50,7 +50,7 @@ class VisionTower:
             model.load_state_dict(weights, strict=True)
         except (RuntimeError, SafetensorError, OSError) as error:
             raise ModelError(f"{model_dir}: its vision tower cannot be loaded: {error}") from error
-        # As the trainer chooses it.
+        # The trainer makes the same choice.
         if self.device == "cuda" and is_flash_attn_2_available():
             model.set_attn_implementation("flash_attention_2")
         self._model = model.eval().to(self.device)
@@ -66,26 +66,26 @@ class VisionTower:
 
     @property
     def description(self) -> str:
-        """What computes, in one line."""
+        """Returns the tower and its device in one line."""
         config, millions = self._model.config, sum(p.numel() for p in self._model.parameters()) / 1e6
         device = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {self.num_threads} thread(s)"
         return (
             f"{type(self._model).__name__}, {config.num_hidden_layers} layers, {millions:,.1f}M parameters; {device}, "
-            f"bfloat16, attention {config._attn_implementation}"
+            f"bfloat16, attention {config._attn_implementation}"  # noqa: SLF001 - transformers has no public name
         )
 
     @property
     def num_threads(self) -> int:
-        """Calls that are worth making at once."""
+        """Returns the number of calls of `features` to run at once."""
         return 1 if self.device == "cuda" else int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
     def pixels(self, images: Sequence[Image.Image]) -> Any:
-        """float32 tensor [I, 3, height, width]: what the image processor makes of opened images."""
+        """Returns opened images as the image processor prepares them, a float32 tensor [I, 3, height, width]."""
         return self._processor(images=list(images), return_tensors="pt")["pixel_values"]
 
     @torch.inference_mode()
     def features(self, pixels: Any) -> npt.NDArray[np.float32]:
-        """float32 [I, P, D] of bfloat16 numbers: the chosen hidden states, as LLaVA gives them to its projector."""
+        """Returns the hidden states that LLaVA gives to its projector: float32 [I, P, D], of bfloat16 values."""
         states = self._model(pixels.to(self.device), output_hidden_states=True, return_dict=True).hidden_states
         chosen = [states[layer] for layer in self._layers]
         if self._strategy == "default":
@@ -96,7 +96,7 @@ class VisionTower:
 
 @contextmanager
 def single_threaded_torch() -> Iterator[None]:
-    """Computes each of torch's calls on a CPU with one thread; see the module's docstring."""
+    """Limits each of torch's calls on a CPU to one thread; see the module's docstring."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

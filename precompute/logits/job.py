@@ -1,10 +1,10 @@
-"""Before the engine starts: what is to be scored, whether it can be, and what is already there.
+"""The job of a capture before the engine starts: its inputs, its manifest, and the shards that are missing.
 
-open_inputs ──> Inputs   dataset, encoder, image settings; weight files need not be there
-Inputs.check(i)          one sample encoded, everything about it checked that costs no decoding
-prepare ──> Job          the inputs, and the manifest that they and the teacher's weights add up to
-Job.with_image_bytes(i, s)     the sample with its image files, if shards are to hold them
-Job.decode(i, s)         a sample's images, as the teacher is to see them
+open_inputs ─> CaptureInputs    dataset, encoder, image settings; weight files may be missing
+    .check(i)                   one sample encoded and checked, except for what needs its images decoded
+prepare_job ─> CaptureJob       the inputs, and the manifest, which also needs the teacher's weights
+    .with_image_bytes(i, s)     the sample with its image files, if shards are to hold them
+    .load_images(i, s)          a sample's images, as the teacher is to see them
 """
 
 import logging
@@ -40,12 +40,15 @@ from precompute.scorer import ScorerSettings
 
 logger = logging.getLogger(__name__)
 
-_LISTED_PROBLEMS = 20
+_MAX_LISTED_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
 class CaptureInputs:
-    """What is to be scored. `max_tokens` is the configured limit or the teacher's, if less."""
+    """Dataset, encoder and image settings of a capture.
+
+    `max_tokens` is the configured limit, or the teacher's if that is less.
+    """
 
     config: PrecomputeConfig
     dataset: Dataset
@@ -53,15 +56,15 @@ class CaptureInputs:
     image_spec: ImageSpec | None
     facts: ModelFacts
     max_tokens: int
-    # Fast tokenizers may not be called from two threads at once.
+    # Held while encoding, because fast tokenizers may not be called from two threads at once.
     _encoding: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def where(self, index: int) -> str:
-        """How messages name a sample."""
+        """Returns the name of a sample for messages."""
         return f"{self.dataset.path}: sample {self.dataset.ids[index]!r}"
 
     def check(self, index: int) -> tuple[Sample, tuple[EncodedChat, ...], int]:
-        """The sample, its encoded conversations, and the tokens that the teacher reads for them.
+        """Returns a sample, its encoded conversations, and the number of tokens that the teacher reads for them.
 
         Raises:
             DataError: malformed, nothing to score, too long, or an image that is not there.
@@ -73,10 +76,10 @@ class CaptureInputs:
         for image in sample.images:
             check_image_exists(image, self.config.image_root, where)
         with self._encoding:
-            encoded = self._prompt(sample) if self.config.generate else self.encoder.encode_sample(sample)
+            encoded = self._encode_prompt(sample) if self.config.generate else self.encoder.encode_sample(sample)
         added = 0 if self.image_spec is None else len(sample.images) * (self.image_spec.tokens_per_image - 1)
         lengths = [len(conversation.input_ids) + added for conversation in encoded]
-        # A response that is still to be written needs room for a token at least.
+        # A response that is yet to be generated needs room for at least one token.
         needed = max(lengths) + (self.config.generate is not None)
         if needed > self.max_tokens:
             raise DataError(
@@ -85,26 +88,26 @@ class CaptureInputs:
             )
         return sample, encoded, sum(lengths)
 
-    def _prompt(self, sample: Sample) -> tuple[EncodedChat, ...]:
-        """What the teacher is to answer; nothing of it is scored."""
+    def _encode_prompt(self, sample: Sample) -> tuple[EncodedChat, ...]:
+        """Returns the prompt that the teacher is to answer, without a scored token."""
         ids = self.encoder.encode_prompt(without_last_response(sample.conversations[0]))
         return (EncodedChat(ids, np.zeros((0, 2), np.int32), self.encoder.image_token_id),)
 
-    def text(self, ids: npt.NDArray[np.int32]) -> str:
-        """What ids say, without special tokens."""
+    def decode_text(self, ids: npt.NDArray[np.int32]) -> str:
+        """Decodes ids, without special tokens."""
         with self._encoding:
             return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
 class CaptureJob(CaptureInputs):
-    """All that is known before the teacher starts."""
+    """Inputs of a capture with the manifest of its output: all that is known before the teacher starts."""
 
     manifest: Manifest
 
     @property
     def scorer_settings(self) -> ScorerSettings:
-        """What the teacher must know."""
+        """Returns the settings that the teacher starts with."""
         spec = self.image_spec
         capture = self.manifest.capture
         return ScorerSettings(
@@ -123,8 +126,8 @@ class CaptureJob(CaptureInputs):
             output_vocab_size=self.manifest.teacher.vocab_size,
         )
 
-    def decode(self, index: int, sample: Sample) -> tuple[Image.Image, ...]:
-        """The images of a sample as the teacher is to see them.
+    def load_images(self, index: int, sample: Sample) -> tuple[Image.Image, ...]:
+        """Returns the images of a sample as the teacher is to see them.
 
         Raises:
             DataError: one is unreadable or too large.
@@ -136,7 +139,7 @@ class CaptureJob(CaptureInputs):
         )
 
     def with_image_bytes(self, index: int, sample: Sample) -> Sample:
-        """The sample with its image files' bytes, if shards are to hold them.
+        """Returns the sample, with the bytes of its image files if shards are to hold them.
 
         Raises:
             DataError: one cannot be read.
@@ -147,14 +150,14 @@ class CaptureJob(CaptureInputs):
         return replace(sample, images=tuple(files))
 
     def skip_or_raise(self, index: int, error: DataError) -> SkippedSample:
-        """The entry of a sample that cannot be used, if the configuration allows that; else raises `error`."""
+        """Returns the entry of a sample that cannot be used, or raises `error` if the configuration says "stop"."""
         if self.config.on_bad_sample == "stop":
             raise error
         return SkippedSample(index=index, id=self.dataset.ids[index], reason=str(error))
 
 
 def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
-    """Opens the dataset, and of the teacher its configuration, tokenizer and image processor.
+    """Opens the dataset and the teacher's configuration, tokenizer and image processor.
 
     Raises:
         DataError: the dataset is unreadable, broken, empty or has duplicate ids.
@@ -173,13 +176,13 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
         raise ModelError(
             f"{config.teacher}: the tokenizer has {encoder.vocab_size} tokens, the output layer {facts.vocab_size} rows"
         )
-    # One token of the teacher's context goes to the one that the engine generates.
+    # The engine generates at least one token, which takes one place of the teacher's context.
     limit = config.max_tokens if facts.context_tokens is None else min(config.max_tokens, facts.context_tokens - 1)
     return CaptureInputs(config, dataset, encoder, image_spec, facts, limit)
 
 
 def prepare_job(config: PrecomputeConfig) -> CaptureJob:
-    """Opens everything that a run needs but the engine, and takes the fingerprints.
+    """Opens everything that a run needs except the engine, and computes the fingerprints.
 
     Raises:
         DataError: the dataset is unreadable, broken, empty or has duplicate ids.
@@ -222,26 +225,26 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
 
 
 def stored_precision(config: PrecomputeConfig) -> StoredPrecision:
-    """How log-probs of kept entries are stored; None where entries are drawn."""
+    """Returns the form in which log-probs of kept entries are stored; None where entries are drawn."""
     return None if config.num_draws else config.precision or "q8"
 
 
 def missing_shards(job: CaptureJob) -> list[int]:
-    """Numbers of the shards that this process is to write, ascending."""
+    """Returns the numbers of the shards that this process is to write, ascending."""
     config = job.config
-    mine = range(config.node_rank, job.manifest.num_shards, config.num_nodes)
-    there = sorted(set(mine) & set(published_shards(config.output)))
+    own = range(config.node_rank, job.manifest.num_shards, config.num_nodes)
+    published = sorted(set(own) & set(published_shards(config.output)))
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        whole = pool.map(lambda number: is_complete(config.output, number, job.manifest), there)
-        complete = {number for number, is_whole in zip(there, whole, strict=True) if is_whole}
-    return [number for number in mine if number not in complete]
+        answers = pool.map(lambda number: is_complete(config.output, number, job.manifest), published)
+        complete = {number for number, is_whole in zip(published, answers, strict=True) if is_whole}
+    return [number for number in own if number not in complete]
 
 
 def check_samples(job: CaptureJob, indices: Iterable[int]) -> None:
-    """Checks samples before hours are spent on the ones before them.
+    """Checks samples, so that a bad one is found before the teacher has worked for hours.
 
     Raises:
-        DataError: naming the first samples that cannot be used, unless on_bad_sample is "skip".
+        DataError: names the first samples that cannot be used, unless on_bad_sample is "skip".
     """
     problems: list[str] = []
     for index in indices:
@@ -258,8 +261,10 @@ def check_samples(job: CaptureJob, indices: Iterable[int]) -> None:
 
 
 def _list_problems(problems: Sequence[str]) -> str:
+    """Returns one message for all problems; long lists are cut."""
     if len(problems) == 1:
         return problems[0]
-    more = len(problems) - _LISTED_PROBLEMS
-    lines = [f"  {problem}" for problem in problems[:_LISTED_PROBLEMS]] + [f"  and {more} more"] * (more > 0)
+    lines = [f"  {problem}" for problem in problems[:_MAX_LISTED_PROBLEMS]]
+    if (more := len(problems) - _MAX_LISTED_PROBLEMS) > 0:
+        lines.append(f"  and {more} more")
     return f"{len(problems)} samples cannot be used\n" + "\n".join(lines)

@@ -1,43 +1,40 @@
-"""The loop: many missing shards through one teacher that never waits for the end of one.
+"""The loop of the capture: all missing shards through one call of the teacher, so that it never waits between shards.
 
     shard numbers ─> encode (threads) ─> windows, longest sample first ─> decode images (threads) ─> requests
-        ─> one call of teacher.score ─> answers, collected by shard ─> writer thread: write_shard, receipt
+        ─> one call of teacher.score ─> results, collected by shard ─> writer's thread: write_shard, receipt
 
 Memory is bounded at each arrow: a window of encoded samples, a few decoded ones, the requests that the teacher holds,
 the shards under way and those that wait for the writer. When the writer falls behind, the loop waits for it.
-The order of the requests is a function of the dataset and the missing shards; rows stand in dataset order.
+The order of the requests is a function of the dataset and the missing shards; the rows of a shard are in dataset order.
 """
 
-import logging
-import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from common.concurrency import BackgroundWriter, prefetch_map
+from common.concurrency import prefetch_map
 from common.data.chat_encoding import EncodedChat
 from common.data.samples import Sample, Turn, without_last_response
 from common.errors import DataError
-from common.shards.manifest import SkippedSample, is_complete
+from common.shards.manifest import SkippedSample
 from common.shards.score_shard import ScoredConversation, ShardRow, write_shard
 from common.shards.scores import TeacherScores
-from common.storage.files import directory_lock
 from precompute.logits.job import CaptureJob
 from precompute.scorer import GeneratedResponse, RejectedRequest, Scorer, ScoreRequest, ScoringResult
+from precompute.shard_writer import ShardWriter
 
-logger = logging.getLogger(__name__)
-
-# Samples that are encoded ahead and sorted by length, so that what runs together is of one length and nothing long is
-# left to run alone at the end. A shard is complete a window later than in dataset order at most.
+# Samples that are encoded ahead and sorted by length, so that samples of one length run together and no long one is
+# left to run alone at the end. A shard is complete at most a window later than in dataset order.
 _WINDOW = 256
 
-# Samples whose images are decoded before the teacher asks for them.
+# Samples whose images are decoded before the teacher draws them.
 _DECODED_AHEAD = 64
 
 # Shards that wait for the writer besides the one it writes.
@@ -46,7 +43,7 @@ _WAITING_SHARDS = 2
 
 @dataclass
 class CaptureCounter:
-    """What a run has done so far. `num_tokens` are those that the teacher read, image tokens included."""
+    """Counts of a run so far. `num_tokens` are those that the teacher read, image tokens included."""
 
     num_shards: int = 0
     num_rows: int = 0
@@ -55,207 +52,187 @@ class CaptureCounter:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the teacher was ready, 0 before that."""
+        """Returns the seconds since the teacher was ready, 0 before that."""
         return 0.0 if self.started_s is None else time.monotonic() - self.started_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens the teacher read a second."""
+        """Returns the tokens that the teacher read a second."""
         return self.num_tokens / self.elapsed_s if self.started_s is not None else 0.0
 
 
 @dataclass(frozen=True)
-class _SamplePosition:
-    """Position `index` of the dataset, which belongs to shard `shard`."""
+class _EncodedSample:
+    """Sample `index` of the dataset in tokens.
 
-    shard: int
+    `encoded` has an entry for each conversation; `num_tokens` counts the tokens of all of them, images expanded.
+    """
+
     index: int
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """An encoded sample; `encoded` has an entry a conversation, `num_tokens` counts all of them, images expanded."""
-
-    place: _SamplePosition
     sample: Sample
     encoded: tuple[EncodedChat, ...]
     num_tokens: int
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A sample with its images, or why it has none."""
+class _LoadedSample:
+    """An encoded sample with its decoded images."""
 
-    place: _SamplePosition
-    content: tuple[_Candidate, tuple[Image.Image, ...]] | SkippedSample
+    sample: _EncodedSample
+    images: tuple[Image.Image, ...]
 
 
 @dataclass
 class _OpenSample:
-    """A sample that the teacher has; `answers` has a list a request, which grows to `num_answers` of each."""
+    """A sample that the teacher has. `results` has a list a conversation, which grows to `num_expected` results."""
 
-    candidate: _Candidate
-    num_answers: int
-    answers: list[list[ScoringResult]]
+    encoded_sample: _EncodedSample
+    num_expected: int
+    results: list[list[ScoringResult]]
 
-    def result(self, job: CaptureJob) -> list[ShardRow] | SkippedSample | None:
-        """Its rows, or why it has none; None while answers are missing."""
-        index, sample = self.candidate.place.index, self.candidate.sample
-        for answer in chain.from_iterable(self.answers):
-            if isinstance(answer, RejectedRequest):
-                return SkippedSample(index=index, id=sample.id, reason=answer.reason)
-        if any(len(answers) < self.num_answers for answers in self.answers):
+    def finish(self, job: CaptureJob) -> list[ShardRow] | SkippedSample | None:
+        """Returns the sample's rows, or why it has none; None while results are missing."""
+        index, sample = self.encoded_sample.index, self.encoded_sample.sample
+        for result in chain.from_iterable(self.results):
+            if isinstance(result, RejectedRequest):
+                return SkippedSample(index=index, id=sample.id, reason=result.reason)
+        if any(len(results) < self.num_expected for results in self.results):
             return None
         generated, scored = [], []
-        for encoded, answers in zip(self.candidate.encoded, self.answers, strict=True):
-            generated += [answer for answer in answers if isinstance(answer, GeneratedResponse)]
-            scored += [ScoredConversation(encoded, answer) for answer in answers if isinstance(answer, TeacherScores)]
-        generated.sort(key=lambda answer: answer.number)
-        written = [_generated_row(job, self.candidate, answer) for answer in generated]
-        return written or [ShardRow(index, sample, tuple(scored))]
+        for encoded, results in zip(self.encoded_sample.encoded, self.results, strict=True):
+            generated += [result for result in results if isinstance(result, GeneratedResponse)]
+            scored += [ScoredConversation(encoded, result) for result in results if isinstance(result, TeacherScores)]
+        generated.sort(key=lambda response: response.number)
+        rows = [_generated_row(job, self.encoded_sample, response) for response in generated]
+        return rows or [ShardRow(index, sample, tuple(scored))]
 
 
-def _generated_row(job: CaptureJob, prompt: _Candidate, answer: GeneratedResponse) -> ShardRow:
-    """The sample with a response that the teacher wrote, whose tokens are all scored."""
+def _generated_row(job: CaptureJob, prompt: _EncodedSample, response: GeneratedResponse) -> ShardRow:
+    """Returns the sample with a response that the teacher wrote, whose tokens are all scored."""
     (encoded,), (turns,) = prompt.encoded, prompt.sample.conversations
-    input_ids = np.concatenate([encoded.input_ids, answer.response_ids])
+    input_ids = np.concatenate([encoded.input_ids, response.response_ids])
     spans = np.array([[len(encoded.input_ids), len(input_ids)]], np.int32)
     sample = replace(
         prompt.sample,
-        id=f"{prompt.sample.id}#{answer.number}",
-        conversations=((*without_last_response(turns), Turn("assistant", job.text(answer.response_ids))),),
+        id=f"{prompt.sample.id}#{response.number}",
+        conversations=((*without_last_response(turns), Turn("assistant", job.decode_text(response.response_ids))),),
     )
-    scored = ScoredConversation(EncodedChat(input_ids, spans, encoded.image_token_id), answer.scores)
-    return ShardRow(prompt.place.index, sample, (scored,))
+    scored = ScoredConversation(EncodedChat(input_ids, spans, encoded.image_token_id), response.scores)
+    return ShardRow(prompt.index, sample, (scored,))
 
 
-@dataclass
-class _OpenShard:
-    """A shard under way, of which `num_open` samples have neither a row nor a reason yet."""
-
-    number: int
-    num_open: int
-    rows: list[ShardRow] = field(default_factory=list)
-    skipped: list[SkippedSample] = field(default_factory=list)
+# A sample's rows, or why it has none.
+_SampleResult = list[ShardRow] | SkippedSample
 
 
 def score_shards(job: CaptureJob, teacher: Scorer, numbers: Sequence[int], counter: CaptureCounter, bar: Any) -> None:
-    """Scores and publishes shards, but those that another process has published when their turn comes.
+    """Scores and publishes shards, except those that another process has published when their turn comes.
 
-    `bar` is a tqdm bar of samples. Whatever ends the loop early, an interrupt included, the shards whose samples all
-    had their scores are published first.
+    `bar` is a tqdm bar of samples. If the loop ends early, by an error or an interrupt, the shards whose samples all
+    have their scores are published first.
 
     Raises:
         DataError: a sample cannot be used, or the teacher refuses it, and on_bad_sample is "stop".
         DecantError: what the teacher or the writer raised.
     """
-    num_answers = 1 if job.config.generate is None else job.config.generate.num_samples
-    shards: dict[int, _OpenShard] = {}
-    samples: dict[int, _OpenSample] = {}
-
-    def places() -> Iterator[_SamplePosition]:
-        for number in numbers:
-            indices = job.manifest.shard_range(number)
-            # Another process on this output may have been faster.
-            if is_complete(job.config.output, number, job.manifest):
-                bar.update(len(indices))
-                continue
-            shards[number] = _OpenShard(number, len(indices))
-            yield from (_SamplePosition(number, index) for index in indices)
-
-    def requests() -> Iterator[ScoreRequest]:
-        for item in loaded:
-            if isinstance(item.content, SkippedSample):
-                finish(item.place, item.content)
-                continue
-            candidate, images = item.content
-            index, where = item.place.index, job.where(item.place.index)
-            samples[index] = _OpenSample(candidate, num_answers, [[] for _ in candidate.encoded])
-            for position, encoded in enumerate(candidate.encoded):
-                yield ScoreRequest((index, position), candidate.sample.id, encoded, images, where)
-
-    # The teacher may draw requests, and so pass over what is left out, in another thread than the one below.
-    finishing = threading.Lock()
-
-    def finish(place: _SamplePosition, result: list[ShardRow] | SkippedSample) -> None:
-        with finishing:
-            shard = shards[place.shard]
-            if isinstance(result, SkippedSample):
-                shard.skipped.append(result)
-            else:
-                shard.rows += result
-            shard.num_open -= 1
-            bar.update()
-            if not shard.num_open:
-                writer.put(shards.pop(place.shard))
-
-    def write(shard: _OpenShard) -> None:
-        with directory_lock(job.config.output):
-            if is_complete(job.config.output, shard.number, job.manifest):
-                logger.info("shard %d was written by another process meanwhile", shard.number)
-                return
-            rows = sorted(shard.rows, key=lambda row: row.index)
-            skipped = sorted(shard.skipped, key=lambda entry: entry.index)
-            receipt = write_shard(job.config.output, shard.number, job.manifest, rows, skipped)
-        counter.num_shards += 1
-        counter.num_rows += receipt.num_rows
-
-    # Left from the last to the first: the teacher stops drawing requests before what it draws from is closed.
+    output, manifest = job.config.output, job.manifest
+    write = partial(_write_shard, job, counter)
+    open_samples: dict[int, _OpenSample] = {}
+    # Contexts are left in reverse order: the teacher stops drawing requests before their source is closed.
     with (
-        BackgroundWriter(write, max_waiting=_WAITING_SHARDS) as writer,
-        closing(_load_ahead(job, places())) as loaded,
-        closing(teacher.score(requests())) as scored,
+        ShardWriter[_SampleResult](output, manifest, write, bar, max_waiting=_WAITING_SHARDS) as writer,
+        closing(_load_ahead(job, _begin_shards(job, numbers, writer))) as loaded,
+        closing(teacher.score(_make_requests(job, loaded, open_samples, writer))) as scored,
     ):
-        for (index, position), answer in scored:
+        for (index, conversation), result in scored:
             writer.check()
-            if isinstance(answer, RejectedRequest) and job.config.on_bad_sample == "stop":
-                raise DataError(answer.reason)
-            # A sample is over with its first refusal; what else was answered to it is dropped.
-            sample = samples.get(index)
+            if isinstance(result, RejectedRequest) and job.config.on_bad_sample == "stop":
+                raise DataError(result.reason)
+            # A sample ends with its first rejection; its later results are dropped.
+            sample = open_samples.get(index)
             if sample is None:
                 continue
-            sample.answers[position].append(answer)
-            result = sample.result(job)
-            if result is None:
+            sample.results[conversation].append(result)
+            finished = sample.finish(job)
+            if finished is None:
                 continue
-            del samples[index]
-            if not isinstance(result, SkippedSample):
-                counter.num_tokens += sample.candidate.num_tokens
-            finish(sample.candidate.place, result)
+            del open_samples[index]
+            if not isinstance(finished, SkippedSample):
+                counter.num_tokens += sample.encoded_sample.num_tokens
+            writer.add(index, finished)
             bar.set_postfix_str(f"{counter.tokens_per_s:,.0f} tokens/s", refresh=False)
-        assert not shards, f"the teacher left {len(samples)} samples unscored"
+        assert not writer.num_open, f"the teacher left {len(open_samples)} samples unscored"
 
 
-def _load_ahead(job: CaptureJob, places: Iterable[_SamplePosition]) -> Generator[_Loaded, None, None]:
-    """The samples at `places` in the order in which they are to be scored, loaded ahead in threads.
+def _write_shard(job: CaptureJob, counter: CaptureCounter, number: int, results: Sequence[_SampleResult]) -> None:
+    """Publishes a shard, rows and skipped samples in dataset order, and counts it."""
+    skipped = [result for result in results if isinstance(result, SkippedSample)]
+    rows = [row for result in results if not isinstance(result, SkippedSample) for row in result]
+    rows.sort(key=lambda row: row.index)
+    skipped.sort(key=lambda entry: entry.index)
+    receipt = write_shard(job.config.output, number, job.manifest, rows, skipped)
+    counter.num_shards += 1
+    counter.num_rows += receipt.num_rows
+
+
+def _begin_shards(job: CaptureJob, numbers: Iterable[int], writer: ShardWriter[_SampleResult]) -> Iterator[int]:
+    """Begins the shards one after the other and yields the positions of their samples in the dataset."""
+    for number in numbers:
+        if writer.begin(number):
+            yield from job.manifest.shard_range(number)
+
+
+def _make_requests(
+    job: CaptureJob,
+    loaded: Iterable[_LoadedSample | SkippedSample],
+    open_samples: dict[int, _OpenSample],
+    writer: ShardWriter[_SampleResult],
+) -> Iterator[ScoreRequest]:
+    """Yields a request for each conversation and enters its sample into `open_samples`; skipped ones have none.
+
+    The teacher may draw from this in a thread of its own.
+    """
+    num_expected = 1 if job.config.generate is None else job.config.generate.num_samples
+    for item in loaded:
+        if isinstance(item, SkippedSample):
+            writer.add(item.index, item)
+            continue
+        sample, where = item.sample, job.where(item.sample.index)
+        open_samples[sample.index] = _OpenSample(sample, num_expected, [[] for _ in sample.encoded])
+        for conversation, encoded in enumerate(sample.encoded):
+            yield ScoreRequest((sample.index, conversation), sample.sample.id, encoded, item.images, where)
+
+
+def _load_ahead(job: CaptureJob, indices: Iterable[int]) -> Generator[_LoadedSample | SkippedSample, None, None]:
+    """Yields the samples in the order in which they are to be scored, loaded ahead in threads.
 
     Images are decoded after sorting, so that no window of them has to fit in memory.
     """
 
-    def encode(place: _SamplePosition) -> _Candidate | _Loaded:
+    def encode(index: int) -> _EncodedSample | SkippedSample:
         try:
-            return _Candidate(place, *job.check(place.index))
+            return _EncodedSample(index, *job.check(index))
         except DataError as error:
-            return _Loaded(place, job.skip_or_raise(place.index, error))
+            return job.skip_or_raise(index, error)
 
-    def decode(item: _Candidate | _Loaded) -> _Loaded:
-        if isinstance(item, _Loaded):
+    def load(item: _EncodedSample | SkippedSample) -> _LoadedSample | SkippedSample:
+        if isinstance(item, SkippedSample):
             return item
         try:
-            item = replace(item, sample=job.with_image_bytes(item.place.index, item.sample))
-            return _Loaded(item.place, (item, job.decode(item.place.index, item.sample)))
+            sample = job.with_image_bytes(item.index, item.sample)
+            return _LoadedSample(replace(item, sample=sample), job.load_images(item.index, sample))
         except DataError as error:
-            return _Loaded(item.place, job.skip_or_raise(item.place.index, error))
+            return job.skip_or_raise(item.index, error)
 
     num_threads = job.config.num_loader_threads
-    with closing(prefetch_map(encode, places, num_threads=num_threads, ahead=_WINDOW)) as encoded:
+    with closing(prefetch_map(encode, indices, num_threads=num_threads, ahead=_WINDOW)) as encoded:
         ordered = _longest_first(encoded)
-        with closing(prefetch_map(decode, ordered, num_threads=num_threads, ahead=_DECODED_AHEAD)) as decoded:
-            yield from decoded
+        with closing(prefetch_map(load, ordered, num_threads=num_threads, ahead=_DECODED_AHEAD)) as loaded:
+            yield from loaded
 
 
-def _longest_first(items: Iterator[_Candidate | _Loaded]) -> Iterator[_Candidate | _Loaded]:
-    """Windows of `items`, each sorted by length; those that are left out have none and stand last."""
+def _longest_first(items: Iterator[_EncodedSample | SkippedSample]) -> Iterator[_EncodedSample | SkippedSample]:
+    """Yields windows of `items`, each sorted by length, longest first; skipped samples come last."""
     while window := list(islice(items, _WINDOW)):
-        window.sort(key=lambda item: -item.num_tokens if isinstance(item, _Candidate) else 0)
+        window.sort(key=lambda item: -item.num_tokens if isinstance(item, _EncodedSample) else 0)
         yield from window

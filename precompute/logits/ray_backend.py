@@ -1,22 +1,22 @@
 """`precompute-logits --engine ray`: the same loop in the actors of a Ray cluster, one teacher an actor.
 
     missing shard numbers ─> ray.data.from_items, one block each ─> map_batches over a pool of actors
-        actor: prepare ─> start the teacher once ─> for each number: score_shards ─> shard and receipt
-    rows of what was written <─ the driver counts them
+        actor: prepare_job ─> start the teacher once ─> for each number: score_shards ─> shard and receipt
+    rows that say what was written ─> the driver counts them
 
-Which actor takes which shard, and what happens to the shard of a lost one, is Ray Data's business. The output
-directory, the teacher and the dataset must be visible under the same paths from every node (an address of an object
-store is). An actor prepares for
-itself, as a process of its own on that node would, so another teacher, dataset or engine there is refused.
+Ray Data decides which actor takes which shard, and gives the shard of a lost actor to another. The output directory,
+the teacher and the dataset must be visible under the same paths from every node, as an address of an object store is.
+Each actor prepares the job for itself, like a process of its own on that node, so that another teacher, dataset or
+engine there is refused.
 
-Scores do not pass through Ray: an actor publishes its shards, and a shard that is done twice is published once.
+Scores do not pass through Ray: an actor publishes its shards, and a shard that is scored twice is published once.
 """
 
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from precompute.logits.job import CaptureJob, prepare_job
 from precompute.logits.pipeline import CaptureCounter, score_shards
 from precompute.scorer import Scorer, ScorerSettings
 
-# Ray reports to its makers and warns of its own defaults unless told otherwise before it is imported.
+# Set before the import, because Ray reads them there: no reports to its makers, no warnings of its own defaults.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
@@ -46,12 +46,13 @@ except ImportError as error:
         f"--engine ray needs Ray, which is not installed ({error}); run: pip install 'decant[ray]'"
     ) from error
 
-# An actor that dies so often is taken to be killed by its shard or its teacher, not by lost nodes.
+# An actor that dies more often is assumed to be killed by its shard or its teacher, not by lost nodes.
 _MAX_DEATHS = 10
 
 _CONNECT_TIMEOUT_S = 10
 
-# A row is one shard: its number, what was written of it, and the failure that ended it (two empty strings: none).
+# Columns of Ray's rows. A row is one shard: its number, counts of what was written of it, and the type and message of
+# the failure that ended it, both empty if there was none.
 _Rows = dict[str, npt.NDArray[Any]]
 
 
@@ -69,28 +70,29 @@ def score_on_ray(
         ModelError: the actors die again and again.
         DecantError: what preparing or scoring raised in an actor, with its type and message.
     """
-    config = _absolute(job.config)
+    config = with_absolute_paths(job.config)
     with _cluster(config.ray.address):
-        num_gpus, num_actors = _pool(config, len(missing))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        num_gpus, num_actors = plan_pool(config, nodes, len(missing))
         counter.started_s = time.monotonic()
         shards = ray.data.from_items([{"number": number} for number in missing], override_num_blocks=len(missing))
-        # A fixed pool would wait for the actor of a lost node until another node takes its place; a range lets an
-        # idle actor go, and the lost one starts again in its room.
+        # A pool of fixed size would wait for the actor of a lost node until a new node takes its place. With a range,
+        # an idle actor ends, and the lost one starts again with its resources.
         pool = ray.data.ActorPoolStrategy(
             min_size=1, max_size=num_actors, initial_size=num_actors, max_tasks_in_flight_per_actor=1
         )
         written = shards.map_batches(
-            _ShardScorer,
+            ShardScorer,
             fn_constructor_args=(config, start_teacher),
             batch_size=1,
             compute=pool,
             num_gpus=num_gpus,
             num_cpus=config.ray.num_cpus,
             max_restarts=_MAX_DEATHS,
-            # Not a number: until Ray knows that a node is gone, it spends several tries a second on it.
+            # Unlimited, because Ray makes several tries a second until it knows that a node is lost.
             max_task_retries=-1,
         )
-        for row in _alive(written.iter_rows()):
+        for row in _read_rows(written.iter_rows()):
             if row["error"]:
                 raise getattr(errors, row["error"])(row["message"])
             counter.num_shards += int(row["num_shards"])
@@ -100,7 +102,12 @@ def score_on_ray(
             bar.set_postfix_str(f"{counter.tokens_per_s:,.0f} tokens/s", refresh=False)
 
 
-def _alive(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _read_rows(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the actors' rows.
+
+    Raises:
+        ModelError: the actors die again and again.
+    """
     try:
         yield from rows
     except ray.exceptions.RayActorError as error:
@@ -111,11 +118,12 @@ def _alive(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-class _ShardScorer:
-    """What an actor holds: a job and a started teacher.
+class ShardScorer:
+    """An actor's job and started teacher; a call scores one shard.
 
-    A failure that the user must see is returned as a row, not raised: Ray would wrap it. Any other failure of the
-    constructor is raised by the first call: Ray takes a constructor that raises for a death, and tries it again.
+    A failure that the user must see is returned in the row, because Ray would wrap it if it were raised. Any other
+    failure of the constructor is raised by the first call, because Ray takes a constructor that raises for a dead actor
+    and tries it again.
     """
 
     def __init__(self, config: PrecomputeConfig, start_teacher: Callable[[ScorerSettings], Scorer]) -> None:
@@ -131,10 +139,11 @@ class _ShardScorer:
                 )
             open_output(config.output, self._job.manifest)
             self._teacher = start_teacher(self._job.scorer_settings)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised by the first call, see above
             self._failure = error
 
     def __call__(self, batch: _Rows) -> _Rows:
+        """Scores the shard of a batch of one row, and returns its row of counts."""
         (number,) = batch["number"].tolist()
         counter = CaptureCounter()
         failure = self._failure
@@ -157,20 +166,20 @@ class _ShardScorer:
         return {name: np.array([value]) for name, value in row.items()}
 
     def __del__(self) -> None:
-        # Ray's own way to end an actor of a pool: it drops the object while the process still lives.
+        # Ray ends an actor of a pool by dropping the object while the process still lives.
         if self._teacher is not None:
             self._teacher.close()
 
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """A connection to a cluster, quiet. One that the caller has already is used and left open."""
+    """Connects to a cluster, or starts one, quietly. A connection of the caller is used and left open."""
     quiet = {"ray": logging.ERROR, "ray.data": logging.CRITICAL}
     for name, level in quiet.items():
         logging.getLogger(name).setLevel(level)
     connected = ray.is_initialized()
     if not connected:
-        _check_reachable(address or os.environ.get("RAY_ADDRESS"))
+        check_reachable(address or os.environ.get("RAY_ADDRESS"))
         try:
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -182,7 +191,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     context.print_on_execution_start = False
     # A shard of a large teacher may take longer than the half hour after which Ray Data gives up by default.
     context.execution_no_progress_timeout_s = -1
-    # What an actor may die of while it starts is the node's end; its own failures come back as rows.
+    # An actor that dies while it starts has lost its node, because its own failures come back as rows.
     context.max_consecutive_actor_init_deaths = _MAX_DEATHS
     try:
         yield
@@ -191,8 +200,12 @@ def _cluster(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def _check_reachable(address: str | None) -> None:
-    """Ray itself would try for twenty minutes to reach a `host:port` where nobody listens."""
+def check_reachable(address: str | None) -> None:
+    """Checks that something listens at a `host:port`, because Ray would try for twenty minutes.
+
+    Raises:
+        ConfigError: nothing answers.
+    """
     host, _, port = (address or "").rpartition(":")
     if "/" in host or not port.isdecimal():
         return
@@ -204,10 +217,15 @@ def _check_reachable(address: str | None) -> None:
         ) from error
 
 
-def _pool(config: PrecomputeConfig, num_shards: int) -> tuple[float, int]:
-    """GPUs an actor, and how many actors the cluster has room for, at most one a shard."""
+def plan_pool(config: PrecomputeConfig, nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[float, int]:
+    """Returns the GPUs of an actor, and the number of actors that the nodes have room for, at most one a shard.
+
+    `nodes` are the resources of each node that is alive, by name.
+
+    Raises:
+        ConfigError: no node has room for an actor.
+    """
     settings = config.ray
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     num_gpus = settings.num_gpus
     if num_gpus is None:
         has_gpus = any(node.get("GPU", 0) for node in nodes)
@@ -222,7 +240,7 @@ def _pool(config: PrecomputeConfig, num_shards: int) -> tuple[float, int]:
     return num_gpus, min(settings.max_actors or room, room, num_shards)
 
 
-def _absolute(config: PrecomputeConfig) -> PrecomputeConfig:
-    """Actors do not start in the driver's working directory."""
+def with_absolute_paths(config: PrecomputeConfig) -> PrecomputeConfig:
+    """Returns `config` with absolute paths, because actors do not start in the driver's working directory."""
     paths = {name: value.absolute() for name, value in config if isinstance(value, Path)}
     return config.model_copy(update=paths)

@@ -2,13 +2,14 @@
 
     prepare ─> open_output ─> missing shards ─> preflight ─> start the teacher ─> score_shards ─> summary
 
-The loop itself is in pipeline.py, its form on a Ray cluster in on_ray.py. Until its receipt is published a shard does
-not exist: a run that is stopped at any moment loses the shards under way.
+The loop itself is in pipeline.py, its form on a Ray cluster in ray_backend.py. Until its receipt is published a shard
+does not exist: a run that is stopped loses only the shards under way.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -35,12 +36,12 @@ EngineName = Literal["local", "ray"]
 
 @dataclass(frozen=True)
 class CaptureSummary:
-    """What an output holds after a run, and what the run added.
+    """Counts of an output after a run, and of what the run added.
 
-    The first group counts the whole output, `skipped` included. `num_own_shards` are those that this node was to
-    write, `num_own_missing` those of them that are not there. `num_new_tokens` are those that the teacher read in this
-    run, image tokens included; `scoring_s` is the time from the teacher's first request (on Ray, from the start of
-    the actors) to the last shard.
+    The fields up to `skipped` count the whole output. `num_own_shards` are those that this node was to write,
+    `num_own_missing` those of them that are missing. `num_new_tokens` are those that the teacher read in this run,
+    image tokens included; `scoring_s` is the time from the teacher's first request (on Ray, from the start of the
+    actors) to the last shard.
     """
 
     output: Location
@@ -60,17 +61,17 @@ class CaptureSummary:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard is there."""
+        """Returns True if every shard is published."""
         return self.num_complete_shards == self.num_shards
 
     @property
     def new_tokens_per_s(self) -> float:
-        """The teacher's speed in this run; 0 if it was not started."""
+        """Returns the teacher's speed in this run; 0 if it was not started."""
         return self.num_new_tokens / self.scoring_s if self.scoring_s else 0.0
 
     @property
     def message(self) -> str:
-        """The outcome in one line."""
+        """Returns the outcome in one line."""
         if not self.complete and not self.interrupted and not self.num_own_missing:
             return (
                 f"this node's {self.num_own_shards} shards are complete; "
@@ -87,7 +88,7 @@ class CaptureSummary:
         return f"all {self.num_shards} shards are complete"
 
     def render(self) -> RenderableType:
-        """The outcome, the totals and the samples that were left out."""
+        """Returns the totals, the samples that were left out and the outcome for the terminal."""
         table = Table(show_header=False, box=None)
         table.add_row("output", str(self.output))
         table.add_row("shards", f"{self.num_complete_shards:,} of {self.num_shards:,}, {self.num_new_shards:,} new")
@@ -109,14 +110,14 @@ def run_capture(
     start_teacher: Callable[[ScorerSettings], Scorer] | None = None,
     engine: EngineName = "local",
 ) -> CaptureSummary:
-    """Scores every sample that has no shard yet. Ctrl-C ends it early with `interrupted` set.
+    """Scores every sample that has no shard yet. Ctrl-C ends the run early with `interrupted` set.
 
     `start_teacher` replaces vLLM by another scorer; it is called only when something is missing. `engine` "ray" calls
     it in the actors of a Ray cluster instead of in this process.
 
     Raises:
-        ConfigError: `engine` is "ray" and there is no Ray, or no cluster at the address; as many nodes as
-            `data_parallel_size` are not there.
+        ConfigError: `engine` is "ray" and there is no Ray, or no cluster at the address; or `num_nodes` is not
+            `data_parallel_size`.
         DataError: a sample cannot be used and on_bad_sample is "stop"; complete shards stay.
         ProvenanceError: another teacher, dataset or setting began this output; every difference is listed.
         ModelError, StorageError: the teacher or the disk failed; complete shards stay.
@@ -138,38 +139,48 @@ def run_capture(
     interrupted = False
     try:
         if missing := missing_shards(job):
-            _score_missing(job, missing, counter, progress, start_teacher or _start_vllm, engine)
+            score = _select_backend(engine, start_teacher or _start_vllm)
+            _score_missing(job, missing, counter, score, progress)
     except KeyboardInterrupt:
         interrupted = True
     return _summarise(job, counter, interrupted)
 
 
-def _start_vllm(plan: ScorerSettings) -> Scorer:
+def _start_vllm(settings: ScorerSettings) -> Scorer:
     # Imported here because loading vLLM takes seconds, which a run with nothing to do should not spend.
     from precompute.engine.teacher import Teacher
 
-    return Teacher(plan)
+    return Teacher(settings)
+
+
+# Scores and publishes shards of a job, counts them, and moves a tqdm bar of samples.
+_ScoreFunction = Callable[[CaptureJob, list[int], CaptureCounter, Any], None]
+
+
+def _select_backend(engine: EngineName, start_teacher: Callable[[ScorerSettings], Scorer]) -> _ScoreFunction:
+    """Returns the function that scores shards in this process or on a Ray cluster, whose package only that needs."""
+    if engine == "ray":
+        from precompute.logits.ray_backend import score_on_ray
+
+        return partial(score_on_ray, start_teacher=start_teacher)
+    return partial(_score_here, start_teacher=start_teacher)
 
 
 def _score_missing(
-    job: CaptureJob,
-    missing: list[int],
-    counter: CaptureCounter,
-    progress: bool,
-    start_teacher: Callable[[ScorerSettings], Scorer],
-    engine: EngineName,
+    job: CaptureJob, missing: list[int], counter: CaptureCounter, score: _ScoreFunction, progress: bool
 ) -> None:
-    if engine == "ray":
-        from precompute.logits.ray_backend import score_on_ray as score
-    else:
-        score = _score_here
+    """Checks the samples of the missing shards, if the configuration wants it, and scores them.
+
+    Raises:
+        DataError: a sample cannot be used; says how many shards this run wrote before.
+    """
     indices = list(chain.from_iterable(job.manifest.shard_range(number) for number in missing))
     if job.config.preflight:
         with tqdm(indices, desc="checking", unit=" samples", disable=not progress) as checked:
             check_samples(job, checked)
     try:
         with tqdm(total=len(indices), desc="scoring", unit=" rows", disable=not progress) as bar:
-            score(job, missing, counter, bar, start_teacher)
+            score(job, missing, counter, bar)
     except DataError as error:
         raise DataError(
             f"{error}\n{counter.num_shards} shard(s) were written in this run and are safe; correct the sample and "
@@ -184,6 +195,7 @@ def _score_here(
     bar: Any,
     start_teacher: Callable[[ScorerSettings], Scorer],
 ) -> None:
+    """Scores the missing shards in this process."""
     teacher = start_teacher(job.scorer_settings)
     counter.started_s = time.monotonic()
     try:

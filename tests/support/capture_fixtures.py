@@ -1,4 +1,4 @@
-"""Fixtures with tiny teachers and outputs that a fake teacher scored."""
+"""Fixtures: tiny teachers, and outputs that a fake teacher scored."""
 
 import shutil
 from pathlib import Path
@@ -26,6 +26,7 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
+    """A directory with a dataset and, in `out`, a complete output that no test may change."""
     root = tmp_path_factory.mktemp("whole")
     config = make_config(root, llava_dir, conversation_records(root, 10), precision="fp32")
     run_capture(config, progress=False, start_teacher=FakeTeacher)
@@ -34,9 +35,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
 
 @pytest.fixture
 def output(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the complete output."""
     return shutil.copytree(whole / "out", tmp_path / "out")
 
 
 @pytest.fixture
 def config(tmp_path: Path, llava_dir: Path) -> PrecomputeConfig:
+    """A configuration whose output does not exist yet."""
     return make_config(tmp_path, llava_dir, conversation_records(tmp_path, NUM_SAMPLES))

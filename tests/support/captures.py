@@ -1,9 +1,13 @@
-"""Captures with a stand-in for the engine, and what they left."""
+"""Captures with a fake teacher, and the bytes of their shards."""
 
-from pathlib import Path
+import io
 from typing import Any
 
+from rich.console import Console
+
+from common.storage.files import Location
 from precompute.config import PrecomputeConfig
+from precompute.features.run import FeatureSummary
 from precompute.logits.run import CaptureSummary, run_capture
 from precompute.scorer import Scorer, ScorerSettings
 from tests.support.fake_teacher import FakeTeacher
@@ -12,12 +16,20 @@ NUM_SAMPLES = 10
 
 
 def score(config: PrecomputeConfig, **teacher: Any) -> CaptureSummary:
-    return run_capture(config, progress=False, start_teacher=lambda plan: FakeTeacher(plan, **teacher))
+    return run_capture(config, progress=False, start_teacher=lambda settings: FakeTeacher(settings, **teacher))
 
 
 def no_teacher(_: ScorerSettings) -> Scorer:
     raise AssertionError("the teacher was started")
 
 
-def shard_bytes(output: Path) -> dict[str, bytes]:
+def shard_bytes(output: Location) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(output.glob("shard-*"))}
+
+
+def rendered(summary: CaptureSummary | FeatureSummary) -> str:
+    """What a summary looks like on a wide terminal."""
+    console = Console(width=300, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(summary.render())
+    return capture.get()

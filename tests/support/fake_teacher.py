@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,28 @@ from PIL import Image
 from common.data.chat_encoding import EncodedChat
 from common.shards.scores import TeacherScores, scores_from_draws, scores_from_topk
 from precompute.config import PrecomputeConfig
-from precompute.scorer import RequestKey, ScoreRequest, ScorerSettings
+from precompute.scorer import RequestKey, ScoreRequest, ScorerSettings, ScoringResult
 from tests.support.real_weights import write_jsonl
 
 
 class FakeTeacher:
-    """Answers in batches, the last request of a batch first; `before` is called with each request."""
+    """Yields scores in batches, those of a batch's last request first; `before` is called with each request."""
 
     def __init__(
         self,
-        plan: ScorerSettings,
+        settings: ScorerSettings,
         before: Callable[[ScoreRequest], None] | None = None,
         batch_size: int = 3,
         delay_s: float = 0.0,
     ) -> None:
-        self._plan = plan
+        self._settings = settings
         self._before = before
         self._batch_size = batch_size
         self._delay_s = delay_s
         self.num_requests = 0
         self.closed = False
 
-    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[tuple[RequestKey, TeacherScores]]:
+    def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[RequestKey, ScoringResult], None, None]:
         batch: list[ScoreRequest] = []
         for request in requests:
             if self._before:
@@ -42,33 +42,34 @@ class FakeTeacher:
             self.num_requests += 1
             batch.append(request)
             if len(batch) == self._batch_size:
-                yield from self._answers(batch)
-        yield from self._answers(batch)
+                yield from self._score_batch(batch)
+        yield from self._score_batch(batch)
 
     def close(self) -> None:
         self.closed = True
 
-    def _answers(self, batch: list[ScoreRequest]) -> Iterator[tuple[RequestKey, TeacherScores]]:
+    def _score_batch(self, batch: list[ScoreRequest]) -> Iterator[tuple[RequestKey, ScoringResult]]:
         while batch:
             time.sleep(self._delay_s)
             request = batch.pop()
-            yield request.key, self._scores(request.encoded, request.images)
+            yield request.key, self.make_scores(request.encoded, request.images)
 
-    def _scores(self, encoded: EncodedChat, images: tuple[Image.Image, ...]) -> TeacherScores:
+    def make_scores(self, encoded: EncodedChat, images: tuple[Image.Image, ...]) -> TeacherScores:
+        """Returns the scores of a conversation, random numbers that its tokens and images seed."""
         seed = hashlib.sha256(encoded.input_ids.tobytes() + b"".join(image.tobytes() for image in images)).digest()
         content = np.frombuffer(seed, np.uint32)
-        plan, num_rows = self._plan, len(encoded.response_ids)
-        logits_RV = np.random.default_rng(content).normal(0, 2, (num_rows, plan.output_vocab_size))
+        settings, num_rows = self._settings, len(encoded.response_ids)
+        logits_RV = np.random.default_rng(content).normal(0, 2, (num_rows, settings.output_vocab_size))
         logprobs_RV = logits_RV - np.log(np.exp(logits_RV).sum(axis=1, keepdims=True))
         own_R = logprobs_RV[np.arange(num_rows), encoded.response_ids]
-        if plan.num_draws is not None:
-            rng = np.random.default_rng([plan.seed, *content])
-            drawn_RD = [rng.choice(len(row), plan.num_draws, p=np.exp(row)) for row in logprobs_RV]
-            return scores_from_draws(own_R, np.stack(drawn_RD), vocab_size=plan.vocab_size)
-        ids_RK = np.argsort(-logprobs_RV, axis=1)[:, : plan.top_k]
+        if settings.num_draws is not None:
+            rng = np.random.default_rng([settings.seed, *content])
+            drawn_RD = [rng.choice(len(row), settings.num_draws, p=np.exp(row)) for row in logprobs_RV]
+            return scores_from_draws(own_R, np.stack(drawn_RD), vocab_size=settings.vocab_size)
+        ids_RK = np.argsort(-logprobs_RV, axis=1)[:, : settings.top_k]
         kept_RK = np.take_along_axis(logprobs_RV, ids_RK, axis=1)
-        kept_RK[ids_RK >= plan.vocab_size] = -np.inf
-        return scores_from_topk(own_R, ids_RK, kept_RK, top_p=plan.top_p, min_k=plan.min_k)
+        kept_RK[ids_RK >= settings.vocab_size] = -np.inf
+        return scores_from_topk(own_R, ids_RK, kept_RK, top_p=settings.top_p, min_k=settings.min_k)
 
 
 def random_pixels(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -76,7 +77,7 @@ def random_pixels(rng: np.random.Generator, height: int, width: int) -> npt.NDAr
 
 
 def conversation_records(root: Path, n: int) -> list[dict[str, Any]]:
-    """LLaVA records of every shape: no image, one, two; one turn or two. Writes the images into `root`."""
+    """Makes LLaVA records of every shape: no image, one, two; one turn or two. Writes the images into `root`."""
     rng = np.random.default_rng(0)
     root.mkdir(parents=True, exist_ok=True)
     records = []
@@ -108,7 +109,7 @@ def preference_records(root: Path, n: int) -> list[dict[str, Any]]:
 
 
 def make_config(root: Path, teacher: Path, records: list[dict[str, Any]], **settings: Any) -> PrecomputeConfig:
-    """A configuration for `records`, written to `root`, with small shards."""
+    """Makes a configuration with small shards for `records`, which it writes to `root`."""
     dataset = write_jsonl(root / "data.jsonl", records)
     defaults = {"top_k": 8, "samples_per_shard": 4, "max_tokens": 512}
     own = {"teacher": teacher, "dataset": dataset, "image_root": root, "output": root / "out"}

@@ -1,4 +1,4 @@
-"""What transformers says in float32, computed another way than the project does.
+"""Scores and answers of transformers in float32, computed in another way than the project does.
 
 The Hugging Face processor expands the images, and the scored tokens are found in a loop over the whole sequence.
 Legend: R scored tokens, T expanded sequence, V rows of the output layer, K kept entries.
@@ -14,18 +14,19 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from common.shards.manifest import published_shards, read_manifest, shard_path
 from common.shards.score_shard import ScoredConversation, ShardFile, ShardRow
+from common.storage.files import Location
 
 ENGINE = {"dtype": "float32", "kv_cache_gib": 1, "max_num_seqs": 4, "enforce_eager": True}
 TOP_K = 16
 
 
-def rows_of(output: Path) -> list[ShardRow]:
+def rows_of(output: Location) -> list[ShardRow]:
     manifest = read_manifest(output)
     return [row for n in published_shards(output) for row in ShardFile(shard_path(output, n), manifest, n)]
 
 
-def padded(path: Path, mean: tuple[int, int, int]) -> Image.Image:
-    """Centres a picture on a square of its longer side, in numpy."""
+def padded(path: Path, mean: tuple[int, ...]) -> Image.Image:
+    """Centres an image on a square of its longer side, in numpy."""
     pixels = np.asarray(Image.open(path).convert("RGB"))
     height, width = pixels.shape[:2]
     side = max(height, width)
@@ -39,7 +40,7 @@ def padded(path: Path, mean: tuple[int, int, int]) -> Image.Image:
 def reference_rows(
     model: Any, processor: Any, row: ShardRow, conversation: int, image_root: Path | None
 ) -> tuple[list[int], np.ndarray]:
-    """The scored tokens and the distribution before each of them, from the text alone, token by token."""
+    """Returns the scored tokens and the distribution before each of them, found in the text token by token."""
     turns = row.sample.conversations[conversation]
     tokenizer = getattr(processor, "tokenizer", processor)
     text = tokenizer.apply_chat_template(
@@ -79,7 +80,7 @@ def reference_rows(
     return tokens, np.stack(rows)
 
 
-def assert_agrees(
+def assert_agrees(  # noqa: PLR0913, PLR0917 - both sides of the comparison and its limits
     scored: ScoredConversation,
     tokens: list[int],
     logprobs_RV: np.ndarray,
@@ -95,16 +96,16 @@ def assert_agrees(
         count = scores.counts[row]
         kept = ids_RK[row, :count]
         np.testing.assert_allclose(stored_RK[row, :count], reference_V[kept], atol=tolerance)
-        # The K best of the whole output layer less its padding; entries within the tolerance of the K-th may swap.
+        # The K best of the whole output layer are kept, less its padding; those close to the K-th may swap.
         threshold = np.partition(reference_V, -top_k)[-top_k]
-        surely = np.flatnonzero(reference_V[:vocab_size] > threshold + tolerance)
-        assert set(surely) <= set(kept)
+        certain = np.flatnonzero(reference_V[:vocab_size] > threshold + tolerance)
+        assert set(certain) <= set(kept)
         assert (reference_V[kept] >= threshold - tolerance).all()
         assert abs(scores.rest_mass[row] - (1 - np.exp(reference_V[kept]).sum())) <= tolerance
 
 
 def greedy_answers(model_dir: Path, samples: list[Any], image_root: Path) -> list[str]:
-    """transformers' greedy continuation of each prompt."""
+    """Returns transformers' greedy continuation of each prompt."""
     model = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(model_dir)
     mean = tuple(int(value * 255) for value in processor.image_processor.image_mean)

@@ -1,4 +1,4 @@
-"""Capture within a model runner's step: chunks, preemption, gaps, and both runners' records; no engine is started.
+"""The patched functions of vLLM's model runners and front end, on records of requests and steps; no engine is started.
 
 The second runner serves GPUs. Its functions run here on records made by hand, as vLLM 0.32 makes them.
 """
@@ -11,7 +11,8 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.v1.engine.logprobs import LogprobsProcessor
-from vllm.v1.outputs import LogprobsLists
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -24,7 +25,7 @@ from precompute.engine.row_request import (
     unpack_row_scores,
 )
 from precompute.engine.row_scores import RowScores
-from precompute.engine.vllm_patch import start_capture
+from precompute.engine.vllm_patch import patch_v1_runner, patch_v2_runner, start_capture, try_patch
 
 pytestmark = pytest.mark.vllm
 
@@ -41,13 +42,9 @@ def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
     return hidden @ WEIGHT.T
 
 
-def wish(name: str, num_draws: int = 0) -> RowRequest:
+def make_params(name: str) -> SamplingParams:
     rows = np.array(ROWS[name], np.int32)
-    return RowRequest(rows, rows * 3 + 1, VOCAB, K, num_draws, seed=f"{LENGTHS[name]:x}")
-
-
-def params(name: str, num_draws: int = 0) -> SamplingParams:
-    return SamplingParams(max_tokens=1, extra_args=wish(name, num_draws).extra_args())
+    return SamplingParams(max_tokens=1, extra_args=RowRequest(rows, rows * 3 + 1, VOCAB, K).extra_args())
 
 
 def assert_right(found: CapturedRows, name: str) -> None:
@@ -58,19 +55,23 @@ def assert_right(found: CapturedRows, name: str) -> None:
     np.testing.assert_array_equal(found.ids, np.argsort(-logprobs_RV, axis=1)[:, :K])
 
 
+# The function of the first runner that is patched.
+V1_FUNCTION = "_get_prompt_logprobs_dict"
+
+
 class V1:
-    """A stand-in for the first runner with just what its function reads, and the real function."""
+    """A fake of the first runner that has just the attributes that the real, patched function reads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(GPUModelRunner, "_get_prompt_logprobs_dict", GPUModelRunner._get_prompt_logprobs_dict)
-        vllm_patch._wrap_v1()
+        monkeypatch.setattr(GPUModelRunner, V1_FUNCTION, getattr(GPUModelRunner, V1_FUNCTION))
+        patch_v1_runner()
         self.num_prompt_logprobs: dict[str, int] = {}
         self.model = SimpleNamespace(compute_logits=compute_logits)
         self.requests: dict[str, Any] = {}
 
-    def add(self, name: str, num_draws: int = 0) -> None:
+    def add(self, name: str, params: SamplingParams | None = None) -> None:
         self.requests[name] = SimpleNamespace(
-            sampling_params=params(name, num_draws), num_prompt_tokens=LENGTHS[name], num_computed_tokens=0
+            sampling_params=params or make_params(name), num_prompt_tokens=LENGTHS[name], num_computed_tokens=0
         )
 
     def remove(self, name: str) -> None:
@@ -85,7 +86,7 @@ class V1:
         self.input_batch = SimpleNamespace(req_id_to_index={name: i for i, name in enumerate(scheduled)})
         done = {name: self.requests[name].num_computed_tokens for name in scheduled}
         hidden = torch.cat([states(name, done[name], n) for name, n in scheduled.items()])
-        result = GPUModelRunner._get_prompt_logprobs_dict(self, hidden, scheduled)
+        result: dict[str, Any] = getattr(GPUModelRunner, V1_FUNCTION)(self, hidden, scheduled)
         for name, n in scheduled.items():
             self.requests[name].num_computed_tokens += n
         return result
@@ -97,15 +98,14 @@ class V2:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for method in ("add_request", "remove_request", "compute_prompt_logprobs"):
             monkeypatch.setattr(PromptLogprobsWorker, method, getattr(PromptLogprobsWorker, method))
-        vllm_patch._wrap_v2()
+        patch_v2_runner()
         self.worker = PromptLogprobsWorker(max_num_reqs=4, device=torch.device("cpu"))
         self.slots = {"b": 0, "a": 2}
         self.done: dict[str, int] = {}
-        self.draws: dict[str, int] = {}
 
-    def add(self, name: str, num_draws: int = 0) -> None:
-        self.worker.add_request(name, self.slots[name], params(name, num_draws))
-        self.done[name], self.draws[name] = 0, num_draws
+    def add(self, name: str, params: SamplingParams | None = None) -> None:
+        self.worker.add_request(name, self.slots[name], params or make_params(name))
+        self.done[name] = 0
 
     def remove(self, name: str) -> None:
         self.worker.remove_request(name)
@@ -113,7 +113,7 @@ class V2:
     def preempt(self, name: str) -> None:
         # This runner forgets a preempted request, and meets it again as a new one.
         self.remove(name)
-        self.add(name, self.draws[name])
+        self.add(name)
 
     def step(self, scheduled: dict[str, int], prefill: dict[str, int] | None = None) -> dict[str, Any]:
         lens = np.zeros(4, np.int32)
@@ -136,7 +136,7 @@ class V2:
 
 
 def states(name: str, start: int, count: int) -> torch.Tensor:
-    """Hidden states of a step; what lies past the prompt belongs to generated tokens."""
+    """Hidden states of a step; those past the prompt belong to generated tokens."""
     return torch.cat([STATES[name], torch.full((50, HIDDEN), 9.0)])[start : start + count]
 
 
@@ -173,12 +173,6 @@ def test_a_preempted_prompt_starts_over(runner: Any) -> None:
     assert_right(unpack_row_scores(runner.step({"a": 7})["a"]), "a")
 
 
-def test_rows_that_a_cache_served_are_not_delivered(runner: Any) -> None:
-    runner.add("a")
-    (runner.requests["a"].__setattr__("num_computed_tokens", 5) if isinstance(runner, V1) else runner.done.update(a=5))
-    assert runner.step({"a": 7}) == {}
-
-
 def test_a_finished_request_leaves_nothing_behind(runner: Any) -> None:
     runner.add("a")
     runner.step({"a": 5})
@@ -193,69 +187,43 @@ def test_a_request_that_resumes_its_generation_is_not_scored_again(monkeypatch: 
     assert runner.step({"a": 14}, prefill={"a": 15}) == {}
 
 
-def test_requests_without_a_wish_pass_untouched(runner: Any) -> None:
-    runner.add("a")
-    if isinstance(runner, V1):
-        runner.requests["a"].sampling_params = SamplingParams(max_tokens=1)
-    else:
-        runner.remove("a")
-    assert runner.step({"a": 12}) == {}
-
-
-def test_draws_are_the_same_however_a_prompt_is_cut(runner: Any) -> None:
-    runner.add("a", num_draws=30)
-    whole = unpack_row_scores(runner.step({"a": 12})["a"])
-    runner.remove("a")
-    runner.add("a", num_draws=30)
-    runner.step({"a": 4})
-    cut = unpack_row_scores(runner.step({"a": 8})["a"])
-    assert whole.drawn.shape == (4, 30)
-    np.testing.assert_array_equal(whole.drawn, cut.drawn)
-    assert_right(cut, "a")
-
-
-def test_ranks_that_get_no_logits_deliver_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = V1(monkeypatch)
-    runner.model = SimpleNamespace(compute_logits=lambda hidden: None)
-    runner.add("a")
+def test_requests_that_want_no_rows_pass_untouched(runner: Any) -> None:
+    runner.add("a", SamplingParams(max_tokens=1))
     assert runner.step({"a": 12}) == {}
 
 
 def test_another_signature_is_named_and_nothing_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     def changed(self: Any, hidden_states: Any, num_scheduled_tokens: Any, more: Any) -> None: ...
 
-    monkeypatch.setattr(GPUModelRunner, "_get_prompt_logprobs_dict", changed)
-    why = vllm_patch._try_wrapping(vllm_patch._wrap_v1)
-    assert "_get_prompt_logprobs_dict takes (self, hidden_states, num_scheduled_tokens, more), expected" in why
-    assert GPUModelRunner._get_prompt_logprobs_dict is changed
+    monkeypatch.setattr(GPUModelRunner, V1_FUNCTION, changed)
+    problem = try_patch(patch_v1_runner)
+    assert f"{V1_FUNCTION} takes (self, hidden_states, num_scheduled_tokens, more), expected" in problem
+    assert getattr(GPUModelRunner, V1_FUNCTION) is changed
 
 
 def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(PromptLogprobsWorker, "remove_request")
-    assert "remove_request" in vllm_patch._try_wrapping(vllm_patch._wrap_v2)
+    assert "remove_request" in try_patch(patch_v2_runner)
 
 
 def test_workers_answer_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_patch, "_front_end_lacks", [""])
-    assert start_capture(lambda method: ["", ""]) == ""
-    assert start_capture(lambda method: ["", "no such function"]) == "no such function"
+    monkeypatch.setattr(vllm_patch, "_front_end_problem", "")
+    assert start_capture(lambda _: ["", ""]) == ""
+    assert start_capture(lambda _: ["", "no such function"]) == "no such function"
 
     def unknown(method: str) -> list[str]:
         raise AttributeError(method)
 
     assert "not loaded in the engine's workers" in start_capture(unknown)
-    monkeypatch.setattr(vllm_patch, "_front_end_lacks", [])
-    assert "not loaded in this process" in start_capture(lambda method: [""])
+    monkeypatch.setattr(vllm_patch, "_front_end_problem", None)
+    assert "not loaded in this process" in start_capture(lambda _: [""])
 
 
 def test_arrays_survive_the_way_through_the_engine() -> None:
-    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-
     own, ids = torch.arange(3.0), torch.arange(6, dtype=torch.int32).reshape(3, 2)
     scores = RowScores(own, ids, own[:, None] + ids, ids + 7)
-    sent = MsgpackEncoder().encode({"a": pack_row_scores(scores)})
-    arrived = MsgpackDecoder(dict[str, type(pack_row_scores(scores))]).decode(sent)["a"]  # type: ignore[misc]
-    found = unpack_row_scores(arrived)
+    sent = MsgpackEncoder().encode({"a": LogprobsTensors(*pack_row_scores(scores))})
+    found = unpack_row_scores(MsgpackDecoder(dict[str, LogprobsTensors]).decode(sent)["a"])
     for name in ("own", "ids", "logprobs", "drawn"):
         np.testing.assert_array_equal(getattr(found, name), getattr(scores, name).numpy())
 
@@ -263,12 +231,12 @@ def test_arrays_survive_the_way_through_the_engine() -> None:
 def test_generated_steps_stay_arrays() -> None:
     vllm_patch.install_patches()
     request = SimpleNamespace(
-        sampling_params=SamplingParams(max_tokens=4, logprobs=2, extra_args=CapturedSamplerSteps.ask())
+        sampling_params=SamplingParams(max_tokens=4, logprobs=2, extra_args=CapturedSamplerSteps.extra_args())
     )
     processor = LogprobsProcessor.from_new_request(None, request)
     steps = [([5, 5, 3], [-0.5, -0.5, -1.0]), ([7, 1, 2], [-3.0, -0.2, -2.0])]
     for ids, logprobs in steps:
-        processor._update_sample_logprobs(
+        processor._update_sample_logprobs(  # noqa: SLF001 - the patched function has no public caller without an engine
             LogprobsLists(np.array([ids]), np.array([logprobs], np.float32), np.array([1]), None)
         )
     assert isinstance(processor.logprobs, CapturedSamplerSteps)

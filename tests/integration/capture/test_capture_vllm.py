@@ -1,9 +1,10 @@
-"""Capture inside the real engine against vLLM's own prompt log-probs: the same scores whichever way they came.
+"""Capture inside the real engine against vLLM's own prompt log-probs: the scores are the same.
 
-Each engine serves both ways: a teacher that captures, and one on the same engine that asks for vLLM's own.
+One engine serves two teachers: one that captures in the engine, and one that requests vLLM's own log-probs.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,38 +19,38 @@ from precompute.scorer import RejectedRequest, RequestKey, ScoreRequest
 from tests.support.fake_teacher import conversation_records, make_config
 from tests.support.hf_reference import ENGINE
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engine_in_this_process")]
 
 NUM_SAMPLES = 33
 TOP_K = 16
 
 
-def job(root: Path, model: Path, engine: dict[str, Any] | None = None, **settings: Any) -> CaptureJob:
+def make_job(root: Path, model: Path, engine: dict[str, Any] | None = None, **settings: Any) -> CaptureJob:
     """Conversations without an image, with one and with two, of one turn and of two."""
     records = conversation_records(root, NUM_SAMPLES)
     return prepare_job(make_config(root, model, records, engine={**ENGINE, **(engine or {})}, top_k=TOP_K, **settings))
 
 
-def requests(of: CaptureJob) -> list[ScoreRequest]:
-    found = []
+def make_requests(job: CaptureJob) -> list[ScoreRequest]:
+    requests = []
     for index in range(NUM_SAMPLES):
-        sample, conversations, _ = of.check(index)
-        images = of.decode(index, sample)
-        found += [
-            ScoreRequest((index, number), sample.id, encoded, images, of.where(index))
+        sample, conversations, _ = job.check(index)
+        images = job.load_images(index, sample)
+        requests += [
+            ScoreRequest((index, number), sample.id, encoded, images, job.where(index))
             for number, encoded in enumerate(conversations)
         ]
-    return found
+    return requests
 
 
-def scores_of(teacher: Teacher, wanted: list[ScoreRequest]) -> dict[RequestKey, TeacherScores]:
-    found = dict(teacher.score(wanted))
+def score(teacher: Teacher, requests: list[ScoreRequest]) -> dict[RequestKey, TeacherScores]:
+    found = dict(teacher.score(requests))
     assert not any(isinstance(scores, RejectedRequest) for scores in found.values())
     return found  # type: ignore[return-value]
 
 
-def stock(teacher: Teacher) -> Teacher:
-    """The same engine, asked for vLLM's own prompt log-probs."""
+def with_stock_logprobs(teacher: Teacher) -> Teacher:
+    """The same engine under a teacher that requests vLLM's own prompt log-probs."""
     other = copy.copy(teacher)
     other.in_engine = False
     return other
@@ -78,54 +79,52 @@ def entries(scores: TeacherScores, row: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def started(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory, engine_in_this_process: None) -> Iterator[Any]:
-    """An engine that takes 32 conversations at a time and at most 16 tokens of each in a step.
+def started(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A job, and a teacher whose engine takes 32 conversations at a time and at most 16 tokens of each in a step.
 
-    Its cache is too small for all of them, so that some are preempted and start over.
+    The engine's cache is too small for all of them, so that some are preempted and start over.
     """
     options = {"long_prefill_token_threshold": 16, "num_gpu_blocks_override": 24, "block_size": 32}
     engine = {"max_num_seqs": 32, "max_num_batched_tokens": 512, "capture": "in-engine", "options": options}
-    of = job(tmp_path_factory.mktemp("job"), llava_dir, engine, max_tokens=256)
-    teacher = Teacher(of.scorer_settings)
-    yield of, teacher
+    job = make_job(tmp_path_factory.mktemp("job"), llava_dir, engine, max_tokens=256)
+    teacher = Teacher(job.scorer_settings)
+    yield job, teacher
     teacher.close()
 
 
-def test_both_ways_agree_for_many_at_once_and_for_one_at_a_time(
+def test_both_modes_agree_for_many_requests_at_once_and_for_one_at_a_time(
     started: tuple[CaptureJob, Teacher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of, teacher = started
-    scheduler = teacher._engine._engine.engine_core.engine_core.scheduler
+    job, teacher = started
+    scheduler = teacher._engine._engine.engine_core.engine_core.scheduler  # noqa: SLF001 - vLLM reports no preemption
     preempted = []
-    original = scheduler._preempt_request
+    original = scheduler._preempt_request  # noqa: SLF001 - the same
 
     def counting(*given: Any, **named: Any) -> Any:
         preempted.append(given[0])
         return original(*given, **named)
 
     monkeypatch.setattr(scheduler, "_preempt_request", counting)
-    wanted = requests(of)
-    together = scores_of(teacher, wanted)
+    requests = make_requests(job)
+    together = score(teacher, requests)
     assert preempted
-    assert_same(together, scores_of(stock(teacher), wanted))
+    assert_same(together, score(with_stock_logprobs(teacher), requests))
     preempted.clear()
     alone: dict[RequestKey, TeacherScores] = {}
-    for request in wanted:
-        alone |= scores_of(teacher, [request])
+    for request in requests:
+        alone |= score(teacher, [request])
     assert not preempted
     assert_same(together, alone)
 
 
-def test_draws_agree_both_ways_and_come_again(started: tuple[CaptureJob, Teacher]) -> None:
-    import dataclasses
-
-    of, teacher = started
+def test_draws_are_the_same_in_every_order(started: tuple[CaptureJob, Teacher]) -> None:
+    job, teacher = started
     drawing = copy.copy(teacher)
-    drawing._plan = dataclasses.replace(teacher._plan, num_draws=50, top_k=0)
-    wanted = requests(of)[:6]
-    found = scores_of(drawing, wanted)
+    drawing.settings = dataclasses.replace(teacher.settings, num_draws=50, top_k=0)
+    requests = make_requests(job)[:6]
+    found = score(drawing, requests)
     assert all(scores.draws is not None for scores in found.values())
-    for key, again in scores_of(drawing, wanted[::-1]).items():
+    for key, again in score(drawing, requests[::-1]).items():
         np.testing.assert_array_equal(found[key].ids, again.ids)
         np.testing.assert_array_equal(found[key].draws, again.draws)
         np.testing.assert_array_equal(found[key].rest_mass, again.rest_mass)

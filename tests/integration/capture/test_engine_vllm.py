@@ -1,4 +1,4 @@
-"""Feeding vLLM, with its engine object replaced: what enters when, and how failures are told."""
+"""Feeding vLLM with a fake engine object: which prompts enter when, and how failures are reported."""
 
 import os
 from collections.abc import Iterator
@@ -13,18 +13,21 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from common.errors import ConfigError, ModelError
 from precompute.config import EngineConfig
-from precompute.engine.vllm_engine import Engine, Prompt
+from precompute.engine.vllm_engine import Engine, EngineLimits, Prompt
 from precompute.scorer import RejectedRequest
 
 pytestmark = pytest.mark.vllm
 
 
-def params(companion: int, expanded_ids: list[int]) -> SamplingParams:
-    return SamplingParams(max_tokens=1, extra_args={"companion": companion, "ids": expanded_ids})
+LIMITS = EngineLimits(max_model_len=8, max_images=1, max_logprobs=3)
+
+
+def params(key: int, expanded_ids: list[int]) -> SamplingParams:
+    return SamplingParams(max_tokens=1, extra_args={"key": key, "ids": expanded_ids})
 
 
 class FakeRenderer:
-    """An image's placeholder, 7, becomes three."""
+    """Expands an image's placeholder, 7, to three."""
 
     def render_cmpl(self, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ids = [i for token in prompts[0]["prompt_token_ids"] for i in ([token] * (3 if token == 7 else 1))]
@@ -38,7 +41,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.running: list[str] = []
-        self.most = 0
+        self.max_running = 0
         self.added: list[list[int]] = []
         self.params: list[SamplingParams] = []
         self.aborted: list[str] = []
@@ -60,7 +63,7 @@ class FakeEngine:
         self.added.append(prompt["prompt_token_ids"])
         self.params.append(params)
         self.running.append(name)
-        self.most = max(self.most, len(self.running))
+        self.max_running = max(self.max_running, len(self.running))
 
     def step(self) -> list[RequestOutput]:
         if self.failure:
@@ -75,14 +78,14 @@ class FakeEngine:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     engine = FakeEngine()
-    monkeypatch.setattr("precompute.engine.vllm_engine.LLMEngine.from_engine_args", lambda args: engine)
+    monkeypatch.setattr("precompute.engine.vllm_engine.LLMEngine.from_engine_args", lambda _: engine)
     return engine
 
 
 def start(**settings: Any) -> Engine:
     config = EngineConfig.model_validate({"max_num_seqs": 2, **settings})
-    # Any directory will do: offline, vLLM only looks whether it exists.
-    return Engine(Path(__file__).parent, config, max_model_len=8, max_images=1, max_logprobs=3)
+    # Any directory will do, because vLLM, offline, only checks that it exists.
+    return Engine(Path(__file__).parent, config, LIMITS)
 
 
 def prompts(*tokens: int) -> Iterator[tuple[int, Prompt]]:
@@ -90,7 +93,7 @@ def prompts(*tokens: int) -> Iterator[tuple[int, Prompt]]:
         yield token, Prompt(np.array([token], np.int32), (), f"sample {token}")
 
 
-def test_each_prompt_comes_back_once_with_its_companion(fake: FakeEngine) -> None:
+def test_each_prompt_comes_back_once_with_its_key(fake: FakeEngine) -> None:
     assert sorted(token for token, _ in start().run(prompts(*range(10, 20)), params)) == list(range(10, 20))
     assert fake.added == [[token] for token in range(10, 20)]
 
@@ -105,10 +108,10 @@ def test_prompts_are_drawn_only_when_there_is_room(fake: FakeEngine) -> None:
             yield pair
 
     for num_finished, _ in enumerate(start().run(counted(), params)):
-        # Four run, two more are ready for them, and one is in the thread's hand.
+        # Four run, two more wait in the queue, and the thread holds one.
         assert num_drawn <= num_finished + 7
     assert num_drawn == 50
-    assert fake.most <= 4
+    assert fake.max_running <= 4
 
 
 def test_an_engine_steps_on_while_others_that_depend_on_it_have_work(fake: FakeEngine) -> None:
@@ -122,22 +125,23 @@ def test_without_prompts_nothing_runs(fake: FakeEngine) -> None:
     assert list(start().run(prompts(), params)) == []
 
 
-@pytest.mark.parametrize(("token", "why"), [(98, "no such image"), (99, "unlucky")])
-def test_a_refused_prompt_comes_back_as_such_and_the_others_go_on(fake: FakeEngine, token: int, why: str) -> None:
+@pytest.mark.parametrize(("token", "reason"), [(98, "no such image"), (99, "unlucky")])
+@pytest.mark.usefixtures("fake")
+def test_a_rejected_prompt_comes_back_with_its_reason_and_the_others_go_on(token: int, reason: str) -> None:
     found = dict(start().run(prompts(1, token, 2), params))
-    refused = found.pop(token)
-    assert isinstance(refused, RejectedRequest)
-    assert refused.reason == f"sample {token}: vLLM refuses it ({why})"
+    rejected = found.pop(token)
+    assert isinstance(rejected, RejectedRequest)
+    assert rejected.reason == f"sample {token}: vLLM refuses it ({reason})"
     assert set(found) == {1, 2}
     assert not any(isinstance(output, RejectedRequest) for output in found.values())
 
 
 def test_parameters_are_made_for_the_prompt_as_the_engine_reads_it(fake: FakeEngine) -> None:
     list(start().run(prompts(7), params))
-    assert fake.params[0].extra_args == {"companion": 7, "ids": [7, 7, 7]}
+    assert fake.params[0].extra_args == {"key": 7, "ids": [7, 7, 7]}
 
 
-def test_what_drawing_a_prompt_raises_ends_the_run_and_stops_what_runs(fake: FakeEngine) -> None:
+def test_an_error_while_drawing_a_prompt_ends_the_run_and_aborts_running_requests(fake: FakeEngine) -> None:
     def broken() -> Iterator[tuple[int, Prompt]]:
         yield from prompts(1, 2)
         raise OSError("the disk is gone")
@@ -148,7 +152,7 @@ def test_what_drawing_a_prompt_raises_ends_the_run_and_stops_what_runs(fake: Fak
 
 
 @pytest.mark.parametrize("failure", [EngineDeadError(), RuntimeError("out of memory")])
-def test_a_dead_engine_is_told_with_what_to_do(fake: FakeEngine, failure: Exception) -> None:
+def test_the_error_of_a_dead_engine_says_what_to_do(fake: FakeEngine, failure: Exception) -> None:
     fake.failure = failure
     with pytest.raises(ModelError, match=r"engine stopped.*run the same command again: it continues"):
         list(start().run(prompts(1), params))
@@ -175,17 +179,17 @@ def test_a_replica_tells_vllm_its_rank_while_the_engine_starts(monkeypatch: pyte
     monkeypatch.setenv("VLLM_DP_RANK", "9")
     seen: dict[str, str | None] = {}
 
-    def begin(_: EngineArgs) -> FakeEngine:
+    def start_engine(_: EngineArgs) -> FakeEngine:
         seen.update({name: os.environ.get(name) for name in ("VLLM_DP_SIZE", "VLLM_DP_RANK")})
         return FakeEngine()
 
-    monkeypatch.setattr("precompute.engine.vllm_engine.LLMEngine.from_engine_args", begin)
+    monkeypatch.setattr("precompute.engine.vllm_engine.LLMEngine.from_engine_args", start_engine)
     settings = EngineConfig(data_parallel_size=4)
-    Engine(Path(__file__).parent, settings, max_model_len=8, max_images=1, max_logprobs=3, data_parallel_rank=2)
+    Engine(Path(__file__).parent, settings, LIMITS, data_parallel_rank=2)
     assert seen == {"VLLM_DP_SIZE": "4", "VLLM_DP_RANK": "2"}
     assert (os.environ.get("VLLM_DP_SIZE"), os.environ["VLLM_DP_RANK"]) == (None, "9")
 
 
 def test_a_model_that_vllm_cannot_load_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"{tmp_path}: vLLM cannot start with it"):
-        Engine(tmp_path, EngineConfig(), max_model_len=8, max_images=0, max_logprobs=1)
+        Engine(tmp_path, EngineConfig(), LIMITS)

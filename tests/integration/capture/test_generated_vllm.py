@@ -1,7 +1,8 @@
-"""Responses that the real engine writes: their scores against transformers, and what becomes of them."""
+"""Responses that the real engine writes: their scores against transformers, and the rows that hold them."""
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.support.fake_teacher import conversation_records, make_config
 from tests.support.hf_reference import ENGINE, rows_of
 from train.data.sources import ShardSource
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engine_in_this_process")]
 
 NUM_SAMPLES = 5
 GENERATE = {"num_samples": 3, "max_new_tokens": 7, "temperature": 1.0}
@@ -37,25 +38,25 @@ def configure(root: Path, model: Path, **settings: Any) -> PrecomputeConfig:
 
 
 @pytest.fixture(scope="module")
-def teacher(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory, engine_in_this_process: None) -> Iterator[Any]:
-    # The vocabulary's size is what vLLM is asked for when ids are drawn on the host.
-    plan = prepare_job(configure(tmp_path_factory.mktemp("plan"), llava_dir, top_k=0, num_draws=4)).scorer_settings
-    started = Teacher(plan)
+def teacher(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    # With draws, the engine is started for log-probs of the whole vocabulary, from which ids are drawn on the host.
+    config = configure(tmp_path_factory.mktemp("settings"), llava_dir, top_k=0, num_draws=4)
+    started = Teacher(prepare_job(config).scorer_settings)
     yield started
     started.close()
 
 
-def started_with(teacher: Teacher, plan: ScorerSettings, in_engine: bool = True) -> Any:
-    """The running engine under another plan, left open."""
+def with_settings(teacher: Teacher, settings: ScorerSettings, in_engine: bool = True) -> Any:
+    """The running engine under a teacher with other settings, whose `close` leaves it open."""
     other = copy.copy(teacher)
-    other._plan, other.in_engine = plan, in_engine
+    other.settings, other.in_engine = settings, in_engine
     other.close = lambda: None  # type: ignore[method-assign]
     return other
 
 
 def test_written_responses_have_the_scores_of_transformers(teacher: Teacher, llava_dir: Path, tmp_path: Path) -> None:
     config = configure(tmp_path, llava_dir)
-    run_capture(config, progress=False, start_teacher=lambda plan: started_with(teacher, plan))
+    run_capture(config, progress=False, start_teacher=partial(with_settings, teacher))
     assert verify_logits(config.output, config.dataset, progress=False).ok
     again = recompute_logits(config.output, llava_dir, 100, progress=False)
     assert again.num_rows == NUM_SAMPLES * 3
@@ -75,20 +76,20 @@ def test_written_responses_have_the_scores_of_transformers(teacher: Teacher, lla
         assert row.sample.conversations[0][-1].role == "assistant"
         assert row.sample.conversations[0][-1].content == encoder.tokenizer.decode(response, skip_special_tokens=True)
         responses.add(response.tobytes())
-    # Drawn at temperature 1 from a random model, the three to a prompt hardly ever agree.
+    # Sampled at temperature 1 from a random model, the three responses to a prompt hardly ever agree.
     assert len(responses) > NUM_SAMPLES * 2
     source = ShardSource(config.output, encoder, "pad")
     assert len(source) == len(rows)
     np.testing.assert_array_equal(source[4].conversations[0].input_ids, rows[4].conversations[0].encoded.input_ids)
 
 
-def test_the_same_seed_writes_the_same_and_both_ways_score_it_alike(
+def test_the_same_seed_writes_the_same_responses_and_both_modes_score_them_alike(
     teacher: Teacher, llava_dir: Path, tmp_path: Path
 ) -> None:
     rows = []
     for name, in_engine in (("a", True), ("b", False)):
         config = configure(tmp_path, llava_dir, output=tmp_path / name)
-        run_capture(config, progress=False, start_teacher=lambda plan, way=in_engine: started_with(teacher, plan, way))
+        run_capture(config, progress=False, start_teacher=partial(with_settings, teacher, in_engine=in_engine))
         rows.append(rows_of(config.output))
     for ours, theirs in zip(*rows, strict=True):
         a, b = ours.conversations[0], theirs.conversations[0]
@@ -97,7 +98,7 @@ def test_the_same_seed_writes_the_same_and_both_ways_score_it_alike(
         np.testing.assert_allclose(a.scores.logprobs, b.scores.logprobs, atol=1e-5)
         np.testing.assert_array_equal(a.scores.counts, b.scores.counts)
     other = configure(tmp_path, llava_dir, output=tmp_path / "c", seed=4)
-    run_capture(other, progress=False, start_teacher=lambda plan: started_with(teacher, plan))
+    run_capture(other, progress=False, start_teacher=partial(with_settings, teacher))
     different = [row.conversations[0].encoded.input_ids.tolist() for row in rows_of(other.output)]
     assert different != [row.conversations[0].encoded.input_ids.tolist() for row in rows[0]]
 
@@ -106,7 +107,7 @@ def test_ids_can_be_drawn_at_every_step_of_a_response(teacher: Teacher, llava_di
     found = []
     for name, in_engine in (("a", True), ("b", False)):
         config = configure(tmp_path, llava_dir, output=tmp_path / name, top_k=0, num_draws=30)
-        run_capture(config, progress=False, start_teacher=lambda plan, way=in_engine: started_with(teacher, plan, way))
+        run_capture(config, progress=False, start_teacher=partial(with_settings, teacher, in_engine=in_engine))
         assert verify_logits(config.output, config.dataset, progress=False).ok
         found.append([row.conversations[0].scores for row in rows_of(config.output)])
     for ours, theirs in zip(*found, strict=True):

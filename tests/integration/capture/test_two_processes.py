@@ -1,4 +1,4 @@
-"""Two processes at one output at the same time, as two nodes on a shared file system are."""
+"""Two processes that write one output at the same time, like two nodes on a shared file system."""
 
 import os
 import signal
@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from common.shards.manifest import published_shards, read_manifest, read_receipt
+from common.storage.files import Location
 from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
+from tests.support.captures import shard_bytes
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
 
 pytestmark = pytest.mark.slow
@@ -25,14 +27,14 @@ ROOT = Path(__file__).parents[3]
 PROCESS = """
 import sys
 import precompute.logits.pipeline
+from common.storage.files import Location
 from precompute.config import PrecomputeConfig
-from precompute.logits.run import run
-from tests.support.fake_teacher import StandInTeacher
+from tests.support.captures import score
 
-# Shard after shard, so that some are complete while others are under way.
+# A small window, so that some shards are complete while others are under way.
 precompute.logits.pipeline._WINDOW = 4
 config = PrecomputeConfig.model_validate_json(sys.argv[1])
-summary = run(config, progress=False, start_teacher=lambda plan: StandInTeacher(plan, delay_s=float(sys.argv[2])))
+summary = score(config, delay_s=float(sys.argv[2]))
 sys.stdout.write(summary.message)
 """
 
@@ -48,20 +50,16 @@ def start(config: PrecomputeConfig, delay_s: float = 0.05) -> "subprocess.Popen[
     )
 
 
-def messages(processes: "list[subprocess.Popen[str]]") -> list[str]:
-    said = []
+def wait_for_messages(processes: "list[subprocess.Popen[str]]") -> list[str]:
+    messages = []
     for process in processes:
         stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
-        said.append(stdout)
-    return said
+        messages.append(stdout)
+    return messages
 
 
-def shard_bytes(output: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(output.glob("shard-*"))}
-
-
-def wait_for_shards(output: Path, count: int) -> None:
+def wait_for_shards(output: Location, count: int) -> None:
     deadline_s = time.monotonic() + 60
     while len(published_shards(output)) < count:
         assert time.monotonic() < deadline_s
@@ -75,13 +73,13 @@ def config(tmp_path: Path, llava_dir: Path) -> PrecomputeConfig:
 
 @pytest.fixture
 def alone(config: PrecomputeConfig, tmp_path: Path) -> Path:
-    """The output of one process that nobody disturbs."""
+    """The output of one process that works alone."""
     output = tmp_path / "alone"
     run_capture(config.model_copy(update={"output": output}), progress=False, start_teacher=FakeTeacher)
     return output
 
 
-def assert_whole(config: PrecomputeConfig, alone: Path) -> None:
+def assert_complete(config: PrecomputeConfig, alone: Path) -> None:
     assert published_shards(config.output) == tuple(range(NUM_SHARDS))
     assert shard_bytes(config.output) == shard_bytes(alone)
     manifest = read_manifest(config.output)
@@ -92,17 +90,17 @@ def assert_whole(config: PrecomputeConfig, alone: Path) -> None:
 @pytest.mark.parametrize("ranks", [True, False], ids=["one rank each", "both everything"])
 def test_two_processes_write_what_one_writes(config: PrecomputeConfig, alone: Path, ranks: bool) -> None:
     parts = [config.model_copy(update={"num_nodes": 2, "node_rank": rank}) for rank in range(2)] if ranks else [config]
-    messages([start(part) for part in (parts if ranks else parts * 2)])
-    assert_whole(config, alone)
+    wait_for_messages([start(part) for part in (parts if ranks else parts * 2)])
+    assert_complete(config, alone)
     assert not list(config.output.glob(".*.partial"))
 
 
 def test_a_node_that_is_done_says_what_is_left_to_the_others(config: PrecomputeConfig) -> None:
     first, second = (config.model_copy(update={"num_nodes": 2, "node_rank": rank}) for rank in range(2))
     expected = "this node's 4 shards are complete; 4 of 8 are left to the other nodes"
-    assert messages([start(second, 0.0)]) == [expected]
-    assert messages([start(second, 0.0)]) == [expected]
-    assert messages([start(first, 0.0)]) == ["all 8 shards are complete"]
+    assert wait_for_messages([start(second, 0.0)]) == [expected]
+    assert wait_for_messages([start(second, 0.0)]) == [expected]
+    assert wait_for_messages([start(first, 0.0)]) == ["all 8 shards are complete"]
 
 
 @pytest.mark.parametrize("ranks", [True, False], ids=["one rank each", "both everything"])
@@ -116,8 +114,8 @@ def test_one_of_two_is_killed_and_a_rerun_completes_its_part(
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    messages([survivor])
+    wait_for_messages([survivor])
     if ranks:
         assert len(published_shards(config.output)) < NUM_SHARDS
-    messages([start(parts[0], 0.0)])
-    assert_whole(config, alone)
+    wait_for_messages([start(parts[0], 0.0)])
+    assert_complete(config, alone)

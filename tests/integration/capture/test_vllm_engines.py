@@ -1,4 +1,4 @@
-"""Engines of their own: a text model's whole vocabulary, generation, and an engine in another process."""
+"""Tests that each start an engine: a text model's whole vocabulary, generation, and engines in other processes."""
 
 import os
 import subprocess
@@ -25,9 +25,8 @@ ROOT = Path(__file__).parents[3]
 NUM_SAMPLES = 9
 
 
-def test_the_whole_vocabulary_of_a_text_model_sums_to_one(
-    text_dir: Path, tmp_path: Path, engine_in_this_process: None
-) -> None:
+@pytest.mark.usefixtures("engine_in_this_process")
+def test_the_whole_vocabulary_of_a_text_model_sums_to_one(text_dir: Path, tmp_path: Path) -> None:
     records = [record for record in conversation_records(tmp_path, 9) if "image" not in record]
     config = make_config(tmp_path, text_dir, records, top_k="all", precision="fp32", engine=ENGINE)
     run_capture(config, progress=False)
@@ -48,8 +47,9 @@ def test_the_whole_vocabulary_of_a_text_model_sums_to_one(
         np.testing.assert_allclose(scores.rest_mass, padding_R, atol=1e-5)
 
 
+@pytest.mark.usefixtures("engine_in_this_process")
 def test_generation_with_the_engine_in_this_process_is_transformers_greedy_text(
-    llava_dir: Path, tmp_path: Path, engine_in_this_process: None
+    llava_dir: Path, tmp_path: Path
 ) -> None:
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 4))
     dataset = Dataset.open(config.dataset, "kd")
@@ -59,10 +59,9 @@ def test_generation_with_the_engine_in_this_process_is_transformers_greedy_text(
     assert answers == greedy_answers(llava_dir, samples, tmp_path)
 
 
-def test_vllm_itself_says_what_it_thinks_of_replicas_of_a_dense_teacher(
-    text_dir: Path, tmp_path: Path, engine_in_this_process: None
-) -> None:
-    """Its data-parallel mode is for mixtures of experts; the setting reaches it, and its reason reaches the user."""
+@pytest.mark.usefixtures("engine_in_this_process")
+def test_vllm_refuses_replicas_of_a_dense_teacher(text_dir: Path, tmp_path: Path) -> None:
+    """Its data-parallel mode is for mixtures of experts. The setting reaches vLLM, and its reason reaches the user."""
     records = [record for record in conversation_records(tmp_path, 4) if "image" not in record]
     engine = {**ENGINE, "data_parallel_size": 2}
     config = make_config(tmp_path, text_dir, records, num_nodes=2, engine=engine)
@@ -73,10 +72,10 @@ def test_vllm_itself_says_what_it_thinks_of_replicas_of_a_dense_teacher(
 SEPARATE = """
 import sys
 from precompute.config import PrecomputeConfig
-from precompute.logits.run import run
+from precompute.logits.run import run_capture
 
 if __name__ == "__main__":
-    assert run(PrecomputeConfig.model_validate_json(sys.argv[1]), progress=False).complete
+    assert run_capture(PrecomputeConfig.model_validate_json(sys.argv[1]), progress=False).complete
 """
 
 
@@ -85,7 +84,7 @@ if __name__ == "__main__":
 def test_engines_in_processes_of_their_own_give_the_scores_of_transformers(
     num_ranks: int, llava_dir: Path, tmp_path: Path
 ) -> None:
-    """One, and two that share the model by tensor parallelism and gather the logits."""
+    """One process, and two that share the model by tensor parallelism and gather the logits."""
     records = conversation_records(tmp_path, NUM_SAMPLES)
     engine = {**ENGINE, "tensor_parallel_size": num_ranks, "capture": "in-engine"}
     config = make_config(tmp_path, llava_dir, records, top_k=TOP_K, precision="fp32", engine=engine)
@@ -93,7 +92,7 @@ def test_engines_in_processes_of_their_own_give_the_scores_of_transformers(
     script.write_text(SEPARATE)
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
     if num_ranks > 1:
-        # Without it vLLM would want a NUMA node for each rank.
+        # Else vLLM would want a NUMA node for each rank.
         cores = sorted(os.sched_getaffinity(0))
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))
     subprocess.run(

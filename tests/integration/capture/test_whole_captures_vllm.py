@@ -1,7 +1,7 @@
 """The real engine against transformers in float32: a tiny LLaVA, in one engine for all tests of this file."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,42 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from common.shards.manifest import published_shards
+from common.shards.scores import TeacherScores
 from precompute.config import PrecomputeConfig
 from precompute.engine.teacher import Teacher
 from precompute.logits.job import prepare_job
 from precompute.logits.run import run_capture
+from precompute.scorer import RequestKey, ScoreRequest, ScoringResult
 from precompute.verify.logits import verify_logits
 from precompute.verify.recompute_logits import recompute_logits
 from tests.support.fake_teacher import conversation_records, make_config, preference_records
 from tests.support.hf_reference import ENGINE, TOP_K, assert_agrees, reference_rows, rows_of
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engine_in_this_process")]
 
 NUM_SAMPLES = 9
 
 
 class Reused:
-    """A teacher whose `close` is left to the fixture."""
+    """A started teacher whose `close` leaves the engine open."""
 
     def __init__(self, teacher: Teacher) -> None:
-        self.score = teacher.score
+        self._teacher = teacher
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[RequestKey, ScoringResult], None, None]:
+        return self._teacher.score(requests)
 
     def close(self) -> None:
         pass
+
+
+class Shifted(Reused):
+    """A teacher whose own log-probs are off by 0.01."""
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[RequestKey, ScoringResult], None, None]:
+        for key, scores in super().score(requests):
+            assert isinstance(scores, TeacherScores)
+            yield key, dataclasses.replace(scores, own_logprobs=scores.own_logprobs - np.float32(0.01))
 
 
 def configure(root: Path, teacher: Path, records: list[dict[str, Any]], **settings: Any) -> PrecomputeConfig:
@@ -40,10 +54,9 @@ def configure(root: Path, teacher: Path, records: list[dict[str, Any]], **settin
 
 
 @pytest.fixture(scope="module")
-def llava(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory, engine_in_this_process: None) -> Iterator[Teacher]:
-    root = tmp_path_factory.mktemp("plan")
-    plan = prepare_job(configure(root, llava_dir, conversation_records(root, 1))).scorer_settings
-    teacher = Teacher(plan)
+def llava(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Teacher]:
+    root = tmp_path_factory.mktemp("settings")
+    teacher = Teacher(prepare_job(configure(root, llava_dir, conversation_records(root, 1))).scorer_settings)
     yield teacher
     teacher.close()
 
@@ -75,7 +88,7 @@ def test_a_run_in_two_parts_writes_what_one_run_writes(llava: Teacher, llava_dir
         part = parts.model_copy(update={"node_rank": node})
         run_capture(part, progress=False, start_teacher=lambda _: Reused(llava))
     assert published_shards(parts.output) == published_shards(config.output)
-    # What shares a step of the engine differs, and so may the last bits.
+    # Other samples share a step of the engine, so the last bits may differ.
     for one, other in zip(rows_of(config.output), rows_of(parts.output), strict=True):
         assert one.sample == other.sample
         for a, b in zip(one.conversations, other.conversations, strict=True):
@@ -84,7 +97,7 @@ def test_a_run_in_two_parts_writes_what_one_run_writes(llava: Teacher, llava_dir
             np.testing.assert_allclose(a.scores.logprobs, b.scores.logprobs, atol=1e-5)
 
 
-def test_recomputed_rows_agree_and_other_scores_are_noticed(llava: Teacher, llava_dir: Path, tmp_path: Path) -> None:
+def test_recomputed_rows_agree_and_other_scores_are_found(llava: Teacher, llava_dir: Path, tmp_path: Path) -> None:
     config = configure(tmp_path, llava_dir, conversation_records(tmp_path, NUM_SAMPLES))
     run_capture(config, progress=False, start_teacher=lambda _: Reused(llava))
     result = recompute_logits(config.output, llava_dir, 5, progress=False)
@@ -95,16 +108,8 @@ def test_recomputed_rows_agree_and_other_scores_are_noticed(llava: Teacher, llav
     assert abs(result.max_kl) < 1e-5
     assert result.top1_agreement == 1.0
 
-    class Warmer(Reused):
-        def score(self, requests: Any) -> Any:  # type: ignore[no-redef]
-            for key, scores in llava.score(requests):
-                yield key, dataclasses.replace(scores, own_logprobs=scores.own_logprobs - np.float32(0.01))
-
-        def __init__(self) -> None:
-            pass
-
-    warmer = config.model_copy(update={"output": tmp_path / "warmer"})
-    run_capture(warmer, progress=False, start_teacher=lambda _: Warmer())
-    wrong = recompute_logits(warmer.output, llava_dir, 5, progress=False)
+    shifted = config.model_copy(update={"output": tmp_path / "shifted"})
+    run_capture(shifted, progress=False, start_teacher=lambda _: Shifted(llava))
+    wrong = recompute_logits(shifted.output, llava_dir, 5, progress=False)
     assert not wrong.ok
     assert wrong.max_own_difference == pytest.approx(0.01, abs=1e-4)

@@ -1,3 +1,5 @@
+"""Defaults and checks of the capture's configuration."""
+
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ MINIMAL = 'teacher = "t"\ndataset = "d.jsonl"\noutput = "out"\n'
 SHIPPED = Path(__file__).parents[3] / "configs"
 
 
-def config_of(tmp_path: Path, text: str, *overrides: str) -> PrecomputeConfig:
+def load_text(tmp_path: Path, text: str, *overrides: str) -> PrecomputeConfig:
     path = tmp_path / "run.toml"
     path.write_text(MINIMAL + text)
     return load_config(PrecomputeConfig, path, overrides)
@@ -18,13 +20,13 @@ def config_of(tmp_path: Path, text: str, *overrides: str) -> PrecomputeConfig:
 
 @pytest.mark.parametrize(("kind", "top_k"), [("kd", 64), ("dpo", 0)])
 def test_the_kind_decides_how_many_entries_are_kept_by_default(tmp_path: Path, kind: str, top_k: int) -> None:
-    assert config_of(tmp_path, f'kind = "{kind}"').top_k == top_k
-    assert config_of(tmp_path, f'kind = "{kind}"\ntop_k = 7').top_k == 7
-    assert config_of(tmp_path, f'kind = "{kind}"', "top_k=all").top_k == "all"
+    assert load_text(tmp_path, f'kind = "{kind}"').top_k == top_k
+    assert load_text(tmp_path, f'kind = "{kind}"\ntop_k = 7').top_k == 7
+    assert load_text(tmp_path, f'kind = "{kind}"', "top_k=all").top_k == "all"
 
 
 def test_draws_replace_the_best_entries(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "num_draws = 50")
+    config = load_text(tmp_path, "num_draws = 50")
     assert (config.top_k, config.num_draws) == (0, 50)
 
 
@@ -41,6 +43,7 @@ def test_draws_replace_the_best_entries(tmp_path: Path) -> None:
         ("node = 0", "node: unknown key"),
         ("num_draws = 50\ntop_k = 5", "give one of the two"),
         ("num_draws = 50\ntop_p = 0.9", "give one of the two"),
+        ('num_draws = 50\nprecision = "q8"', "which are exact"),
         ("num_draws = 65536", "num_draws"),
         ("top_k = 0\ntop_p = 0.9", "top_p needs top_k"),
         ("min_k = 2", "give top_p as well"),
@@ -55,7 +58,7 @@ def test_draws_replace_the_best_entries(tmp_path: Path) -> None:
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config_of(tmp_path, text)
+        load_text(tmp_path, text)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("precompute-kd.toml", "kd"), ("precompute-dpo.toml", "dpo")])

@@ -10,8 +10,8 @@ from precompute.engine import row_scores
 from precompute.engine.row_scores import best_entries, draw, score_rows
 
 
-def layer(num_rows: int, vocab_size: int, seed: int = 0, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden rows [R, H] and an output layer [V, H]."""
+def make_layer(num_rows: int, vocab_size: int, seed: int = 0, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns hidden rows [R, H] and an output layer [V, H]."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_rows, 16, generator=generator)
     return hidden, torch.randn(vocab_size, 16, generator=generator) * scale / 4
@@ -23,7 +23,7 @@ def test_scores_are_those_of_a_float64_softmax_whatever_the_chunk(
     chunk_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(row_scores.CHUNK_BYTES, "cpu", chunk_bytes)
-    hidden, weight = (tensor.to(dtype) for tensor in layer(75, 1000))
+    hidden, weight = (tensor.to(dtype) for tensor in make_layer(75, 1000))
     targets = torch.arange(75) * 13
     scores = score_rows(hidden, targets, lambda rows: rows @ weight.T, vocab_size=len(weight), top_k=7)
     assert scores is not None
@@ -36,7 +36,7 @@ def test_scores_are_those_of_a_float64_softmax_whatever_the_chunk(
 
 
 def test_without_kept_entries_the_own_logprobs_remain() -> None:
-    hidden, weight = layer(5, 100)
+    hidden, weight = make_layer(5, 100)
     scores = score_rows(hidden, torch.arange(5), lambda rows: rows @ weight.T, vocab_size=len(weight), top_k=0)
     assert scores is not None
     assert scores.ids.shape == scores.logprobs.shape == (5, 0)
@@ -45,14 +45,12 @@ def test_without_kept_entries_the_own_logprobs_remain() -> None:
 
 
 def test_a_rank_without_logits_scores_nothing() -> None:
-    assert (
-        score_rows(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), lambda rows: None, vocab_size=9, top_k=2)
-        is None
-    )
+    hidden, targets = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    assert score_rows(hidden, targets, lambda _: None, vocab_size=9, top_k=2) is None
 
 
 def test_the_memory_of_logits_is_bounded_by_the_chunk() -> None:
-    hidden, weight = layer(5000, 2000)
+    hidden, weight = make_layer(5000, 2000)
     sizes = []
 
     def logits(rows: torch.Tensor) -> torch.Tensor:
@@ -81,7 +79,7 @@ def test_best_entries_are_those_of_topk(num_rows: int, size: int, data: st.DataO
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 64, 1000])
 def test_draws_follow_the_distribution(size: int) -> None:
-    """A chi-squared test of 200,000 draws; one in a million right programs would fail it."""
+    """A chi-squared test of 200,000 draws, which one in a million correct programs would fail."""
     from scipy.stats import chi2
 
     generator = torch.Generator().manual_seed(size)
@@ -106,7 +104,7 @@ def test_a_draw_inverts_the_cumulative_distribution() -> None:
 
 
 def test_draws_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight = layer(80, 500)
+    hidden, weight = make_layer(80, 500)
     uniforms = torch.rand(80, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     targets = torch.zeros(80, dtype=torch.int64)
     drawn = []

@@ -1,7 +1,8 @@
-"""A feature cache holds what transformers gives its own projector, once an image, whatever interrupts."""
+"""Feature caches against the inputs of transformers' own projector; interrupted runs and unusable inputs."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,23 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import precompute.features.run
-from common.data.images import ImageSpec, load_image
+from common.data.images import ImageSpec, load_image, read_image_and_digest
 from common.data.samples import ImageRef
 from common.errors import DataError, ModelError, ProvenanceError
-from common.shards.feature_shard import FeatureCache
+from common.shards.feature_shard import FeatureCache, write_feature_shard
 from common.shards.manifest import published_shards, read_feature_manifest
 from common.storage.files import parse_location
 from precompute.features.run import FeatureSettings, FeatureSummary, run_features
+from tests.support.captures import rendered
 from tests.support.models import randomise, tiny_llava
-from tests.support.object_store import BUCKET, Store
+from tests.support.object_store import BUCKET
 
 NUM_FILES = 7
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA, and datasets of both kinds whose images repeat: by name, and as two names of the same bytes."""
+    """A LLaVA, and datasets of both kinds whose images repeat, by name and as two files of the same bytes."""
     root = tmp_path_factory.mktemp("features")
     tiny_llava(root / "model", num_layers=1)
     rng = np.random.default_rng(0)
@@ -78,8 +79,8 @@ def compute(root: Path, output: Any, **changes: Any) -> FeatureSummary:
     return run_features(FeatureSettings(**{**settings, **changes}), progress=False)
 
 
-def stored(output: Any) -> dict[str, npt.NDArray[np.float32]]:
-    """Features by the first path of each image."""
+def read_features(output: Any) -> dict[str, npt.NDArray[np.float32]]:
+    """Returns features by the first path of each image."""
     cache = FeatureCache(output)
     groups = {cache.group_of(index) for index in range(len(cache))}
     found = {index: features for group in groups for index, features in zip(group, cache.read(group), strict=True)}
@@ -87,7 +88,7 @@ def stored(output: Any) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def projector_inputs(model_dir: Path, paths: list[Path]) -> list[npt.NDArray[np.float32]]:
-    """What transformers' own LLaVA in bfloat16 gives its projector of images, one at a time."""
+    """Returns what transformers' own LLaVA in bfloat16 gives its projector for images, one at a time."""
     model = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
     processor, spec = AutoImageProcessor.from_pretrained(model_dir), ImageSpec.load(model_dir)
     assert spec is not None
@@ -106,7 +107,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 def test_features_are_what_transformers_gives_its_projector_bit_for_bit(root: Path, tmp_path: Path) -> None:
     compute(root, tmp_path / "out")
-    found = stored(tmp_path / "out")
+    found = read_features(tmp_path / "out")
     expected = projector_inputs(root / "model", [root / name for name in ORDER])
     assert list(found) == ORDER
     assert all(np.array_equal(found[name], features) for name, features in zip(ORDER, expected, strict=True))
@@ -115,7 +116,7 @@ def test_features_are_what_transformers_gives_its_projector_bit_for_bit(root: Pa
 
 def test_the_8_bit_form_is_off_by_less_than_a_hundredth(root: Path, tmp_path: Path) -> None:
     compute(root, tmp_path / "out", form="q8")
-    found = stored(tmp_path / "out")
+    found = read_features(tmp_path / "out")
     for name, expected in zip(ORDER, projector_inputs(root / "model", [root / name for name in ORDER]), strict=True):
         assert 0 < np.linalg.norm(found[name] - expected) < 0.01 * np.linalg.norm(expected)
 
@@ -129,7 +130,7 @@ def test_several_layers_stand_side_by_side_as_llava_joins_them(root: Path, tmp_p
     weights[projector] = torch.cat([weights[projector], weights[projector]], dim=1)
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     compute(root, tmp_path / "out", model=model)
-    found, (expected,) = stored(tmp_path / "out"), projector_inputs(model, [root / "0.png"])
+    found, (expected,) = read_features(tmp_path / "out"), projector_inputs(model, [root / "0.png"])
     assert expected.shape == (16, 128)
     assert np.array_equal(found["0.png"], expected)
 
@@ -145,12 +146,12 @@ def test_a_siglip_tower_has_no_class_token_to_drop(root: Path, tmp_path: Path) -
     randomise(model.named_parameters(), 0)
     model.save_pretrained(model_dir)
     compute(root, tmp_path / "out", model=model_dir)
-    found, (expected,) = stored(tmp_path / "out"), projector_inputs(model_dir, [root / "0.png"])
+    found, (expected,) = read_features(tmp_path / "out"), projector_inputs(model_dir, [root / "0.png"])
     assert expected.shape == (16, 64)
     assert np.array_equal(found["0.png"], expected)
 
 
-def test_each_distinct_image_stands_once_under_all_its_names(root: Path, tmp_path: Path) -> None:
+def test_each_distinct_image_is_computed_once_under_all_its_names(root: Path, tmp_path: Path) -> None:
     summary = compute(root, tmp_path / "kd")
     assert (summary.manifest.num_images, summary.num_new_images, summary.manifest.num_shards) == (7, 7, 3)
     assert summary.complete
@@ -218,13 +219,12 @@ def test_a_rerun_writes_what_is_missing_and_reads_no_other_image(
     (output / "shard-00001.json").unlink()
     (output / "shard-00002.parquet").write_bytes(whole["shard-00002.parquet"][:-1])
     read: list[str] = []
-    original = precompute.features.run.read_image_and_digest
 
     def counting(path: str, *rest: Any) -> tuple[str, bytes]:
         read.append(path)
-        return original(path, *rest)
+        return read_image_and_digest(path, *rest)
 
-    monkeypatch.setattr(precompute.features.run, "read_image_and_digest", counting)
+    monkeypatch.setattr("precompute.features.run.read_image_and_digest", counting)
     assert compute(root, output).num_new_images == 4
     assert sorted(read) == sorted(ORDER[3:])
     assert contents(output) == whole
@@ -233,19 +233,18 @@ def test_a_rerun_writes_what_is_missing_and_reads_no_other_image(
     assert read == []
 
 
-def test_an_interrupt_keeps_whole_shards_and_the_next_run_goes_on(
+def test_an_interrupt_keeps_complete_shards_and_the_next_run_continues(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, output = tmp_path / "whole", tmp_path / "out"
     compute(root, whole)
-    original = precompute.features.run.write_feature_shard
 
     def interrupted(*arguments: Any) -> Any:
-        original(*arguments)
+        write_feature_shard(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(precompute.features.run, "write_feature_shard", interrupted)
+        patch.setattr("precompute.features.run.write_feature_shard", interrupted)
         summary = compute(root, output)
     assert summary.interrupted
     assert not summary.complete
@@ -298,7 +297,7 @@ def test_an_image_that_is_missing_or_broken_stops_the_run_and_is_named(root: Pat
     (images / "5.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"image 5\.png cannot be decoded"):
         compute(root, tmp_path / "b", image_root=images)
-    # What came before it stays.
+    # The shard before it stays.
     assert published_shards(tmp_path / "b") == (0,)
 
 
@@ -309,11 +308,11 @@ def test_a_dataset_without_images_has_nothing_to_compute(root: Path, tmp_path: P
         compute(root, tmp_path / "out", dataset=path)
 
 
-@pytest.mark.parametrize("what", ["missing", "another shape", "no number"])
-def test_a_tower_with_a_weight_that_is_not_right_computes_nothing(root: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "another shape", "not finite"])
+def test_a_tower_with_a_wrong_weight_computes_nothing(root: Path, tmp_path: Path, damage: str) -> None:
     model, name = shutil.copytree(root / "model", tmp_path / "model"), "vision_tower.vision_model.post_layernorm.bias"
     weights = load_file(model / "model.safetensors")
-    match what:
+    match damage:
         case "missing":
             del weights[name]
         case "another shape":
@@ -321,7 +320,7 @@ def test_a_tower_with_a_weight_that_is_not_right_computes_nothing(root: Path, tm
         case _:
             weights["vision_tower.vision_model.embeddings.class_embedding"] *= float("nan")
     save_file(weights, model / "model.safetensors")
-    expected = "values that are no numbers for the image" if what == "no number" else "post_layernorm.bias"
+    expected = "values that are no numbers for the image" if damage == "not finite" else "post_layernorm.bias"
     with pytest.raises(ModelError, match=expected):
         compute(root, tmp_path / "out", model=model)
     assert published_shards(tmp_path / "out") == ()
@@ -335,12 +334,22 @@ def test_an_image_processor_that_does_not_fit_the_tower_is_refused(root: Path, w
 
 
 @pytest.mark.slow
-def test_dataset_images_and_cache_may_be_in_an_object_store(root: Path, tmp_path: Path, store: Store) -> None:
+@pytest.mark.usefixtures("store")
+def test_images_and_cache_may_be_in_an_object_store(root: Path, tmp_path: Path) -> None:
     local, remote = tmp_path / "out", parse_location(f"s3://{BUCKET}/features")
     compute(root, local)
     for path in root.glob("*.png"):
         parse_location(f"s3://{BUCKET}/images/{path.name}").write_bytes(path.read_bytes())
     compute(root, remote, image_root=parse_location(f"s3://{BUCKET}/images"))
     assert read_feature_manifest(remote) == read_feature_manifest(local)
-    expected, found = stored(local), stored(remote)
+    expected, found = read_features(local), read_features(remote)
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_summary_says_whether_shards_are_missing(root: Path, tmp_path: Path) -> None:
+    summary = compute(root, tmp_path / "out")
+    assert "7 distinct, 7 new" in rendered(summary)
+    assert "all shards are complete" in rendered(summary)
+    stopped = replace(summary, num_complete_shards=1, interrupted=True)
+    assert "interrupted: shards are missing; run the same command again to continue" in rendered(stopped)
+    assert "interrupted" not in rendered(replace(stopped, interrupted=False))

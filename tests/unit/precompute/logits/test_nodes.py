@@ -1,4 +1,4 @@
-"""Which of several processes a process is."""
+"""The rank of a process among several, from flags, the configuration and SLURM."""
 
 import logging
 from pathlib import Path
@@ -30,12 +30,12 @@ def configure(**settings: int) -> PrecomputeConfig:
         ({"num_nodes": 4, "node_rank": 3}, (None, None), STEP, (3, 4)),
         ({}, (1, 4), STEP, (1, 4)),
         ({}, (None, 1), STEP, (0, 1)),
-        # A batch script and a salloc shell: of a job with many tasks, but not one of them.
+        # A batch script and a salloc shell belong to a job with many tasks, but are none of them.
         ({}, (None, None), {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, (0, 1)),
         ({}, (None, None), {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),
     ],
 )
-def test_flags_come_before_the_configuration_and_that_before_slurm(
+def test_flags_override_the_configuration_which_overrides_slurm(
     settings: dict[str, int], flags: tuple[int | None, int | None], environ: dict[str, str], expected: tuple[int, int]
 ) -> None:
     resolved = resolve_nodes(configure(**settings), *flags, environ)
@@ -57,14 +57,14 @@ def test_flags_come_before_the_configuration_and_that_before_slurm(
         ((None, None), {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "-1"}, "SLURM_PROCID is '-1', expected"),
     ],
 )
-def test_a_wrong_rank_is_refused_and_its_source_named(
+def test_a_wrong_rank_is_an_error_that_names_its_source(
     flags: tuple[int | None, int | None], environ: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_nodes(configure(), *flags, environ)
 
 
-def test_one_line_says_which_shards_are_this_nodes(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_the_shards_of_this_node(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "precompute"):
         resolve_nodes(configure(), None, None, {})
         resolve_nodes(configure(), None, None, STEP)

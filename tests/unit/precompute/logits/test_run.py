@@ -1,4 +1,4 @@
-"""The loop with a stand-in for the engine: everything but the scores is real."""
+"""Runs with a fake teacher; everything except the scores is real."""
 
 import json
 from pathlib import Path
@@ -56,8 +56,8 @@ def test_only_missing_shards_are_written(config: PrecomputeConfig) -> None:
     shard_path(config.output, 2).unlink()
     teachers: list[FakeTeacher] = []
 
-    def start(plan: ScorerSettings) -> Scorer:
-        teachers.append(FakeTeacher(plan))
+    def start(settings: ScorerSettings) -> Scorer:
+        teachers.append(FakeTeacher(settings))
         return teachers[-1]
 
     summary = run_capture(config, progress=False, start_teacher=start)
@@ -71,13 +71,13 @@ def test_nodes_share_the_shards(config: PrecomputeConfig) -> None:
     assert verify_logits(config.output, config.dataset, progress=False).ok
 
 
-def test_the_resolved_configuration_lies_beside_the_shards(config: PrecomputeConfig) -> None:
+def test_the_resolved_configuration_is_written_beside_the_shards(config: PrecomputeConfig) -> None:
     score(config)
     written = json.loads((config.output / "config.json").read_text())
     assert PrecomputeConfig.model_validate(written["config"]) == config
 
 
-def test_an_interrupt_keeps_complete_shards_and_drops_those_under_way(
+def test_an_interrupt_keeps_complete_shards_and_drops_incomplete_ones(
     config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("precompute.logits.pipeline._WINDOW", 4)
@@ -100,8 +100,8 @@ def test_a_run_that_fails_closes_its_teacher(config: PrecomputeConfig) -> None:
     def fail(_: ScoreRequest) -> None:
         raise ModelError("the engine died")
 
-    def start(plan: ScorerSettings) -> Scorer:
-        teachers.append(FakeTeacher(plan, before=fail))
+    def start(settings: ScorerSettings) -> Scorer:
+        teachers.append(FakeTeacher(settings, before=fail))
         return teachers[-1]
 
     with pytest.raises(ModelError, match="the engine died"):
@@ -124,23 +124,23 @@ def test_padding_reaches_the_teacher_as_a_square(tmp_path: Path, llava_dir: Path
     for choice, square in sizes.items():
         config = make_config(tmp_path, llava_dir, records, image_aspect_ratio=choice, output=tmp_path / choice)
 
-        def note(request: ScoreRequest, square: set[bool] = square) -> None:
+        def record(request: ScoreRequest, square: set[bool] = square) -> None:
             square.update(image.width == image.height for image in request.images)
 
-        score(config, before=note)
+        score(config, before=record)
     assert sizes == {"pad": {True}, "keep": {False}}
 
 
 def test_a_limit_beyond_the_teachers_context_is_lowered_to_it(tmp_path: Path, llava_dir: Path) -> None:
-    plans: list[ScorerSettings] = []
+    started: list[ScorerSettings] = []
 
-    def start(plan: ScorerSettings) -> Scorer:
-        plans.append(plan)
-        return FakeTeacher(plan)
+    def start(settings: ScorerSettings) -> Scorer:
+        started.append(settings)
+        return FakeTeacher(settings)
 
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 2), max_tokens=100_000)
     run_capture(config, progress=False, start_teacher=start)
-    assert plans[0].max_tokens == 2047  # of 2,048 positions one goes to the token that the engine generates
+    assert started[0].max_tokens == 2047  # the token that the engine generates takes one of 2,048 positions
 
 
 def test_images_are_given_to_the_teacher_as_they_are(tmp_path: Path, llava_dir: Path) -> None:

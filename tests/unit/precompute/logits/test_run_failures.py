@@ -1,4 +1,4 @@
-"""A run whose disk, writer, loader or teacher fails: what is published stays, and the first failure is told."""
+"""Runs whose disk, writer, loader or teacher fails: published shards stay, and the first failure is reported."""
 
 import errno
 import os
@@ -27,13 +27,14 @@ from tests.support.fake_teacher import FakeTeacher, conversation_records, make_c
 def test_a_full_disk_stops_the_run_and_a_rerun_completes_it(
     config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch, failing_file: int
 ) -> None:
-    """At the rows of the first shard that is written, at its receipt, and the same of the second."""
+    """The disk is full at the rows of the first shard that is written, at its receipt, and the same of the second."""
     count = 0
 
     def full(_: int) -> None:
         nonlocal count
         count += 1
-        if count > 4 + 2 * failing_file:  # publishing a file flushes it and then its directory
+        # Publishing a file flushes it and then its directory.
+        if count > 4 + 2 * failing_file:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
@@ -46,7 +47,7 @@ def test_a_full_disk_stops_the_run_and_a_rerun_completes_it(
     assert verify_logits(config.output, config.dataset, progress=False).ok
 
 
-def test_two_runs_on_one_output_do_not_hurt_each_other(config: PrecomputeConfig) -> None:
+def test_two_runs_on_one_output_write_each_shard_once(config: PrecomputeConfig) -> None:
     results: list[CaptureSummary] = []
     runs = [threading.Thread(target=lambda: results.append(score(config, delay_s=0.01))) for _ in range(2)]
     for thread in runs:
@@ -66,13 +67,13 @@ class StopError(Exception):
 def test_the_loop_waits_for_a_writer_that_falls_behind(
     tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While no shard can be written, two wait, one is under way, and the loop stands with the fourth."""
+    """While no shard can be written, one is under way, two wait, and the loop is blocked with the fourth."""
     monkeypatch.setattr("precompute.logits.pipeline._WINDOW", 4)
-    go_on = threading.Event()
+    may_write = threading.Event()
     num_scored = 0
 
     def write(*arguments: Any) -> Receipt:
-        assert go_on.wait(30)
+        assert may_write.wait(30)
         return write_shard(*arguments)
 
     def count(_: ScoreRequest) -> None:
@@ -86,7 +87,7 @@ def test_the_loop_waits_for_a_writer_that_falls_behind(
     time.sleep(1)
     assert 16 <= num_scored <= 16 + 3
     assert published_shards(config.output) == ()
-    go_on.set()
+    may_write.set()
     runner.join()
     assert len(published_shards(config.output)) == 15
 
@@ -113,7 +114,7 @@ def test_a_writer_that_fails_stops_the_run_at_the_next_result(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", [ModelError("the engine died"), KeyboardInterrupt(), StopError("a defect")])
-def test_shards_that_were_handed_to_the_writer_are_published_whatever_ends_the_run(
+def test_full_shards_are_published_whatever_ends_the_run(
     tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
     monkeypatch.setattr("precompute.logits.pipeline._WINDOW", 4)
@@ -157,24 +158,24 @@ def test_a_second_failure_while_finishing_does_not_hide_the_first(
     assert "and while finishing: the disk is gone" in caplog.text
 
 
-class DrawingAside(FakeTeacher):
-    """Draws its requests in a thread of its own, a few ahead of its answers, as the real one does."""
+class PrefetchingTeacher(FakeTeacher):
+    """Draws its requests in a thread, a few ahead of its results, as the real one does."""
 
     def score(self, requests: Any) -> Any:
-        feed = Prefetcher(requests, ahead=3)
+        prefetcher = Prefetcher(requests, ahead=3)
 
         def drawn() -> Iterator[ScoreRequest]:
-            while not feed.ended:
-                yield from feed.ready(1, wait=True)
+            while not prefetcher.ended:
+                yield from prefetcher.ready(1, wait=True)
 
         try:
             yield from super().score(drawn())
         finally:
-            feed.close()
+            prefetcher.close()
 
 
 @pytest.mark.parametrize("part", ["writer", "loader", "teacher"])
-def test_a_failure_anywhere_is_the_one_that_is_told_while_a_thread_draws(
+def test_a_failure_of_any_part_is_the_one_that_is_reported(
     part: str, tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures: dict[str, DecantError] = {
@@ -191,7 +192,10 @@ def test_a_failure_anywhere_is_the_one_that_is_told_while_a_thread_draws(
             raise failures[part]
         return ()
 
-    targets = {"writer": "precompute.logits.pipeline.write_shard", "loader": "precompute.logits.job.CaptureJob.decode"}
+    targets = {
+        "writer": "precompute.logits.pipeline.write_shard",
+        "loader": "precompute.logits.job.CaptureJob.load_images",
+    }
     if part in targets:
         monkeypatch.setattr(targets[part], fail)
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 40))
@@ -199,7 +203,9 @@ def test_a_failure_anywhere_is_the_one_that_is_told_while_a_thread_draws(
         run_capture(
             config,
             progress=False,
-            start_teacher=lambda plan: DrawingAside(plan, before=fail if part == "teacher" else None, delay_s=0.001),
+            start_teacher=lambda settings: PrefetchingTeacher(
+                settings, before=fail if part == "teacher" else None, delay_s=0.001
+            ),
         )
 
 
@@ -208,6 +214,6 @@ def test_a_teacher_may_draw_its_requests_in_another_thread(tmp_path: Path, llava
     for record in records[4:12] + records[13:40:2]:
         record["image"] = "nowhere.png"
     config = make_config(tmp_path, llava_dir, records, on_bad_sample="skip")
-    summary = run_capture(config, progress=False, start_teacher=DrawingAside)
+    summary = run_capture(config, progress=False, start_teacher=PrefetchingTeacher)
     assert (summary.complete, summary.num_new_shards, len(summary.skipped)) == (True, 10, 8 + 14)
     assert verify_logits(config.output, config.dataset, progress=False).ok

@@ -1,4 +1,4 @@
-"""What is asked of the teacher, in which order, and what is kept in memory meanwhile."""
+"""The order of the teacher's requests, and how much is held in memory meanwhile."""
 
 import weakref
 from pathlib import Path
@@ -21,28 +21,30 @@ from tests.support.outputs import all_rows
 
 
 class Recorder(FakeTeacher):
-    """Notes the order of its requests and how often it was asked to score; refuses the samples in `refused`."""
+    """Records its requests and counts calls of `score`. `rejected` conversations are pairs of sample id and number."""
 
-    def __init__(self, plan: ScorerSettings, refused: frozenset[tuple[str, int]] = frozenset(), **teacher: Any) -> None:
+    def __init__(
+        self, settings: ScorerSettings, rejected: frozenset[tuple[str, int]] = frozenset(), **teacher: Any
+    ) -> None:
         self.seen: list[ScoreRequest] = []
         self.num_calls = 0
-        self._refused = refused
+        self._rejected = rejected
         self._keys: dict[tuple[int, int], str] = {}
-        super().__init__(plan, before=self.seen.append, **teacher)
+        super().__init__(settings, before=self.seen.append, **teacher)
 
     def score(self, requests: Any) -> Any:
         self.num_calls += 1
         for key, scores in super().score(requests):
             name = next(request.sample_id for request in self.seen if request.key == key)
-            refused = (name, key[1]) in self._refused
-            yield key, (RejectedRequest(f"sample {name!r}: too strange") if refused else scores)
+            rejected = (name, key[1]) in self._rejected
+            yield key, (RejectedRequest(f"sample {name!r}: too strange") if rejected else scores)
 
 
 def record(config: PrecomputeConfig, **teacher: Any) -> tuple[Recorder, CaptureSummary]:
     teachers: list[Recorder] = []
 
-    def start(plan: ScorerSettings) -> Scorer:
-        teachers.append(Recorder(plan, **teacher))
+    def start(settings: ScorerSettings) -> Scorer:
+        teachers.append(Recorder(settings, **teacher))
         return teachers[-1]
 
     summary = run_capture(config, progress=False, start_teacher=start)
@@ -74,7 +76,7 @@ def test_the_order_is_the_same_in_every_run(config: PrecomputeConfig) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 3, 256])
-def test_the_order_of_scoring_does_not_show_in_the_shards(
+def test_shards_do_not_depend_on_the_order_of_scoring(
     config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
     score(config)
@@ -84,15 +86,15 @@ def test_the_order_of_scoring_does_not_show_in_the_shards(
     assert shard_bytes(other.output) == shard_bytes(config.output)
 
 
-def test_what_the_teacher_refuses_stops_the_run(config: PrecomputeConfig) -> None:
+def test_a_rejected_sample_stops_the_run(config: PrecomputeConfig) -> None:
     with pytest.raises(DataError, match=r"^sample 's4': too strange\n\d shard\(s\) were written"):
-        record(config, refused=frozenset({("s4", 0)}))
+        record(config, rejected=frozenset({("s4", 0)}))
 
 
-def test_a_pair_of_which_the_teacher_refuses_one_is_skipped_whole(tmp_path: Path, llava_dir: Path) -> None:
+def test_a_pair_with_one_rejected_conversation_is_skipped(tmp_path: Path, llava_dir: Path) -> None:
     records = preference_records(tmp_path, NUM_SAMPLES)
     config = make_config(tmp_path, llava_dir, records, kind="dpo", on_bad_sample="skip")
-    _, summary = record(config, refused=frozenset({("s4", 0), ("s6", 1)}))
+    _, summary = record(config, rejected=frozenset({("s4", 0), ("s6", 1)}))
     assert [(entry.id, entry.reason) for entry in summary.skipped] == [
         ("s4", "sample 's4': too strange"),
         ("s6", "sample 's6': too strange"),
@@ -104,35 +106,35 @@ def test_a_pair_of_which_the_teacher_refuses_one_is_skipped_whole(tmp_path: Path
 def test_images_and_finished_shards_are_not_kept(
     tmp_path: Path, llava_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 60 samples only so many may be in memory as a small window and few decoded ones allow."""
+    """Of 60 samples, at most a small window and a few decoded ones may be in memory."""
     monkeypatch.setattr("precompute.logits.pipeline._WINDOW", 8)
     monkeypatch.setattr("precompute.logits.pipeline._DECODED_AHEAD", 2)
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 60))
     images: list[weakref.ref[Image.Image]] = []
     rows: list[weakref.ref[ShardRow]] = []
-    most = {"images": 0, "rows": 0}
+    peak = {"images": 0, "rows": 0}
 
-    def decode(job: CaptureJob, index: int, sample: Sample, real: Any = CaptureJob.decode) -> Any:
+    def load_images(job: CaptureJob, index: int, sample: Sample, real: Any = CaptureJob.load_images) -> Any:
         found = real(job, index, sample)
         images.extend(map(weakref.ref, found))
         return found
 
-    class Noted(ShardRow):
+    class TrackedRow(ShardRow):
         def __init__(self, *values: Any) -> None:
             super().__init__(*values)
             rows.append(weakref.ref(self))
 
     def measure(_: ScoreRequest) -> None:
-        most["images"] = max(most["images"], sum(ref() is not None for ref in images))
-        most["rows"] = max(most["rows"], sum(ref() is not None for ref in rows))
+        peak["images"] = max(peak["images"], sum(ref() is not None for ref in images))
+        peak["rows"] = max(peak["rows"], sum(ref() is not None for ref in rows))
 
-    monkeypatch.setattr(CaptureJob, "decode", decode)
-    monkeypatch.setattr("precompute.logits.pipeline.ShardRow", Noted)
+    monkeypatch.setattr(CaptureJob, "load_images", load_images)
+    monkeypatch.setattr("precompute.logits.pipeline.ShardRow", TrackedRow)
     score(config, before=measure, delay_s=0.005)
     assert len(images) == 60
     assert len(rows) == 60
-    # Samples of two images each: three at the teacher, one drawn, two decoded ahead.
-    assert 0 < most["images"] <= 2 * 6
-    # The shards that a window touches, one that is written, two that wait.
-    assert 0 < most["rows"] <= 4 * 6
+    # Six samples of two images: three at the teacher, one drawn, two decoded ahead.
+    assert 0 < peak["images"] <= 2 * 6
+    # Shards of a window, the one that is written, and two that wait.
+    assert 0 < peak["rows"] <= 4 * 6
     assert not any(ref() for ref in images)

@@ -1,4 +1,4 @@
-"""Samples, datasets and teachers that cannot be used: named at once, or left out by choice and listed."""
+"""Samples, datasets and teachers that cannot be used: reported before the start, or skipped by choice and listed."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.support.outputs import all_rows
 from tests.support.real_weights import write_jsonl
 
 
-def spoil(records: list[dict[str, Any]], how: str, root: Path) -> None:
+def damage(records: list[dict[str, Any]], how: str, root: Path) -> None:
     record = records[7]
     if how == "missing image":
         record["image"] = "nowhere.png"
@@ -46,12 +46,12 @@ def test_a_bad_sample_stops_the_run_and_is_named(
     tmp_path: Path, llava_dir: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = conversation_records(tmp_path, NUM_SAMPLES)
-    spoil(records, how, tmp_path)
+    damage(records, how, tmp_path)
     config = make_config(tmp_path, llava_dir, records)
     monkeypatch.setattr("precompute.logits.pipeline._WINDOW", 4)
     with pytest.raises(DataError, match=BAD_SAMPLES[how]):
         score(config, batch_size=1)
-    # Bytes of images are read as they are needed; everything else is found before anything is scored.
+    # Images are decoded when they are needed; every other problem is found before anything is scored.
     assert published_shards(config.output) == ((0,) if how == "unreadable image" else ())
 
 
@@ -59,7 +59,7 @@ def test_a_bad_sample_stops_the_run_and_is_named(
 @pytest.mark.parametrize("how", BAD_SAMPLES)
 def test_a_bad_sample_is_skipped_by_choice_and_listed(tmp_path: Path, llava_dir: Path, how: str) -> None:
     records = conversation_records(tmp_path, NUM_SAMPLES)
-    spoil(records, how, tmp_path)
+    damage(records, how, tmp_path)
     config = make_config(tmp_path, llava_dir, records, on_bad_sample="skip")
     summary = score(config)
     assert [(skipped.index, skipped.id) for skipped in summary.skipped] == [(7, "s7")]
@@ -84,14 +84,14 @@ def test_without_preflight_complete_shards_survive_a_bad_sample(
     monkeypatch.setattr("precompute.logits.pipeline._WINDOW", 1)
     monkeypatch.setattr("precompute.logits.pipeline._DECODED_AHEAD", 1)
     records = conversation_records(tmp_path, NUM_SAMPLES)
-    spoil(records, "missing image", tmp_path)
+    damage(records, "missing image", tmp_path)
     config = make_config(tmp_path, llava_dir, records, preflight=False)
     with pytest.raises(DataError, match=r"1 shard\(s\) were written in this run and are safe"):
         score(config)
     assert published_shards(config.output) == (0,)
 
 
-def test_images_for_a_teacher_without_eyes_are_refused(tmp_path: Path, text_dir: Path) -> None:
+def test_images_for_a_teacher_without_a_vision_tower_are_refused(tmp_path: Path, text_dir: Path) -> None:
     records = conversation_records(tmp_path, 2)
     with pytest.raises(DataError, match=r"'s1'.*the teacher has no vision tower"):
         score(make_config(tmp_path, text_dir, records))

@@ -1,4 +1,4 @@
-"""Shards that hold their images: nothing else is needed to read them again."""
+"""Shards that hold their images, so that no image folder is needed to read them."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.fake_teacher import FakeTeacher, conversation_records, make_c
 from tests.support.outputs import rows_of
 
 
-def test_the_files_are_in_the_shards_byte_for_byte_and_verified(tmp_path: Path, llava_dir: Path) -> None:
+def test_shards_hold_the_image_files_byte_for_byte(tmp_path: Path, llava_dir: Path) -> None:
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 6), store_images=True)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
     assert verify_logits(config.output, config.dataset, progress=False).ok
@@ -45,8 +45,9 @@ def test_training_needs_no_image_folder(tmp_path: Path, llava_dir: Path) -> None
     data.mkdir()
     config = make_config(data, llava_dir, conversation_records(data, 4), store_images=True)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
-    output = shutil.move(config.output, tmp_path / "out")
-    shutil.rmtree(tmp_path / "data")
+    output = tmp_path / "out"
+    shutil.move(data / "out", output)
+    shutil.rmtree(data)
     for row in ShardFile(shard_path(output, 0), read_manifest(output), 0):
         for image in row.sample.images:
             assert load_image(image, None, "pad", (0, 0, 0), row.sample.id).size[0] > 0
