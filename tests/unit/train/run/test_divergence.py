@@ -33,8 +33,8 @@ class Samples:
 
 
 def verdicts(losses: list[float], ratio: float) -> list[str | None]:
-    watch = DivergenceDetector(ratio)
-    return [watch.judge(loss, finite_gradient=True) for loss in losses]
+    detector = DivergenceDetector(ratio)
+    return [detector.find_problem(loss, finite_gradient=True) for loss in losses]
 
 
 def test_a_falling_loss_and_its_noise_are_let_pass() -> None:
@@ -61,7 +61,7 @@ def test_a_hard_batch_late_in_a_stage_whose_loss_is_near_zero_is_no_explosion() 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_stops_the_first_step_and_cannot_be_allowed(loss: float) -> None:
     assert verdicts([loss], 0.0)[0]
-    assert DivergenceDetector(0.0).judge(1.0, finite_gradient=False)
+    assert DivergenceDetector(0.0).find_problem(1.0, finite_gradient=False)
 
 
 def test_a_signal_is_remembered_inside_and_deadly_again_outside() -> None:
