@@ -23,7 +23,7 @@ from train.choices import (
     ZeroStage,
 )
 
-# Parameter groups that each stage trains (LLaVA-MoD, arXiv 2408.15881, section 3). The vision tower is always frozen.
+# Parameter groups that each stage trains (LLaVA-MoD, arXiv 2408.15881, section 3). The vision tower is in none of them.
 TRAINABLE: dict[Stage, tuple[Group, ...]] = {
     "init": ("adapter",),
     "sft": ("adapter", "language_model"),
@@ -275,7 +275,7 @@ class RunConfig(StrictModel):
     `training_arguments` are passed to Hugging Face's `TrainingArguments` and may not name settings of this file.
     `report_to` names where metrics go in addition to `metrics.jsonl`; W&B and trackio have to be installed separately.
     A loss that is not finite always stops the run. A loss above `max_loss_ratio` times the median of the 50 steps
-    before it stops the run too. The median counts as at least 0.1, and nothing is compared during the first 50 steps.
+    before it stops the run too. The median counts as at least 0.1, and a start compares nothing in its first 50 steps.
     With 0 every finite loss is allowed.
     """
 

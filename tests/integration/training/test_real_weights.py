@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct over real text: the scores are those of transformers, and a student learns from them."""
+"""SmolLM2-135M-Instruct on real text: its scores equal those of transformers, and a student learns from them."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,10 @@ TOP_K = 32
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory, engine_in_this_process: None) -> tuple[PrecomputeConfig, Path]:
+def scored(
+    tmp_path_factory: pytest.TempPathFactory,
+    engine_in_this_process: None,  # noqa: ARG001 - a fixture that is used for its effect
+) -> tuple[PrecomputeConfig, Path]:
     root = tmp_path_factory.mktemp("real")
     teacher = smollm2_dir(tmp_path_factory.getbasetemp())
     engine = {"dtype": "float32", "kv_cache_gib": 1, "max_num_seqs": 8, "enforce_eager": True}
@@ -36,7 +39,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory, engine_in_this_process: Non
     return config, teacher
 
 
-def test_scores_of_a_real_model_over_real_text_are_those_of_transformers(scored: tuple[PrecomputeConfig, Path]) -> None:
+def test_scores_of_a_real_model_on_real_text_equal_those_of_transformers(scored: tuple[PrecomputeConfig, Path]) -> None:
     config, teacher = scored
     assert verify_logits(config.output, config.dataset, progress=False).ok
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
@@ -51,8 +54,8 @@ def test_scores_of_a_real_model_over_real_text_are_those_of_transformers(scored:
     assert max(len(row.sample.conversations[0]) for row in rows) == 4
 
 
-def test_a_real_model_knows_the_text_better_than_chance(scored: tuple[PrecomputeConfig, Path]) -> None:
-    """A shift by one token would leave every check of consistency whole, and this one not."""
+def test_a_real_model_predicts_the_text_better_than_chance(scored: tuple[PrecomputeConfig, Path]) -> None:
+    """Finds a shift by one token, which passes every check of consistency."""
     own = np.concatenate([row.conversations[0].scores.own_logprobs for row in rows_of(scored[0].output)])
     kept = np.concatenate([1 - row.conversations[0].scores.rest_mass for row in rows_of(scored[0].output)])
     assert -own.mean() < 4.0  # uniform over 49,152 tokens would be 10.8
@@ -66,8 +69,8 @@ def test_recomputed_rows_of_a_real_model_agree(scored: tuple[PrecomputeConfig, P
     assert result.num_rows == 4
 
 
-def student_of_some_layers(teacher: Path, out: Path, layers: tuple[int, ...]) -> Path:
-    """The teacher without most of its layers."""
+def keep_layers(teacher: Path, out: Path, layers: tuple[int, ...]) -> Path:
+    """Saves the teacher with some of its layers only."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in layers)
     for position, layer in enumerate(model.model.layers):
@@ -80,7 +83,7 @@ def student_of_some_layers(teacher: Path, out: Path, layers: tuple[int, ...]) ->
 
 
 def held_out_kl(student: Path, output: Path, held_out: list[int]) -> float:
-    """Mean KL(teacher || student) of held-out rows over the kept entries and the rest, in float64 numpy."""
+    """Returns the mean KL(teacher || student) of held-out rows over kept entries and rest, in float64 numpy."""
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
     rows = rows_of(output)
     total, count = 0.0, 0
@@ -98,11 +101,9 @@ def held_out_kl(student: Path, output: Path, held_out: list[int]) -> float:
     return total / count
 
 
-def test_a_student_of_some_of_its_layers_comes_closer_on_held_out_text(
-    scored: tuple[PrecomputeConfig, Path], tmp_path: Path
-) -> None:
+def test_distillation_lowers_the_kl_on_held_out_text(scored: tuple[PrecomputeConfig, Path], tmp_path: Path) -> None:
     config, teacher = scored
-    student = student_of_some_layers(teacher, tmp_path / "student", (0, 1, 14, 28, 29))
+    student = keep_layers(teacher, tmp_path / "student", (0, 1, 14, 28, 29))
     run_config = stage(
         tmp_path / "run",
         student,
