@@ -110,12 +110,10 @@ class TrainerEstimate:
 
 def memory_bytes(stage: int, num_gpus: int, counts: ParameterCounts, precision: Precision) -> float:
     """Returns the bytes per GPU for weights, gradients and optimiser state, by the module's formulae."""
-    per_parameter = BYTES[precision]
-    weights = per_parameter.weight * (counts.total / num_gpus if stage >= 3 else counts.total - counts.total_elsewhere)
-    gradients = per_parameter.gradient * (
-        counts.trained / num_gpus if stage >= 2 else counts.trained - counts.trained_elsewhere
-    )
-    optimiser = per_parameter.optimiser * counts.trained / (num_gpus if stage >= 1 else 1)
+    size = BYTES[precision]
+    weights = size.weight * (counts.total / num_gpus if stage >= 3 else counts.total - counts.total_elsewhere)
+    gradients = size.gradient * (counts.trained / num_gpus if stage >= 2 else counts.trained - counts.trained_elsewhere)
+    optimiser = size.optimiser * counts.trained / (num_gpus if stage >= 1 else 1)
     return weights + gradients + optimiser
 
 
@@ -143,8 +141,8 @@ def estimate_training_memory(
                 model = upcycle(model, config.moe, seed=config.seed)
             origin += f", upcycled to {config.moe.num_experts} experts"
     set_trainable(model, groups)
-    size = 1 if config is None else config.run.expert_parallel_size
-    counts = _count_parameters(model, size)
+    expert_parallel_size = 1 if config is None else config.run.expert_parallel_size
+    counts = _count_parameters(model, expert_parallel_size)
     teacher_bytes = TEACHER_BYTES * num_teacher_parameters
     parameters = EstimateTable(
         f"Student in stage {stage}, {precision}",
@@ -166,10 +164,10 @@ def estimate_training_memory(
             chosen=zero_stage == chosen,
         )
         # Under stage 0 experts cannot be divided.
-        for zero_stage in (STAGES if size == 1 else STAGES[1:])
-        for num_gpus in ([n for n in gpus if n % size == 0] or [size])
+        for zero_stage in (STAGES if expert_parallel_size == 1 else STAGES[1:])
+        for num_gpus in ([n for n in gpus if n % expert_parallel_size == 0] or [expert_parallel_size])
     )
-    return TrainerEstimate(parameters, memory, _explain(precision, size))
+    return TrainerEstimate(parameters, memory, _explain(precision, expert_parallel_size))
 
 
 def build_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
@@ -206,11 +204,11 @@ def _count_parameters(model: PreTrainedModel, expert_parallel_size: int) -> Para
 
 def _explain(precision: Precision, expert_parallel_size: int) -> tuple[str, ...]:
     """Returns the notes below the tables."""
-    per_parameter = BYTES[precision]
+    size = BYTES[precision]
     states = "float32 master copy and two moments" if precision == "bf16" else "two moments"
-    adam = f"{per_parameter.optimiser} ({states})"
+    adam = f"{size.optimiser} ({states})"
     notes = [
-        f"bytes a parameter: weight {per_parameter.weight}, and if trained gradient {per_parameter.gradient}, Adam {adam}",
+        f"bytes a parameter: weight {size.weight}, and if trained gradient {size.gradient}, Adam {adam}",
         "with teacher: what loading it beside the student would add, whole on each GPU, split under ZeRO 3",
     ]
     if expert_parallel_size > 1:
@@ -221,18 +219,18 @@ def _explain(precision: Precision, expert_parallel_size: int) -> tuple[str, ...]
     return tuple(notes)
 
 
-def _format_formula(stage: ZeroStage, num_gpus: int, counts: ParameterCounts, per_parameter: ParameterBytes) -> str:
+def _format_formula(stage: ZeroStage, num_gpus: int, counts: ParameterCounts, size: ParameterBytes) -> str:
     """Returns the formula of `memory_bytes` with its values."""
     p, q = f"{counts.total:,}", f"{counts.trained:,}"
     local_p, local_q = f"{counts.total - counts.total_elsewhere:,}", f"{counts.trained - counts.trained_elsewhere:,}"
     match stage:
         case 0:
-            return f"{per_parameter.weight} x {p} + {per_parameter.gradient + per_parameter.optimiser} x {q}"
+            return f"{size.weight} x {p} + {size.gradient + size.optimiser} x {q}"
         case 1:
-            return f"{per_parameter.weight} x {local_p} + {per_parameter.gradient} x {local_q} + {per_parameter.optimiser} x {q} / {num_gpus}"
+            return f"{size.weight} x {local_p} + {size.gradient} x {local_q} + {size.optimiser} x {q} / {num_gpus}"
         case 2:
-            return f"{per_parameter.weight} x {local_p} + {per_parameter.gradient + per_parameter.optimiser} x {q} / {num_gpus}"
+            return f"{size.weight} x {local_p} + {size.gradient + size.optimiser} x {q} / {num_gpus}"
         case 3:
-            return f"({per_parameter.weight} x {p} + {per_parameter.gradient + per_parameter.optimiser} x {q}) / {num_gpus}"
+            return f"({size.weight} x {p} + {size.gradient + size.optimiser} x {q}) / {num_gpus}"
         case _:
             assert_never(stage)

@@ -11,7 +11,8 @@ def weight_decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float)
 
     The shape that counts is the one before ZeRO-3 partitioned a parameter. A group may be empty.
     """
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in parameters:
         if parameter.requires_grad:
             is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2

@@ -26,7 +26,7 @@ loads the checkpoint [_load_optimizer_and_scheduler, _load_rng_state]. The metho
 import itertools
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -138,7 +138,7 @@ class StudentTrainer(Trainer):
         self._saved_step = start.step
         self._output = FusedOutput(model, step.vocab_size)
         self._weight_decays: list[float] = []
-        self._step_counts: dict[str, float] = {}
+        self._step_counts: Mapping[str, float] = {}
         self._outcome = StepOutcome()
         self._since_log = TermSums()
         self._logged_at = time.monotonic()

@@ -14,7 +14,7 @@ from tests.support.training import LiveTeacher, launch, losses, run_stages, stag
 from train.model.export import export_student
 from train.model.student import load_student
 
-# Each case is trained twice, with the tower and from the cache. Every other sample has no image, so that there are dummy
+# Each case is trained twice, with the tower and from the cache. Every other sample has no image, so there are dummy
 # images in micro-batches of one sample.
 CASES: dict[str, dict[str, Any]] = {
     "zero-1": {"run": {"zero_stage": 1}},

@@ -17,7 +17,7 @@ def test_matrices_are_decayed_and_vectors_are_not() -> None:
 
 def test_a_matrix_that_zero_3_flattened_is_a_matrix() -> None:
     parameter = nn.Parameter(torch.zeros(0))
-    parameter.ds_shape = torch.Size([4, 4])  # type: ignore[attr-defined]
+    parameter.ds_shape = torch.Size([4, 4])
     matrices, vectors = weight_decay_groups([parameter], 0.1)
     assert len(matrices["params"]) == 1
     assert not vectors["params"]

@@ -55,8 +55,8 @@ def test_a_gradient_norm_that_is_negative_or_not_finite_is_bad(norm: float | Non
 
 
 def test_a_step_is_checked_when_its_losses_are_taken() -> None:
+    assert not make_outcome([1.0]).is_checked
     outcome = make_outcome([1.0, math.nan])
-    assert not outcome.is_checked
     assert math.isnan(outcome.pack(CPU)[0])
     assert [micro_batch.sample_ids for micro_batch in outcome.pop_losses()] == [("s0",), ("s1",)]
     assert outcome.is_checked
