@@ -12,8 +12,8 @@ One global step on each rank, in order; brackets name the method of Hugging Face
    a. moves it to the device; [_prepare_inputs]
    b. runs the model forward, computes the sums of all terms, and divides them by the counts of the whole step;
       [compute_loss]
-   c. runs backward. In the last micro-batch DeepSpeed's engine then averages the gradients over ranks, computes their
-      norm, clips them and steps the optimiser, so that the Trainer's own calls for these do nothing.
+   c. runs backward. After the last micro-batch DeepSpeed's engine averages the gradients over ranks, computes their
+      norm, clips them and steps the optimiser, all before the Trainer asks for it; its own calls then change nothing.
 5. Keeps whether the gradient norm is finite. [_get_grad_norm]
 6. Checks for divergence if this step is to be validated or saved. Otherwise item 3 of the next step does it, which
    saves a reduction. [_maybe_log_save_evaluate]
