@@ -73,11 +73,11 @@ class LiveTeacher:
         self._root = image_root
         self._model_dir = model_dir
 
-    def logprobs(self, sample: Sample, which: int) -> tuple[Any, Tensor]:
-        """Returns a conversation's encoding, and its log-probs over all ids of the output layer, float32 [R, V]."""
+    def logprobs(self, sample: Sample, number: int) -> tuple[Any, Tensor]:
+        """Returns the encoding of conversation `number` of a sample, and its log-probs over all ids, float32 [R, V]."""
         from transformers import AutoImageProcessor
 
-        encoded = self.encoder.encode_sample(sample)[which]
+        encoded = self.encoder.encode_sample(sample)[number]
         width = 1 if self._spec is None else self._spec.tokens_per_image
         ids, positions = expand_placeholders(encoded.input_ids, encoded.image_token_id, width)
         inputs: dict[str, Tensor] = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
@@ -143,8 +143,8 @@ class LiveTeacher:
     def _row(self, dataset: Dataset, index: int, kind: Kind, top_k: int, num_draws: int | None) -> ShardRow:
         sample = dataset[index]
         scored = []
-        for which in range(2 if kind == "dpo" else 1):
-            encoded, logprobs = self.logprobs(sample, which)
+        for number in range(2 if kind == "dpo" else 1):
+            encoded, logprobs = self.logprobs(sample, number)
             own = logprobs.gather(1, torch.from_numpy(encoded.response_ids.astype(np.int64))[:, None])[:, 0]
             if num_draws is None:
                 top = logprobs[:, : self.encoder.vocab_size].topk(top_k)
