@@ -187,13 +187,13 @@ class _Online(StudentTrainer):
 
     teacher: Any
 
-    def _terms(self, model: Any, batch: Batch) -> dict[str, Term]:
+    def compute_batch_terms(self, model: Any, batch: Batch) -> dict[str, Term]:
         with torch.no_grad():
             output = self.teacher(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             logprobs_RV: Tensor = output.logits.flatten(0, 1)[batch.rows].log_softmax(-1)
             best = logprobs_RV.topk(TOP_K)
         kept = {"topk_ids": best.indices, "topk_logprobs": best.values, "rest_mass": 1 - best.values.exp().sum(1)}
-        return super()._terms(model, dataclasses.replace(batch, **kept))
+        return super().compute_batch_terms(model, dataclasses.replace(batch, **kept))
 
 
 def _environment() -> dict[str, str]:

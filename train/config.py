@@ -1,4 +1,4 @@
-"""Configuration of one training stage. One TOML file a stage; configs/llava-mod/ holds the paper's four."""
+"""Configuration of one training stage, read from one TOML file; configs/llava-mod/ holds the paper's four."""
 
 import os
 from typing import Annotated, Any, Literal
@@ -7,13 +7,23 @@ from pydantic import BeforeValidator, Field, model_validator
 from upath import UPath
 
 from common.config import StrictModel
+from common.data.chat_encoding import ScoredTokens
+from common.data.images import AspectRatio
+from common.data.samples import Kind
 from common.errors import ConfigError
 from common.storage.files import LocalPath, Location, LocationField
+from train.choices import (
+    Divergence,
+    Group,
+    Precision,
+    PreferenceLossType,
+    SparsePattern,
+    Stage,
+    Tail,
+    ZeroStage,
+)
 
-Stage = Literal["init", "dense-to-dense", "dense-to-sparse", "preference", "sft"]
-Group = Literal["vision_tower", "adapter", "language_model", "experts", "router"]
-
-# What each stage trains (LLaVA-MoD, arXiv 2408.15881, section 3); the vision tower is frozen in all of them.
+# Parameter groups that each stage trains (LLaVA-MoD, arXiv 2408.15881, section 3). The vision tower is in none of them.
 TRAINABLE: dict[Stage, tuple[Group, ...]] = {
     "init": ("adapter",),
     "sft": ("adapter", "language_model"),
@@ -24,38 +34,38 @@ TRAINABLE: dict[Stage, tuple[Group, ...]] = {
 
 
 class ModelConfig(StrictModel):
-    """The student: a local Hugging Face directory, as `init-student`, `export` or a stage's `final/` left it."""
+    """The student: a local Hugging Face directory, made by `init-student`, by `export`, or as `final/` of a stage."""
 
     path: LocalPath
     chat_template: LocalPath | None = None
 
 
 class MoEConfig(StrictModel):
-    """Sparse upcycling of a dense student at the start of the stage; a sparse one is left as it is.
+    """Sparse upcycling of a dense student at the start of the stage; a sparse student is not changed.
 
-    `noise` tells the experts apart from the first step on: the standard deviation of Gaussian noise on every copy's
-    weights, in standard deviations of the dense weight. With 0 the sparse student starts exactly as the dense one.
-    Much less than 0.01 is lost in the rounding of a bf16 stage.
+    `noise` makes the experts differ from the first step on. It is the standard deviation of Gaussian noise on the
+    weights of every copy, in standard deviations of the dense weight. With 0 the sparse student starts exactly as the
+    dense one. A value far below 0.01 is lost in the rounding of a bf16 stage.
     """
 
     num_experts: int = Field(4, ge=2)
     top_k: int = Field(2, ge=1)
-    layers: Literal["every-second", "first-half", "second-half", "all"] | tuple[int, ...] = "every-second"
+    layers: SparsePattern | tuple[int, ...] = "every-second"
     noise: float = Field(0.0, ge=0.0, allow_inf_nan=False)
 
 
-def _one_or_more(value: Any) -> Any:
+def _wrap_single_path(value: Any) -> Any:
     return [value] if isinstance(value, str | os.PathLike | UPath) else value
 
 
-Caches = Annotated[tuple[LocationField, ...], BeforeValidator(_one_or_more)]
+Caches = Annotated[tuple[LocationField, ...], BeforeValidator(_wrap_single_path)]
 
 
 class SetConfig(StrictModel):
-    """One of several sets to train on: an output of `precompute-logits`, or a dataset file.
+    """One of several training sets: an output of `precompute-logits`, or a dataset file.
 
-    `weight` is the set's share of the samples of every stretch of training, relative to the other sets' weights.
-    `image_root` is that of this set alone, and `features` are the caches of its images.
+    `weight` is the set's share of the samples, relative to the weights of the other sets; it holds throughout training.
+    `image_root` and `features`, the caches of its images, apply to this set alone.
     """
 
     shards: LocationField | None = None
@@ -66,10 +76,10 @@ class SetConfig(StrictModel):
 
     @property
     def location(self) -> Location:
-        """The output or the file."""
-        found = self.dataset if self.shards is None else self.shards
-        assert found is not None
-        return found
+        """Returns the address of the output or of the file."""
+        location = self.dataset if self.shards is None else self.shards
+        assert location is not None
+        return location
 
     @model_validator(mode="after")
     def _one_source(self) -> "SetConfig":
@@ -79,25 +89,27 @@ class SetConfig(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """Where samples come from: shards of teacher scores, or a dataset file when no teacher is needed.
+    """Source of the samples: shards of teacher scores, or a dataset file if no teacher is needed.
 
-    `mix` instead names several of them. An epoch has as many samples as all sets together: without weights each
-    sample once; with weights, which all sets or none have, a set below its size goes on in the next epoch where it
-    stood, and one above is begun again.
-    `validation` is an output or a file like the source; `validation_fraction` instead holds out evenly spread
-    samples of each set itself. `max_tokens` counts the student's expanded image tokens.
-    `shuffle_window` bounds how far apart on disk the samples of one batch may come from; so many samples are held
-    decoded in each worker. `num_workers` processes a rank make batches; with 0 a thread does.
-    `features` names one or several outputs of `precompute-features`: images are taken from there as the frozen vision
-    tower sees them, and neither it nor they are opened.
-    `batching` "packed" puts the samples of a micro-batch end to end into one sequence without padding, across whose
-    borders nothing attends; losses are those of "padded". A micro-batch stays `optim.micro_batch_size` samples and is
-    not filled to a number of tokens, so that steps are a function of seed and epoch: such a sequence has up to that
-    many times `max_tokens` tokens. Without flash-attn its mask takes their square in bytes and attention as much work,
-    so that "padded" with `group_by_length` is faster where samples are long.
-    `group_by_length` deals each step's samples to micro-batches by length, the longest first, so that little of a
-    padded batch is padding, and ranks work on equal lengths at a time. A step keeps its samples and its loss, but for
-    what is defined within a micro-batch: the balance loss and kto_pair. Each worker then reads and holds whole windows.
+    `mix` names several sets instead of one. An epoch has as many samples as all sets together. Without weights it has
+    each sample once. Weights are given to all sets or to none. With weights, a set whose share is below its size
+    continues in the next epoch where it stopped; a set whose share is above its size starts again within the epoch.
+    `validation` is an output or a file of the same kind as the source. `validation_fraction` holds out evenly spread
+    samples of each set instead. `max_tokens` counts the student's expanded image tokens.
+    `shuffle_window` limits how far apart on disk the samples of one batch may be; each worker keeps that many samples
+    decoded. Each rank has `num_workers` processes that make batches; with 0 a thread makes them.
+    `features` names one or more outputs of `precompute-features`. The stored outputs of the frozen vision tower are
+    then used, and neither the tower nor the images are loaded.
+    `batching` "packed" puts the samples of a micro-batch end to end into one sequence without padding. No sample
+    attends to another, and losses equal those of "padded". A micro-batch still has `optim.micro_batch_size` samples and
+    is not filled to a number of tokens, so that steps depend on seed and epoch alone; its sequence has at most
+    `optim.micro_batch_size` times `max_tokens` tokens. Without flash-attn the attention mask takes the square of the
+    number of tokens in bytes, and attention does as much work, so "padded" with `group_by_length` is faster for long
+    samples.
+    `group_by_length` deals the samples of each step to micro-batches by length, the longest first. Batches then have
+    little padding, and ranks process similar lengths at the same time. A step keeps its samples and its loss, except
+    for losses that are defined within a micro-batch: the balance loss and kto_pair. Each worker then reads and keeps
+    whole windows.
     """
 
     shards: LocationField | None = None
@@ -105,8 +117,8 @@ class DataConfig(StrictModel):
     mix: tuple[SetConfig, ...] = ()
     image_root: LocationField | None = None
     features: Caches = ()
-    image_aspect_ratio: Literal["pad", "keep"] = "pad"
-    score: Literal["response", "all"] = "response"
+    image_aspect_ratio: AspectRatio = "pad"
+    score: ScoredTokens = "response"
     max_tokens: int = Field(2048, ge=8)
     validation: LocationField | None = None
     validation_fraction: float = Field(0.0, ge=0.0, le=0.5)
@@ -119,9 +131,9 @@ class DataConfig(StrictModel):
     def _one_source(self) -> "DataConfig":
         if sum((self.shards is not None, self.dataset is not None, bool(self.mix))) != 1:
             raise ValueError("give exactly one of shards (with teacher scores), dataset (without) and mix (several)")
-        if len({each.shards is None for each in self.mix}) > 1:
+        if len({member.shards is None for member in self.mix}) > 1:
             raise ValueError("mix: give shards for every set, or dataset for every set")
-        if len({each.weight is None for each in self.mix}) > 1:
+        if len({member.weight is None for member in self.mix}) > 1:
             raise ValueError("mix: give every set a weight, or none; without, each sample is seen once an epoch")
         if self.validation is not None and self.validation_fraction:
             raise ValueError("give validation or validation_fraction, not both")
@@ -143,38 +155,39 @@ class DataConfig(StrictModel):
 
     @property
     def sets(self) -> tuple[SetConfig, ...]:
-        """What is trained on, in order; one set where there is no mix."""
+        """Returns the training sets in order; a single one without `mix`."""
         return self.mix or (SetConfig(shards=self.shards, dataset=self.dataset),)
 
     @property
     def has_features(self) -> bool:
-        """Whether images come from feature caches."""
-        return bool(self.features) or any(each.features for each in self.mix)
+        """Returns True if images come from feature caches."""
+        return bool(self.features) or any(member.features for member in self.mix)
 
     @property
     def feature_caches(self) -> tuple[tuple[Location | None, tuple[Location, ...]], ...]:
-        """(Image root, caches that know the paths below it) of each set in order, then of all others."""
-        own = [
-            (each.image_root or self.image_root, each.features or (() if each.image_root else self.features))
-            for each in self.sets
+        """Returns (image root, caches of the images below it) of each set in order, then of all other images."""
+        caches_of_sets = [
+            (member.image_root or self.image_root, member.features or (() if member.image_root else self.features))
+            for member in self.sets
         ]
-        return (*own, (self.image_root, self.features))
+        return (*caches_of_sets, (self.image_root, self.features))
 
     @property
     def has_scores(self) -> bool:
-        """Whether the samples come with a teacher's scores."""
+        """Returns True if the samples come with a teacher's scores."""
         return self.sets[0].shards is not None
 
 
 class LossConfig(StrictModel):
-    """Weights of the terms of the objective, and the form of each.
+    """Weights of the terms of the objective, and their forms.
 
-    `divergence` is that of the distillation term, over the teacher's kept entries and what `tail` makes of the others;
-    a `temperature` other than 1 needs tail "renormalise". `tail` absent is "bucket" for best entries of the teacher,
-    and "ignore" for entries drawn from its distribution, which take no other, nor another divergence or temperature.
-    `balance` spreads tokens over the experts of a sparse student; `router_z` keeps its router logits small, which the
-    paper that has it (ST-MoE) weights with 0.001.
-    `length_normalised` compares log-probs a token in place of whole responses' sums; "ipo" always does.
+    `divergence` is computed over the teacher's kept entries, and `tail` says how its other entries count. A
+    `temperature` other than 1 needs tail "renormalise". The default tail is "bucket" for the best entries of the
+    teacher, and "ignore" for entries drawn from its distribution. Drawn entries allow no other tail, no other
+    divergence than "forward_kl" and no other temperature than 1.
+    `balance` spreads tokens over the experts of a sparse student. `router_z` keeps its router logits small; the paper
+    that introduced it (ST-MoE) weights it with 0.001.
+    `length_normalised` compares mean log-probs per token instead of sums over responses; "ipo" always does.
     """
 
     distillation: float = Field(0.0, ge=0.0)
@@ -182,17 +195,22 @@ class LossConfig(StrictModel):
     balance: float = Field(0.0, ge=0.0)
     router_z: float = Field(0.0, ge=0.0)
     preference: float = Field(0.0, ge=0.0)
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"] = "forward_kl"
+    divergence: Divergence = "forward_kl"
     temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False)
-    tail: Literal["bucket", "renormalise", "ignore"] | None = None
-    preference_type: Literal["sigmoid", "ipo", "hinge", "kto_pair"] = "sigmoid"
+    tail: Tail | None = None
+    preference_type: PreferenceLossType = "sigmoid"
     beta: float = Field(0.1, gt=0.0)
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
     length_normalised: bool = False
 
     @property
-    def of_routers(self) -> str | None:
-        """The first weight above 0 that a dense student has no use for."""
+    def sample_kind(self) -> Kind:
+        """Returns the kind of samples that the objective needs: pairs for a preference loss, else conversations."""
+        return "dpo" if self.preference else "kd"
+
+    @property
+    def router_term(self) -> str | None:
+        """Returns the first term with a weight that only a sparse student has, or None."""
         return next((name for name in ("balance", "router_z") if getattr(self, name)), None)
 
     @model_validator(mode="after")
@@ -218,7 +236,7 @@ class LossConfig(StrictModel):
 
 
 class OptimConfig(StrictModel):
-    """AdamW and its schedule. `global_batch_size` is samples a step over all ranks and accumulation steps."""
+    """AdamW and its schedule. `global_batch_size` counts the samples of a step over all ranks and micro-batches."""
 
     learning_rate: float = Field(gt=0.0)
     global_batch_size: int = Field(256, ge=1)
@@ -233,35 +251,36 @@ class OptimConfig(StrictModel):
     max_grad_norm: float = Field(1.0, ge=0.0)
 
     def accumulation_steps(self, num_ranks: int) -> int:
-        """Micro-batches that each rank accumulates for a global step.
+        """Returns the number of micro-batches that each rank accumulates for a global step.
 
         Raises:
-            ConfigError: the global batch cannot be dealt out evenly.
+            ConfigError: the global batch cannot be divided evenly.
         """
-        at_once = self.micro_batch_size * num_ranks
-        if self.global_batch_size % at_once:
+        num_parallel_samples = self.micro_batch_size * num_ranks
+        if self.global_batch_size % num_parallel_samples:
             raise ConfigError(
                 f"optim.global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size} x {num_ranks} ranks; change one of them"
             )
-        return self.global_batch_size // at_once
+        return self.global_batch_size // num_parallel_samples
 
 
 class RunConfig(StrictModel):
     """Precision, memory, checkpoints, logs.
 
-    `resume` "auto" continues from the output's newest whole checkpoint; "never" refuses an output that has one.
-    `expert_parallel_size` ranks share the experts of a sparse student among them, and send each other the tokens; it
-    divides the number of ranks and that of experts.
-    `deepspeed` is a DeepSpeed JSON file whose settings are laid over the ones made from this configuration;
-    `training_arguments` go to Hugging Face's `TrainingArguments` and may not name what this file sets.
-    `report_to` names where metrics go beside `metrics.jsonl`; W&B and trackio are packages of their own.
-    A loss that is no number always stops the run; one above `max_loss_ratio` times the median of the 50 steps before
-    it does too (a median counts as 0.1 at least; nothing is compared before there are 50). 0 allows any finite loss.
+    `resume` "auto" continues from the newest complete checkpoint of the output; "never" refuses an output that has one.
+    `expert_parallel_size` ranks divide the experts of a sparse student among themselves and send each other the tokens.
+    It must divide the number of ranks and the number of experts.
+    `deepspeed` is a DeepSpeed JSON file whose settings override the ones made from this configuration.
+    `training_arguments` are passed to Hugging Face's `TrainingArguments` and may not name settings of this file.
+    `report_to` names where metrics go in addition to `metrics.jsonl`; W&B and trackio have to be installed separately.
+    A loss that is not finite always stops the run. A loss above `max_loss_ratio` times the median of the 50 steps
+    before it stops the run too. The median counts as at least 0.1, and a start compares nothing in its first 50 steps.
+    With 0 every finite loss is allowed.
     """
 
-    precision: Literal["bf16", "fp32"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Precision = "bf16"
+    zero_stage: ZeroStage = 2
     expert_parallel_size: int = Field(1, ge=1)
     activation_checkpointing: bool = True
     save_steps: int = Field(500, ge=1)
@@ -276,7 +295,10 @@ class RunConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """One stage."""
+    """One stage: the student, its data, the objective, the optimiser and the run.
+
+    `trainable` replaces the parameter groups that the stage trains by default.
+    """
 
     stage: Stage
     output: LocalPath
@@ -295,13 +317,13 @@ class TrainConfig(StrictModel):
             raise ValueError("loss.distillation needs data.shards: the teacher's scores come from there")
         if self.loss.preference and not self.data.has_scores:
             raise ValueError("loss.preference needs data.shards of kind dpo: the reference log-probs come from there")
-        if (weight := self.loss.of_routers) and self.stage in ("init", "dense-to-dense"):
+        if (weight := self.loss.router_term) and self.stage in ("init", "dense-to-dense"):
             raise ValueError(f"loss.{weight} is for sparse students; stage {self.stage} trains a dense one")
         if self.data.has_features and "vision_tower" in self.groups:
             raise ValueError("trainable: the vision tower cannot be trained from data.features, what it gave once")
         return self
 
     @property
-    def groups(self) -> frozenset[str]:
-        """Parameter groups that this run trains."""
+    def groups(self) -> frozenset[Group]:
+        """Returns the parameter groups that this run trains."""
         return frozenset(TRAINABLE[self.stage] if self.trainable is None else self.trainable)

@@ -1,22 +1,22 @@
-"""`plan`, the trainer's half: the memory that a student's weights, gradients and optimiser take, from configurations.
+"""Estimates the memory of training for the command `plan`: a student's weights, gradients and optimiser state.
 
-The formulae are those of ZeRO (arXiv 1910.02054, sections 3.1 and 5): W bytes of weights, G of gradients and O of
-optimiser state a parameter, P parameters of which Q are trained, N GPUs.
+Nothing but configurations is read. The formulae per GPU are those of ZeRO (arXiv 1910.02054, sections 3.1 and 5), with
+W bytes of weights, G of gradients and O of optimiser state per parameter, P parameters of which Q are trained, N GPUs:
 
     stage 0    W P + (G + O) Q
     stage 1    W P + G Q + O Q / N
     stage 2    W P + (G + O) Q / N
     stage 3   (W P + (G + O) Q) / N
 
-Where E GPUs share the experts, a GPU lacks A = (1 - 1 / E) of the experts' parameters, B of the trained ones': stages 1
-and 2 take P - A for P, and stage 1 takes Q - B for the Q beside G. What is divided by N stays the same, since experts
-are divided by N / E once more.
+If E GPUs divide the experts, a GPU does not hold A = (1 - 1 / E) times the experts' parameters, of which B are trained.
+Stages 1 and 2 then have P - A instead of P, and stage 1 has G (Q - B) instead of G Q. The terms that are divided by N
+stay the same, because ZeRO divides the experts' states by another N / E.
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, assert_never, get_args
 
 import torch
 from rich.console import Group, RenderableType
@@ -26,36 +26,48 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from common.errors import ModelError
 from common.estimates import Estimate, EstimateTable, format_value
+from train.choices import Group as ParameterGroup
+from train.choices import Precision, ZeroStage
 from train.config import TRAINABLE, TrainConfig
 from train.model.cached_tower import cached_tower_config
 from train.model.student import groups_of, is_multimodal, set_trainable
 from train.moe.upcycle import is_sparse, upcycle
 
-Precision = Literal["bf16", "fp32"]
+STAGES: tuple[ZeroStage, ...] = get_args(ZeroStage)
 
-STAGES = (0, 1, 2, 3)
-
+# Bytes per parameter of the teacher, which is frozen and in bfloat16.
 TEACHER_BYTES = 2
 
 
 @dataclass(frozen=True)
 class ParameterBytes:
-    """Bytes that the state of one parameter takes: W, G and O of the module's docstring."""
+    """Bytes per parameter: W, G and O of the module's docstring."""
 
     weight: int
     gradient: int
     optimiser: int
 
 
-# Adam: under bf16 a float32 master copy and two float32 moments, in float32 the two moments.
+# For Adam: with bf16 a float32 master copy and two float32 moments, with fp32 the two moments.
 BYTES: dict[Precision, ParameterBytes] = {"bf16": ParameterBytes(2, 2, 12), "fp32": ParameterBytes(4, 4, 8)}
 
 
 @dataclass(frozen=True)
-class StageMemory:
-    """One ZeRO stage on a number of GPUs, in bytes a GPU; `chosen` marks the stage that the configuration sets.
+class ParameterCounts:
+    """Numbers of parameters: P, Q, A and B of the module's docstring."""
 
-    `with_teacher` adds the teacher's weights, whole on every GPU up to stage 2 and split in stage 3.
+    total: int
+    trained: int
+    total_elsewhere: int = 0
+    trained_elsewhere: int = 0
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes per GPU under one ZeRO stage on a number of GPUs; `chosen` marks the stage of the configuration.
+
+    `with_teacher` adds the teacher's weights, which every GPU holds whole up to stage 2, and which stage 3 divides.
+    `how` is the student's formula with its values.
     """
 
     stage: int
@@ -67,24 +79,24 @@ class StageMemory:
 
     @property
     def ratio(self) -> float:
-        """How many times the memory the teacher's presence would have taken."""
+        """Returns the factor by which loading the teacher would increase the memory."""
         return self.with_teacher / self.num_bytes
 
 
 @dataclass(frozen=True)
 class TrainerEstimate:
-    """What training takes a GPU, beside activations."""
+    """Memory of training per GPU, without activations."""
 
     parameters: EstimateTable
     memory: tuple[StageMemory, ...]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Returns all fields for JSON."""
         return asdict(self) | {"memory": [asdict(row) | {"ratio": row.ratio} for row in self.memory]}
 
     def render(self) -> RenderableType:
-        """The parameters, and a table of ZeRO stages and numbers of GPUs; the configured stage is bold."""
+        """Returns the parameters and a table of ZeRO stages and numbers of GPUs; the configured stage is bold."""
         table = Table(title="Trainer's memory a GPU", title_justify="left", title_style="bold")
         for name in ("ZeRO", "GPUs", "student", "with teacher", "ratio"):
             table.add_column(name, justify="right")
@@ -96,35 +108,28 @@ class TrainerEstimate:
         return Group(self.parameters.render(), table, *(Text(f"- {note}") for note in self.notes))
 
 
-def memory_bytes(
-    stage: int,
-    num_gpus: int,
-    num_parameters: int,
-    num_trained: int,
-    precision: Precision,
-    elsewhere: tuple[int, int] = (0, 0),
-) -> float:
-    """Bytes a GPU for weights, gradients and optimiser, by the formulae above; `elsewhere` is A and B."""
-    each = BYTES[precision]
-    weights = each.weight * (num_parameters / num_gpus if stage >= 3 else num_parameters - elsewhere[0])
-    gradients = each.gradient * (num_trained / num_gpus if stage >= 2 else num_trained - elsewhere[1])
-    optimiser = each.optimiser * num_trained / (num_gpus if stage >= 1 else 1)
+def memory_bytes(stage: int, num_gpus: int, counts: ParameterCounts, precision: Precision) -> float:
+    """Returns the bytes per GPU for weights, gradients and optimiser state, by the module's formulae."""
+    size = BYTES[precision]
+    weights = size.weight * (counts.total / num_gpus if stage >= 3 else counts.total - counts.total_elsewhere)
+    gradients = size.gradient * (counts.trained / num_gpus if stage >= 2 else counts.trained - counts.trained_elsewhere)
+    optimiser = size.optimiser * counts.trained / (num_gpus if stage >= 1 else 1)
     return weights + gradients + optimiser
 
 
 def estimate_training_memory(
     student: Path, num_teacher_parameters: int, *, config: TrainConfig | None = None, gpus: Iterable[int] = (1, 2, 4, 8)
 ) -> TrainerEstimate:
-    """What a stage takes; without `config`, dense-to-dense distillation in bf16.
+    """Estimates the memory of a stage; without `config`, of dense-to-dense distillation in bf16.
 
     Raises:
-        ModelError: no configuration in `student`, or one that transformers builds no student from; a group that it
-            does not have, or a dense student that cannot be upcycled as `config` says.
-        ConfigError: the sparse layers or experts that `config` wants do not fit the student.
+        ModelError: `student` has no configuration, or one that is not a student's; it lacks a parameter group that is
+            trained, or cannot be upcycled as `config` says.
+        ConfigError: the sparse layers or experts of `config` do not fit the student.
     """
-    model = student_on_meta(student, tower=config is None or not config.data.has_features)
-    counted = "counted from config.json"
-    groups: frozenset[str] = frozenset(TRAINABLE["dense-to-dense"])
+    model = build_on_meta(student, tower=config is None or not config.data.has_features)
+    origin = "counted from config.json"
+    groups: frozenset[ParameterGroup] = frozenset(TRAINABLE["dense-to-dense"])
     if not is_multimodal(model):
         groups -= {"adapter"}
     precision: Precision = "bf16"
@@ -134,57 +139,42 @@ def estimate_training_memory(
         if config.moe is not None and not is_sparse(model):
             with torch.device("meta"):
                 model = upcycle(model, config.moe, seed=config.seed)
-            counted += f", upcycled to {config.moe.num_experts} experts"
-    num_trained = set_trainable(model, groups)
-    size = 1 if config is None else config.run.expert_parallel_size
-    experts = [parameter for name, parameter in model.named_parameters() if "experts" in groups_of(name)]
-    num_expert_parameters = sum(parameter.numel() for parameter in experts)
-    num_trained_of_experts = sum(parameter.numel() for parameter in experts if parameter.requires_grad)
-    elsewhere = (
-        num_expert_parameters - num_expert_parameters // size,
-        num_trained_of_experts - num_trained_of_experts // size,
-    )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    each = BYTES[precision]
-    teacher = TEACHER_BYTES * num_teacher_parameters
+            origin += f", upcycled to {config.moe.num_experts} experts"
+    set_trainable(model, groups)
+    expert_parallel_size = 1 if config is None else config.run.expert_parallel_size
+    counts = _count_parameters(model, expert_parallel_size)
+    teacher_bytes = TEACHER_BYTES * num_teacher_parameters
     parameters = EstimateTable(
         f"Student in stage {stage}, {precision}",
         (
-            Estimate("parameters", num_parameters, counted),
-            Estimate("trained", num_trained, ", ".join(sorted(groups))),
-            Estimate("frozen", num_parameters - num_trained, f"{num_parameters:,} - {num_trained:,}"),
-            Estimate("teacher's weights", teacher, f"{TEACHER_BYTES} x {num_teacher_parameters:,}", "bytes"),
+            Estimate("parameters", counts.total, origin),
+            Estimate("trained", counts.trained, ", ".join(sorted(groups))),
+            Estimate("frozen", counts.total - counts.trained, f"{counts.total:,} - {counts.trained:,}"),
+            Estimate("teacher's weights", teacher_bytes, f"{TEACHER_BYTES} x {num_teacher_parameters:,}", "bytes"),
         ),
     )
     chosen = None if config is None else config.run.zero_stage
     memory = tuple(
         StageMemory(
-            stage=zero,
+            stage=zero_stage,
             num_gpus=num_gpus,
-            num_bytes=(own := memory_bytes(zero, num_gpus, num_parameters, num_trained, precision, elsewhere)),
-            with_teacher=own + teacher / (num_gpus if zero == 3 else 1),
-            how=_arithmetic(zero, num_gpus, num_parameters, num_trained, each, elsewhere),
-            chosen=zero == chosen,
+            num_bytes=(num_bytes := memory_bytes(zero_stage, num_gpus, counts, precision)),
+            with_teacher=num_bytes + teacher_bytes / (num_gpus if zero_stage == 3 else 1),
+            how=_format_formula(zero_stage, num_gpus, counts, BYTES[precision]),
+            chosen=zero_stage == chosen,
         )
-        # Experts are not divided under stage 0.
-        for zero in (STAGES if size == 1 else STAGES[1:])
-        for num_gpus in ([n for n in gpus if n % size == 0] or [size])
+        # Under stage 0 experts cannot be divided.
+        for zero_stage in (STAGES if expert_parallel_size == 1 else STAGES[1:])
+        for num_gpus in ([n for n in gpus if n % expert_parallel_size == 0] or [expert_parallel_size])
     )
-    notes = (
-        f"bytes a parameter: weight {each.weight}, and if trained gradient {each.gradient}, Adam {each.optimiser} "
-        + ("(float32 master copy and two moments)" if precision == "bf16" else "(two moments)"),
-        "with teacher: what loading it beside the student would add, whole on each GPU, split under ZeRO 3",
-        *([f"run.expert_parallel_size {size}: a GPU holds 1 / {size} of the experts"] if size > 1 else []),
-        "not counted: activations, communication buffers; settings of run.deepspeed are not read",
-    )
-    return TrainerEstimate(parameters, memory, notes)
+    return TrainerEstimate(parameters, memory, _explain(precision, expert_parallel_size))
 
 
-def student_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
-    """The model that a student's config.json describes, without weights, and perhaps without its vision tower.
+def build_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
+    """Builds the model that a student's config.json describes, without weights and, if so told, without vision tower.
 
     Raises:
-        ModelError: no configuration there, or not that of a LLaVA or a causal language model.
+        ModelError: there is no configuration, or it is not that of a LLaVA or a causal language model.
     """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -199,18 +189,48 @@ def student_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
     return model
 
 
-def _arithmetic(
-    stage: int, num_gpus: int, num_parameters: int, num_trained: int, each: ParameterBytes, elsewhere: tuple[int, int]
-) -> str:
-    """The formula of `memory_bytes` with its values."""
-    p, q = f"{num_parameters:,}", f"{num_trained:,}"
-    held_p, held_q = f"{num_parameters - elsewhere[0]:,}", f"{num_trained - elsewhere[1]:,}"
+def _count_parameters(model: PreTrainedModel, expert_parallel_size: int) -> ParameterCounts:
+    """Counts a student's parameters, and those of experts that a GPU does not hold."""
+    experts = [parameter for name, parameter in model.named_parameters() if "experts" in groups_of(name)]
+    num_expert = sum(parameter.numel() for parameter in experts)
+    num_trained_expert = sum(parameter.numel() for parameter in experts if parameter.requires_grad)
+    return ParameterCounts(
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        total_elsewhere=num_expert - num_expert // expert_parallel_size,
+        trained_elsewhere=num_trained_expert - num_trained_expert // expert_parallel_size,
+    )
+
+
+def _explain(precision: Precision, expert_parallel_size: int) -> tuple[str, ...]:
+    """Returns the notes below the tables."""
+    size = BYTES[precision]
+    states = "float32 master copy and two moments" if precision == "bf16" else "two moments"
+    adam = f"{size.optimiser} ({states})"
+    notes = [
+        f"bytes a parameter: weight {size.weight}, and if trained gradient {size.gradient}, Adam {adam}",
+        "with teacher: what loading it beside the student would add, whole on each GPU, split under ZeRO 3",
+    ]
+    if expert_parallel_size > 1:
+        notes.append(
+            f"run.expert_parallel_size {expert_parallel_size}: a GPU holds 1 / {expert_parallel_size} of the experts"
+        )
+    notes.append("not counted: activations, communication buffers; settings of run.deepspeed are not read")
+    return tuple(notes)
+
+
+def _format_formula(stage: ZeroStage, num_gpus: int, counts: ParameterCounts, size: ParameterBytes) -> str:
+    """Returns the formula of `memory_bytes` with its values."""
+    p, q = f"{counts.total:,}", f"{counts.trained:,}"
+    local_p, local_q = f"{counts.total - counts.total_elsewhere:,}", f"{counts.trained - counts.trained_elsewhere:,}"
     match stage:
         case 0:
-            return f"{each.weight} x {p} + {each.gradient + each.optimiser} x {q}"
+            return f"{size.weight} x {p} + {size.gradient + size.optimiser} x {q}"
         case 1:
-            return f"{each.weight} x {held_p} + {each.gradient} x {held_q} + {each.optimiser} x {q} / {num_gpus}"
+            return f"{size.weight} x {local_p} + {size.gradient} x {local_q} + {size.optimiser} x {q} / {num_gpus}"
         case 2:
-            return f"{each.weight} x {held_p} + {each.gradient + each.optimiser} x {q} / {num_gpus}"
+            return f"{size.weight} x {local_p} + {size.gradient + size.optimiser} x {q} / {num_gpus}"
+        case 3:
+            return f"({size.weight} x {p} + {size.gradient + size.optimiser} x {q}) / {num_gpus}"
         case _:
-            return f"({each.weight} x {p} + {each.gradient + each.optimiser} x {q}) / {num_gpus}"
+            assert_never(stage)

@@ -1,4 +1,4 @@
-"""Ranks that start in a second: forked from a server that has imported everything, to be signalled and killed."""
+"""Ranks that start within a second, forked from a server that has imported everything; for tests of signals."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ _SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELE
 
 
 class Ranks:
-    """The processes of one start of a run; `output` is what all of them wrote."""
+    """The processes of one start of a run; `output` is the joint output of all of them."""
 
     def __init__(self, config: dict[str, Any], log: Path, num_ranks: int = 1) -> None:
         with socket.socket() as probe:
@@ -43,7 +43,7 @@ class Ranks:
         return self._log.read_text("utf-8", errors="replace")
 
     def wait(self, timeout_s: float = 120) -> list[int | None]:
-        """Exit code of each rank; negative for a signal that killed it, None if it had to be killed here."""
+        """Returns each rank's exit code: negative for a signal that killed it, None if it had to be killed here."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0.01))
@@ -54,7 +54,7 @@ class Ranks:
         return codes
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> bool:
-        """Whether the condition came true before the run ended."""
+        """Returns True if the condition becomes true before the run ends."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if not all(process.is_alive() for process in self.processes):
@@ -64,7 +64,7 @@ class Ranks:
         return True
 
     def signal(self, signum: int, *ranks: int) -> None:
-        """To the given ranks, or to all."""
+        """Sends a signal to the given ranks, or to all."""
         for rank in ranks or range(len(self.processes)):
             pid = self.processes[rank].pid
             assert pid is not None
@@ -84,7 +84,7 @@ def _run(stages: str, environment: dict[str, str], log: str) -> None:
 
 
 def steps_logged(output: Path) -> list[int]:
-    """The steps that metrics.jsonl has a loss of, in its order; a line that is being written is left out."""
+    """Returns the steps with a loss in metrics.jsonl, in its order, without a line that is still being written."""
     path = output / "metrics.jsonl"
     lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
     return [record["step"] for line in lines if "loss" in (record := json.loads(line))]

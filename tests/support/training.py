@@ -1,4 +1,4 @@
-"""Real training runs for the tests: tiny students, data on the spot, and N ranks of the real trainer."""
+"""Training runs for tests: makes data and scores, and starts ranks of the real trainer."""
 
 import json
 import os
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_mixed_dataset(directory: Path, num_samples: int, kind: Kind = "kd") -> Path:
-    """Samples of many lengths; every other one has an image, some have two turns."""
+    """Writes a dataset of samples of many lengths; every other one has an image, every third has a second turn."""
     rng = np.random.default_rng(0)
     directory.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
@@ -64,7 +64,7 @@ def write_mixed_dataset(directory: Path, num_samples: int, kind: Kind = "kd") ->
 
 
 class LiveTeacher:
-    """Scores conversations with transformers in float32, one at a time, unpadded: slow and plain."""
+    """Scores conversations with transformers in float32, one at a time and unpadded, as a simple reference."""
 
     def __init__(self, model_dir: Path, image_root: Path | None) -> None:
         self.model = load_student(model_dir, dtype=torch.float32).eval()
@@ -73,11 +73,11 @@ class LiveTeacher:
         self._root = image_root
         self._model_dir = model_dir
 
-    def logprobs(self, sample: Sample, which: int) -> tuple[Any, Tensor]:
-        """(Encoded, float32 [R, V]) of one conversation over the tokenizer's ids, softmax over all ids."""
+    def logprobs(self, sample: Sample, number: int) -> tuple[Any, Tensor]:
+        """Returns the encoding of conversation `number` of a sample, and its log-probs over all ids, float32 [R, V]."""
         from transformers import AutoImageProcessor
 
-        encoded = self.encoder.encode_sample(sample)[which]
+        encoded = self.encoder.encode_sample(sample)[number]
         width = 1 if self._spec is None else self._spec.tokens_per_image
         ids, positions = expand_placeholders(encoded.input_ids, encoded.image_token_id, width)
         inputs: dict[str, Tensor] = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
@@ -91,7 +91,7 @@ class LiveTeacher:
         rows = positions[predicting_positions(encoded.response_positions)]
         return encoded, logits.log_softmax(-1)[torch.from_numpy(rows)]
 
-    def write_output(
+    def write_output(  # noqa: PLR0913 - tests vary each of them alone
         self,
         output: Path,
         dataset_path: Path,
@@ -101,7 +101,7 @@ class LiveTeacher:
         *,
         num_draws: int | None = None,
     ) -> Path:
-        """An output as precompute-logits would leave it: the `top_k` best entries, or `num_draws` draws."""
+        """Writes an output like that of precompute-logits, with the `top_k` best entries or `num_draws` draws."""
         dataset = Dataset.open(dataset_path, kind)
         image = self._spec and ImageIdentity(
             processor_sha256=self._spec.sha256, aspect_ratio="pad", tokens_per_image=self._spec.tokens_per_image
@@ -143,8 +143,8 @@ class LiveTeacher:
     def _row(self, dataset: Dataset, index: int, kind: Kind, top_k: int, num_draws: int | None) -> ShardRow:
         sample = dataset[index]
         scored = []
-        for which in range(2 if kind == "dpo" else 1):
-            encoded, logprobs = self.logprobs(sample, which)
+        for number in range(2 if kind == "dpo" else 1):
+            encoded, logprobs = self.logprobs(sample, number)
             own = logprobs.gather(1, torch.from_numpy(encoded.response_ids.astype(np.int64))[:, None])[:, 0]
             if num_draws is None:
                 top = logprobs[:, : self.encoder.vocab_size].topk(top_k)
@@ -158,7 +158,7 @@ class LiveTeacher:
 
 
 def stage(output: Path, model: Path, **changes: Any) -> dict[str, Any]:
-    """A stage configuration in float32 with constant rate, for tests; `changes` replace or extend its tables."""
+    """Makes a configuration in float32 with a constant learning rate; `changes` replace or extend its tables."""
     config: dict[str, Any] = {
         "stage": "sft",
         "output": str(output),
@@ -171,8 +171,8 @@ def stage(output: Path, model: Path, **changes: Any) -> dict[str, Any]:
             "micro_batch_size": 2,
             "scheduler": "constant",
             "warmup_ratio": 0.0,
-            # With Adam's usual 1e-8 a gradient that is nothing but rounding would make a whole step, so that equal runs
-            # end with weights that differ. With this one their difference is in proportion to that of the gradients.
+            # With Adam's usual 1e-8, a gradient that consists of rounding errors would make a full step, so that the
+            # weights of equal runs would differ. With 1e-4 they differ in proportion to their gradients.
             "eps": 1e-4,
         },
         "run": {"precision": "fp32", "zero_stage": 0, "activation_checkpointing": False, "save_steps": 1000},
@@ -183,7 +183,7 @@ def stage(output: Path, model: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run_stages(configs: Sequence[dict[str, Any]], scratch: Path, num_ranks: int = 1, timeout_s: float = 600) -> None:
-    """Runs stages one after the other in one group of processes of the real trainer."""
+    """Trains stages one after the other in one group of processes, and asserts that each rank succeeds."""
     for code, output in launch(configs, scratch, num_ranks, timeout_s):
         assert code == 0, output[-6000:]
 
@@ -191,16 +191,16 @@ def run_stages(configs: Sequence[dict[str, Any]], scratch: Path, num_ranks: int 
 def launch(
     configs: Sequence[dict[str, Any]], scratch: Path, num_ranks: int = 1, timeout_s: float = 600
 ) -> list[tuple[int, str]]:
-    """The same, whatever becomes of it: each rank's exit code and what it wrote."""
+    """Trains stages like `run_stages`, and returns each rank's exit code and output, also after a failure."""
     scratch.mkdir(parents=True, exist_ok=True)
-    plan = scratch / f"stages-{num_ranks}.json"
-    plan.write_text(json.dumps(list(configs)))
+    stages = scratch / f"stages-{num_ranks}.json"
+    stages.write_text(json.dumps(list(configs)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.support.training_worker", str(plan)],
+            [sys.executable, "-m", "tests.support.training_worker", str(stages)],
             cwd=ROOT,
             env=environment(
                 RANK=str(rank),
@@ -224,24 +224,24 @@ def launch(
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """A child process's environment: one thread, so that sums have one order."""
+    """Returns the environment of a child process, with a single thread so that sums have one order."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **extra}
 
 
 def weights(output: Path) -> dict[str, Tensor]:
-    """The trained student's weights."""
+    """Returns the trained student's weights."""
     from safetensors.torch import load_file
 
     return load_file(output / "final" / "model.safetensors")
 
 
 def losses(output: Path) -> list[float]:
-    """The loss of each step."""
+    """Returns the loss of each step."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Largest absolute difference over all weights."""
+    """Returns the largest absolute difference over all weights."""
     assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)

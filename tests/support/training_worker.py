@@ -1,4 +1,4 @@
-"""One rank: runs the stages of a JSON list in this process, one after the other."""
+"""Trains the stages of a JSON list as one rank, one after the other in this process."""
 
 import gc
 import json
@@ -20,10 +20,10 @@ def run(stages: list[dict[str, Any]]) -> None:
         except TrainingInterrupted as interrupt:
             print(interrupt, file=sys.stderr)  # noqa: T201
             sys.exit(interrupt.exit_code)
-        # The next stage has its own DeepSpeed configuration.
+        # The next stage has another DeepSpeed configuration, which accelerate keeps in process-wide state.
         gc.collect()
-        AcceleratorState._reset_state(reset_partial_state=False)
-        GradientState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=False)  # noqa: SLF001 - there is no public way to reset it
+        GradientState._reset_state()  # noqa: SLF001 - as above
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every configuration that ships loads, and the paper's stages carry the paper's settings."""
+"""Every configuration in configs/ loads, and the recipes have the published settings."""
 
 from pathlib import Path
 
@@ -13,21 +13,21 @@ FILES = sorted(CONFIGS.rglob("*.toml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_it_loads(path: Path) -> None:
+def test_a_shipped_configuration_loads(path: Path) -> None:
     load_config(PrecomputeConfig if path.name.startswith("precompute-") else TrainConfig, path)
 
 
-# LLaVA-MoD, arXiv 2408.15881, table of training hyperparameters: batch, rate, what is trained.
+# LLaVA-MoD, arXiv 2408.15881, table of training hyperparameters: batch size, learning rate, trained groups.
 PAPER = {
-    "init": (512, 1e-4, {"adapter"}),
-    "dense-to-dense": (256, 2e-5, {"adapter", "language_model"}),
-    "dense-to-sparse": (256, 2e-5, {"adapter", "experts", "router"}),
-    "preference": (256, 2e-6, {"adapter", "experts", "router"}),
+    "init": (512, 1e-4, frozenset({"adapter"})),
+    "dense-to-dense": (256, 2e-5, frozenset({"adapter", "language_model"})),
+    "dense-to-sparse": (256, 2e-5, frozenset({"adapter", "experts", "router"})),
+    "preference": (256, 2e-6, frozenset({"adapter", "experts", "router"})),
 }
 
 
 @pytest.mark.parametrize("stage", PAPER)
-def test_the_paper_s_stages_have_the_paper_s_settings(stage: str) -> None:
+def test_the_stages_of_the_paper_have_its_settings(stage: str) -> None:
     config = load_config(TrainConfig, CONFIGS / "llava-mod" / f"{stage}.toml")
     batch, rate, trained = PAPER[stage]
     assert config.stage == stage
@@ -41,13 +41,13 @@ def test_the_paper_s_stages_have_the_paper_s_settings(stage: str) -> None:
         assert (config.loss.distillation, config.loss.cross_entropy, config.loss.balance) == (1.0, 1.0, 0.01)
 
 
-# LLaVA-1.5, arXiv 2310.03744, and MoE-LLaVA, arXiv 2401.15947, training hyperparameters: batch, rate, what is trained.
+# LLaVA-1.5, arXiv 2310.03744, and MoE-LLaVA, arXiv 2401.15947: batch size, learning rate, trained groups.
 RECIPES = {
-    "llava/pretrain": (256, 1e-3, {"adapter"}),
-    "llava/finetune": (128, 2e-5, {"adapter", "language_model"}),
-    "moe-llava/stage1": (256, 1e-3, {"adapter"}),
-    "moe-llava/stage2": (128, 2e-5, {"adapter", "language_model"}),
-    "moe-llava/stage3": (128, 2e-5, {"experts", "router"}),
+    "llava/pretrain": (256, 1e-3, frozenset({"adapter"})),
+    "llava/finetune": (128, 2e-5, frozenset({"adapter", "language_model"})),
+    "moe-llava/stage1": (256, 1e-3, frozenset({"adapter"})),
+    "moe-llava/stage2": (128, 2e-5, frozenset({"adapter", "language_model"})),
+    "moe-llava/stage3": (128, 2e-5, frozenset({"experts", "router"})),
 }
 
 
@@ -70,7 +70,7 @@ def test_the_recipes_without_a_teacher_have_the_published_settings(name: str) ->
 
 
 @pytest.mark.parametrize("recipe", [("pretrain", "finetune"), ("stage1", "stage2", "stage3")])
-def test_each_stage_of_a_recipe_begins_with_the_student_that_the_one_before_left(recipe: tuple[str, ...]) -> None:
+def test_each_stage_of_a_recipe_starts_from_the_student_of_the_one_before(recipe: tuple[str, ...]) -> None:
     folder = CONFIGS / ("llava" if recipe[0] == "pretrain" else "moe-llava")
     stages = [load_config(TrainConfig, folder / f"{name}.toml") for name in recipe]
-    assert [each.model.path for each in stages[1:]] == [each.output / "final" for each in stages[:-1]]
+    assert [config.model.path for config in stages[1:]] == [config.output / "final" for config in stages[:-1]]

@@ -10,15 +10,13 @@ Everything is accumulated in float32, whatever the input dtype, except that floa
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"]
-Tail = Literal["bucket", "renormalise", "ignore"]
-PreferenceLossType = Literal["sigmoid", "ipo", "hinge", "kto_pair"]
+from train.choices import Divergence, PreferenceLossType, Tail
 
 # A logit that is nothing beside any real one. Unlike -inf it leaves no NaN in the gradient of logsumexp when
 # a row consists of nothing else.

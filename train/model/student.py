@@ -28,9 +28,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.errors import ModelError, StorageError
+from train.choices import GROUPS
 from train.model.cached_tower import cached_tower_config, full_config, full_state_dict
-
-GROUPS = frozenset({"vision_tower", "adapter", "language_model", "experts", "router"})
 
 # In the text config of an upcycled Qwen2-MoE: its shared expert is a placeholder of zeros, see train.moe.upcycle.
 ZERO_SHARED_EXPERT = "zero_shared_expert"

@@ -21,7 +21,7 @@ import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from common.errors import ConfigError, ModelError
+from train.choices import SparsePattern
 from train.config import MoEConfig
 from train.model.student import (
     ZERO_SHARED_EXPERT,
@@ -46,8 +47,6 @@ from train.model.student import (
     stored_dtype,
     text_config,
 )
-
-SparsePattern = Literal["every-second", "first-half", "second-half", "all"]
 
 ROUTER_STD = 0.02
 

@@ -1,14 +1,15 @@
-"""Which checkpoint a run may continue from.
+"""Complete checkpoints, which a run may continue from.
 
-    output/checkpoints/.partial/checkpoint-200   being written; never read
-    output/checkpoints/checkpoint-200/complete.json   written, flushed, then renamed into place: whole
+    output/checkpoints/.partial/checkpoint-200        being written; never read
+    output/checkpoints/checkpoint-200/complete.json   written last and flushed; then the directory is renamed into place
 
-The position in the data needs no state of its own: it is the global step (see train/data/sources.py).
+The position in the data needs no state of its own, because it is the global step (see train/data/sampling.py).
 """
 
 import json
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.storage.files import publish
@@ -18,32 +19,37 @@ _log = logging.getLogger(__name__)
 MARKER = "complete.json"
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its directory, its global step, and the number of ranks that wrote it."""
+
+    path: Path
+    step: int
+    num_ranks: int
+
+
 def mark_complete(checkpoint: Path, step: int, *, num_ranks: int) -> None:
-    """Writes the marker that tells a whole checkpoint from a damaged one: the size of each of its files."""
+    """Writes the marker that distinguishes a complete checkpoint: its step, its ranks and the size of each file."""
     sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     publish(checkpoint / MARKER, json.dumps({"step": step, "num_ranks": num_ranks, "files": sizes}, indent=1).encode())
 
 
-def read_num_ranks(checkpoint: Path) -> int:
-    """How many ranks wrote a whole checkpoint."""
-    return int(json.loads((checkpoint / MARKER).read_bytes())["num_ranks"])
-
-
-def find_latest_complete(output: Path) -> tuple[Path, int] | None:
-    """The newest whole checkpoint and its global step; damaged ones are skipped with a warning."""
-    steps = {
+def find_latest_complete(output: Path) -> Checkpoint | None:
+    """Returns the newest complete checkpoint of a run, or None; damaged ones are skipped with a warning."""
+    paths = {
         int(match[1]): path
         for path in (output / "checkpoints").glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
-    for step in sorted(steps, reverse=True):
-        if (problem := _problem(steps[step], step)) is None:
-            return steps[step], step
-        _log.warning("%s: %s; continuing from an older checkpoint", steps[step], problem)
+    for step in sorted(paths, reverse=True):
+        if (problem := _find_problem(paths[step], step)) is None:
+            num_ranks = json.loads((paths[step] / MARKER).read_bytes())["num_ranks"]
+            return Checkpoint(paths[step], step, int(num_ranks))
+        _log.warning("%s: %s; continuing from an older checkpoint", paths[step], problem)
     return None
 
 
-def _problem(checkpoint: Path, step: int) -> str | None:
+def _find_problem(checkpoint: Path, step: int) -> str | None:
     try:
         marker = json.loads((checkpoint / MARKER).read_bytes())
         if marker["step"] != step:

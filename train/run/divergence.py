@@ -1,20 +1,26 @@
-"""Detects a step whose loss or gradient is not finite, or whose loss exploded.
+"""Detects a step whose loss or gradient is not finite, or whose loss exploded, and reports its samples.
 
-The detector looks at one number a step, which the trainer has reduced over all ranks, so that all of them agree.
+The detector sees one number per step, which the trainer has reduced over all ranks, so that all of them agree.
 """
 
+import json
 import math
 import statistics
 from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
 
 from common.errors import DecantError
 
 # Number of steps whose median loss the next one is compared with; nothing is compared before there are so many.
 NUM_RECENT = 50
 
-# The median counts as at least this many nats: a preference loss may come near 0, where any hard batch has many times
-# the median.
+# The median counts as at least this many nats, because a preference loss may come near 0, where the loss of any hard
+# batch is many times the median.
 MIN_MEDIAN = 0.1
+
+# Samples that the error message names.
+_MAX_NAMED_SAMPLES = 32
 
 
 class DivergedError(DecantError):
@@ -22,18 +28,18 @@ class DivergedError(DecantError):
 
 
 class DivergenceDetector:
-    """Judges the loss of each step against those before it.
+    """Compares the loss of each step with those of the steps before it.
 
     A loss has exploded when it is more than `max_ratio` times the median of the 50 steps before it, which counts as
-    0.1 at least. A start begins with no steps before it. A ratio of 0 lets every finite loss pass.
+    at least 0.1. A start of a run begins with no steps before it. With a ratio of 0 every finite loss is allowed.
     """
 
     def __init__(self, max_ratio: float) -> None:
         self._max_ratio = max_ratio
         self._recent: deque[float] = deque(maxlen=NUM_RECENT)
 
-    def judge(self, loss: float, *, finite_gradient: bool) -> str | None:
-        """What is wrong with a step, or None; then later steps are compared with it."""
+    def find_problem(self, loss: float, *, finite_gradient: bool) -> str | None:
+        """Returns what is wrong with a step, or None; a step without a problem is added to the recent ones."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not finite_gradient:
@@ -47,3 +53,48 @@ class DivergenceDetector:
                 )
         self._recent.append(loss)
         return None
+
+
+@dataclass(frozen=True)
+class RankLoss:
+    """Loss of one micro-batch, with the rank that computed it and the ids of its samples."""
+
+    rank: int
+    sample_ids: tuple[str, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class DivergedStep:
+    """Report of a diverged step, with the micro-batches of all ranks."""
+
+    step: int
+    problem: str
+    micro_batches: tuple[RankLoss, ...]
+
+    @property
+    def suspects(self) -> list[str]:
+        """Returns the sample ids of micro-batches whose loss is not finite, or all ids if every loss is finite."""
+        diverged = [m for m in self.micro_batches if not math.isfinite(m.loss)] or self.micro_batches
+        return [sample_id for micro_batch in diverged for sample_id in micro_batch.sample_ids]
+
+    def to_json(self) -> bytes:
+        """Returns the content of the report's file."""
+        micro_batches = [
+            {"rank": m.rank, "loss": repr(m.loss), "sample_ids": list(m.sample_ids)} for m in self.micro_batches
+        ]
+        content = {"step": self.step, "problem": self.problem, "micro_batches": micro_batches}
+        return json.dumps(content, indent=1).encode()
+
+    def to_error(self, record: Path) -> DivergedError:
+        """Returns the error that ends the run; `record` is the report's file."""
+        suspects = self.suspects
+        named = ", ".join(map(repr, suspects[:_MAX_NAMED_SAMPLES]))
+        if len(suspects) > _MAX_NAMED_SAMPLES:
+            named += f" and {len(suspects) - _MAX_NAMED_SAMPLES} more"
+        return DivergedError(
+            f"step {self.step}: {self.problem}. Its samples: {named} (all micro-batches: {record}). Nothing of this "
+            "step was saved. Look at these samples first; lower optim.learning_rate or leave samples out, which makes "
+            "it another run, or raise run.max_loss_ratio if the loss is no surprise: the same command continues from "
+            "the newest checkpoint"
+        )

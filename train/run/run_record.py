@@ -1,7 +1,7 @@
-"""What a run was, in its output: for people, and for the start that continues it.
+"""Writes the record of a run into its output, and checks a continuation against it.
 
-config.json   the resolved configuration and the data; a continuation has to fit it
-starts.json   one entry a start: when, from which step, on what, with which versions, data and configuration
+config.json   the resolved configuration and the data, which a continuation has to match
+starts.json   one entry for each start: time, step, seed, ranks, device, versions, data and configuration
 """
 
 import importlib.metadata
@@ -26,19 +26,19 @@ from train.data.sources import ExampleSource, MixtureSource
 
 _PACKAGES = ("decant", "torch", "transformers", "deepspeed", "accelerate", "numpy", "pyarrow")
 
-# May change between a run and its continuation: they do not change what is computed.
-_FREE = {
+# Settings that may differ between a run and its continuation, because they do not change the trained weights.
+_CHANGEABLE = {
     "run": ("save_steps", "keep_checkpoints", "eval_steps", "log_steps", "resume", "report_to", "max_loss_ratio"),
     "data": ("num_workers",),
 }
 
 
 def check_continuation(config: TrainConfig, source: ExampleSource) -> None:
-    """Compares the output's own record with what is asked for now.
+    """Checks that a configuration and its data match those recorded in the output.
 
     Raises:
         ConfigError: run.resume forbids to continue.
-        ProvenanceError: other settings or other data; lists all of them.
+        ProvenanceError: settings or data differ; lists all differences.
         StorageError: the record is damaged.
     """
     if config.run.resume == "never":
@@ -49,12 +49,13 @@ def check_continuation(config: TrainConfig, source: ExampleSource) -> None:
     path = config.output / "config.json"
     try:
         before, now = json.loads(path.read_text("utf-8")), _record(config, source)
-        # A key that is newer than the run had its default's effect; one that is older than this version differs.
+        # Validation adds keys that are newer than the run, with their defaults, because the run had their effect. It
+        # fails for keys that this version no longer has; they stay and show up as differences.
         with suppress(ValidationError):
             before["config"] = TrainConfig.model_validate(before["config"]).model_dump(mode="json")
         for side in (before, now):
             side.pop("config_sha256", None)
-            for table, keys in _FREE.items():
+            for table, keys in _CHANGEABLE.items():
                 for key in keys:
                     side["config"][table].pop(key, None)
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -71,12 +72,12 @@ def check_continuation(config: TrainConfig, source: ExampleSource) -> None:
 
 
 def write_config(config: TrainConfig, source: ExampleSource) -> None:
-    """Writes config.json of a new run."""
+    """Writes config.json for a new run."""
     publish(config.output / "config.json", json.dumps(_record(config, source), indent=1).encode())
 
 
 def append_start(config: TrainConfig, source: ExampleSource, *, step: int, num_ranks: int, device: str) -> None:
-    """Adds this start to starts.json, whose earlier entries stay; a damaged file is begun again."""
+    """Appends this start to starts.json; a damaged file is replaced."""
     path = config.output / "starts.json"
     try:
         starts = json.loads(path.read_text("utf-8"))
@@ -92,10 +93,10 @@ def append_start(config: TrainConfig, source: ExampleSource, *, step: int, num_r
             "device": device,
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
             "git_commit": _git_commit(Path(__file__).resolve().parents[2]),
-            # Of an output of precompute-logits its manifest's, of a dataset file its own.
+            # The digest of an output of precompute-logits is its manifest's.
             "data": [
-                {"location": str(each.location), "sha256": one.sha256, "num_samples": len(one)}
-                for each, one in zip(config.data.sets, sources, strict=True)
+                {"location": str(member.location), "sha256": opened.sha256, "num_samples": len(opened)}
+                for member, opened in zip(config.data.sets, sources, strict=True)
             ],
             "config": config.model_dump(mode="json"),
             "config_sha256": digest(config),
@@ -105,7 +106,7 @@ def append_start(config: TrainConfig, source: ExampleSource, *, step: int, num_r
 
 
 def device_name(device: torch.device) -> str:
-    """What the ranks compute on, as its maker calls it."""
+    """Returns the GPU's product name, or the processor's where no GPU is used."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
 
 
@@ -126,7 +127,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit(root: Path) -> str | None:
-    """The commit of a checkout, with -dirty where files were changed; None for an installed package."""
+    """Returns the commit of a checkout, with -dirty if files were changed; None for an installed package."""
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -1,9 +1,9 @@
-"""A checkpoint for another number of ranks, in the form that DeepSpeed calls universal.
+"""Converts a checkpoint for another number of ranks, into the form that DeepSpeed calls universal.
 
-    checkpoints/checkpoint-200              whole, as its ranks wrote it; stays
-    checkpoints/.universal/checkpoint-200   made from it aside, then renamed; goes with the next checkpoint
+    checkpoints/checkpoint-200              as its ranks wrote it; not changed
+    checkpoints/.universal/checkpoint-200   the converted one: written aside, then renamed; removed at the next save
 
-It holds each parameter and its optimiser state whole, so that any number of ranks takes its part.
+The universal form holds each parameter and its optimiser state undivided, so that any number of ranks can load it.
 """
 
 import argparse
@@ -16,22 +16,24 @@ from common.errors import StorageError
 
 DIRECTORY = ".universal"
 
-# What the Trainer itself reads, beside DeepSpeed's states. Random states belong to ranks.
+# Files that the Trainer reads beside DeepSpeed's states. Random states are left out, because each belongs to one rank.
 _TRAINER_FILES = ("trainer_state.json", "scheduler.pt")
 
 
 def to_universal(checkpoint: Path) -> Path:
-    """Converts a whole checkpoint of ZeRO 1, 2 or 3, if that was not done before; one rank does it.
+    """Converts a complete checkpoint of ZeRO 1, 2 or 3 and returns the new directory; one rank calls this.
+
+    An earlier conversion is used again.
 
     Raises:
-        StorageError: it cannot be converted or written.
+        StorageError: the checkpoint cannot be converted, or the result cannot be written.
     """
     from deepspeed.checkpoint import ds_to_universal
 
-    made = checkpoint.parent / DIRECTORY / checkpoint.name
-    if made.is_dir():
-        return made
-    partial = made.with_name(f".{made.name}.partial")
+    converted = checkpoint.parent / DIRECTORY / checkpoint.name
+    if converted.is_dir():
+        return converted
+    partial = converted.with_name(f".{converted.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (state,) = checkpoint.glob("global_step*")
@@ -39,34 +41,34 @@ def to_universal(checkpoint: Path) -> Path:
         arguments = argparse.Namespace(
             input_folder=str(state),
             output_folder=str(partial / state.name),
-            # Processes of its own would be forked from one with running threads.
+            # No worker processes, because they would be forked from a process with running threads.
             num_extract_workers=1,
             num_merge_workers=1,
             keep_temp_folder=False,
             strict=True,
-            # ZeRO 1 and 2 leave out a version number that is asked for.
+            # ZeRO 1 and 2 leave out a version number that the conversion reads.
             inject_missing_state=True,
         )
-        # It prints its progress.
+        # The conversion prints its progress, which nobody needs.
         with (
-            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
+            Path(os.devnull).open("w", encoding="utf-8") as null,
+            contextlib.redirect_stdout(null),
+            contextlib.redirect_stderr(null),
         ):
             ds_to_universal.main(arguments)
         for name in _TRAINER_FILES:
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, partial / name)
-        partial.rename(made)
+        partial.rename(converted)
     except Exception as error:
-        # DeepSpeed raises what it likes.
+        # DeepSpeed raises exceptions of many types here.
         raise StorageError(
             f"{checkpoint}: cannot be converted for another number of ranks ({type(error).__name__}: {error}); "
             "continue on as many ranks as wrote it, or free space and run the same command again"
         ) from error
-    return made
+    return converted
 
 
 def remove_universal(checkpoints: Path) -> None:
-    """Deletes converted checkpoints: a newer one has been written."""
+    """Removes converted checkpoints, which are of no use once a newer checkpoint is written."""
     shutil.rmtree(checkpoints / DIRECTORY, ignore_errors=True)

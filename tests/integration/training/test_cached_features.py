@@ -1,4 +1,4 @@
-"""Whole stages in bfloat16 from a feature cache: the losses and weights of a live vision tower, bit for bit."""
+"""Stages in bfloat16 from a feature cache have the losses and weights of a live vision tower, bit for bit."""
 
 import json
 import shutil
@@ -11,9 +11,11 @@ import torch
 from precompute.features.run import FeatureSettings, run_features
 from tests.support.models import tiny_llava
 from tests.support.training import LiveTeacher, launch, losses, run_stages, stage, weights, write_mixed_dataset
+from train.model.export import export_student
+from train.model.student import load_student
 
-# Every case is trained twice, with the tower and from the cache. Every other sample has no image, so that with
-# micro-batches of one sample stand-ins take part.
+# Each case is trained twice, with the tower and from the cache. Every other sample has no image, so there are dummy
+# images in micro-batches of one sample.
 CASES: dict[str, dict[str, Any]] = {
     "zero-1": {"run": {"zero_stage": 1}},
     "zero-2, one sample at a time, workers": {
@@ -21,10 +23,10 @@ CASES: dict[str, dict[str, Any]] = {
         "optim": {"micro_batch_size": 1},
         "data": {"num_workers": 1},
     },
-    # Under ZeRO-3 DeepSpeed puts its own linear layer in, which rounds product and bias one after the other, in a live
-    # tower too; this keeps torch's.
+    # Under ZeRO-3 DeepSpeed replaces linear layers by its own, in a live tower too. These round the product before they
+    # add the bias; this setting keeps torch's.
     "zero-3": {"run": {"zero_stage": 3, "deepspeed": "plain-linear.json"}},
-    "packed, activations computed again": {
+    "packed, activation checkpointing": {
         "run": {"zero_stage": 1, "activation_checkpointing": True},
         "data": {"batching": "packed"},
     },
@@ -58,8 +60,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def case(root: Path, name: str, source: str, output: str | None = None) -> dict[str, Any]:
-    """A stage of six steps; `source` is "live", or the form of a cache."""
+def make_stage(root: Path, name: str, source: str, output: str | None = None) -> dict[str, Any]:
+    """Makes a stage of six steps; `source` is "live", or the form of a cache."""
     changes = json.loads(json.dumps(CASES[name]))
     changes["run"] = {"precision": "bf16"} | changes["run"]
     if "deepspeed" in changes["run"]:
@@ -74,7 +76,7 @@ def case(root: Path, name: str, source: str, output: str | None = None) -> dict[
 
 @pytest.fixture(scope="module")
 def trained(root: Path) -> Path:
-    run_stages([case(root, name, source) for name in CASES for source in ("live", "bf16")], root / "scratch")
+    run_stages([make_stage(root, name, source) for name in CASES for source in ("live", "bf16")], root / "scratch")
     return root
 
 
@@ -93,17 +95,17 @@ def test_losses_and_weights_are_those_of_a_live_tower_bit_for_bit(trained: Path,
             assert json.loads(path.read_text()) == json.loads((cached / "final" / path.name).read_text())
     if name == "validated":
         lines = [[json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (live, cached)]
-        ce = [[line["eval_cross_entropy"] for line in each if "eval_cross_entropy" in line] for each in lines]
-        assert ce[0] == ce[1] != []
+        validated = [[line["eval_cross_entropy"] for line in run if "eval_cross_entropy" in line] for run in lines]
+        assert validated[0] == validated[1] != []
 
 
 @pytest.mark.slow
-def test_the_8_bit_form_and_float32_come_close(trained: Path) -> None:
-    exact = case(trained, "zero-1", "live", "fp32-live")
-    cached = case(trained, "zero-1", "bf16", "fp32-bf16")
+def test_the_8_bit_form_and_float32_differ_by_their_rounding(trained: Path) -> None:
+    exact = make_stage(trained, "zero-1", "live", "fp32-live")
+    cached = make_stage(trained, "zero-1", "bf16", "fp32-bf16")
     for settings in (exact, cached):
         settings["run"] |= {"precision": "fp32", "zero_stage": 0}
-    ((code, shown),) = launch([case(trained, "zero-1", "q8"), exact, cached], trained / "scratch-close")
+    ((code, shown),) = launch([make_stage(trained, "zero-1", "q8"), exact, cached], trained / "scratch-close")
     assert code == 0, shown[-3000:]
     assert losses(trained / "zero-1-q8") == pytest.approx(losses(trained / "zero-1-live"), rel=2e-3)
     assert losses(trained / "fp32-bf16") == pytest.approx(losses(trained / "fp32-live"), rel=1e-3)
@@ -111,11 +113,11 @@ def test_the_8_bit_form_and_float32_come_close(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_continues_from_its_checkpoint_whose_model_is_whole(trained: Path) -> None:
+def test_a_run_continues_from_its_checkpoint_which_holds_the_tower(trained: Path) -> None:
     name = "zero-2, one sample at a time, workers"
-    settings = [case(trained, name, "bf16", output) for output in ("whole", "resumed")]
-    for each in settings:
-        each["run"] |= {"save_steps": 3}
+    settings = [make_stage(trained, name, "bf16", output) for output in ("whole", "resumed")]
+    for config in settings:
+        config["run"] |= {"save_steps": 3}
     run_stages(settings, trained / "scratch-whole")
     resumed = trained / "resumed"
     checkpoint = resumed / "checkpoints" / "checkpoint-3"
@@ -127,21 +129,17 @@ def test_a_run_continues_from_its_checkpoint_whose_model_is_whole(trained: Path)
     expected, found = weights(trained / "whole"), weights(resumed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-    from train.model.export import export_student
-
     export_student(checkpoint, trained / "exported")
-    from train.model.student import load_student
-
     tower = load_student(trained / "exported", dtype=torch.bfloat16).model.vision_tower.state_dict()
     original = load_student(trained / "student", dtype=torch.bfloat16).model.vision_tower.state_dict()
     assert all(torch.equal(tower[key], original[key]) for key in original)
 
 
 @pytest.mark.slow
-def test_two_ranks_train_from_a_cache_also_where_one_has_no_image(trained: Path) -> None:
-    settings = [case(trained, "zero-3", source, f"two-ranks-{source}") for source in ("live", "bf16")]
-    for each in settings:
-        each["optim"] |= {"micro_batch_size": 1, "max_steps": 4}
+def test_two_ranks_train_from_a_cache_even_if_one_has_no_image(trained: Path) -> None:
+    settings = [make_stage(trained, "zero-3", source, f"two-ranks-{source}") for source in ("live", "bf16")]
+    for config in settings:
+        config["optim"] |= {"micro_batch_size": 1, "max_steps": 4}
     run_stages(settings, trained / "scratch-two", num_ranks=2)
     live, cached = (trained / f"two-ranks-{source}" for source in ("live", "bf16"))
     assert losses(live) == losses(cached)

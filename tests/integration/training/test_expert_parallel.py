@@ -1,4 +1,4 @@
-"""Experts divided among ranks by DeepSpeed: the same losses, metrics and weights as whole ones."""
+"""Experts that DeepSpeed divides among ranks train to the same losses, metrics and weights as undivided ones."""
 
 import json
 import shutil
@@ -21,13 +21,14 @@ from train.moe.upcycle import upcycle
 from train.run.stage import train_stage
 
 NUM_STEPS = 4
-# A LLaVA on Qwen2-MoE with its zero shared expert and a tied output layer; a text model on Qwen3-MoE.
+# Student and ZeRO stage. The LLaVA has a Qwen2-MoE with its zero shared expert and a tied output layer; the text model
+# is a Qwen3-MoE.
 CASES = [("llava", 1), ("llava", 3), ("text", 2)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Whole experts on one rank, divided ones on two; the last step of the epoch leaves a rank without a sample."""
+    """Trains undivided experts on one rank, divided ones on two. In the last step of the epoch a rank has no sample."""
     root = tmp_path_factory.mktemp("divided")
     mixed = write_mixed_dataset(root / "data", 26)
     records = [record for record in json.loads(mixed.read_text()) if "image" not in record]
@@ -48,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             data=data,
             loss={"cross_entropy": 1.0, "balance": 0.01, "router_z": 0.001},
             optim={"max_steps": NUM_STEPS, "weight_decay": 0.1},
-            # Gradients are longer than 1, so that clipping shows.
+            # Gradient norms are above 1, so that gradients are clipped.
             run={
                 "zero_stage": zero,
                 "save_steps": 2,
@@ -58,13 +59,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
         )
 
-    run_stages([config(name, f"{name}-whole", 1, 1) for name in students], root / "scratch", 1)
+    run_stages([config(name, f"{name}-undivided", 1, 1) for name in students], root / "scratch", 1)
     divided = [config(name, f"{name}-{zero}", zero, 2) for name, zero in CASES]
     run_stages(divided, root / "scratch", 2)
-    # The same runs as if they had ended after their second step.
+    # Turns the runs back into ones that ended after their second step.
     for name, zero in CASES:
         output = root / f"{name}-{zero}"
-        shutil.copytree(output, root / f"{name}-{zero}-unbroken")
+        shutil.copytree(output, root / f"{name}-{zero}-uninterrupted")
         shutil.rmtree(output / "checkpoints" / f"checkpoint-{NUM_STEPS}")
         shutil.rmtree(output / "final")
     with pytest.MonkeyPatch.context() as patch:
@@ -83,19 +84,19 @@ def metrics(output: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "zero"), CASES)
-def test_divided_experts_train_as_whole_ones(runs: Path, name: str, zero: int) -> None:
-    whole, divided = runs / f"{name}-whole", runs / f"{name}-{zero}-unbroken"
-    assert losses(divided) == pytest.approx(losses(whole), rel=2e-6)
+def test_divided_experts_train_as_undivided_ones(runs: Path, name: str, zero: int) -> None:
+    undivided, divided = runs / f"{name}-undivided", runs / f"{name}-{zero}-uninterrupted"
+    assert losses(divided) == pytest.approx(losses(undivided), rel=2e-6)
     assert len(losses(divided)) == NUM_STEPS
     assert weights(divided)
-    # Of steps of 1e-3.
-    assert largest_difference(weights(divided), weights(whole)) < 5e-6
-    for one, other in zip(metrics(whole), metrics(divided), strict=True):
-        assert one.keys() == other.keys()
-        for key in one.keys() - {"tokens_per_s", "wait_fraction", "train_runtime"}:
+    # The learning rate is 1e-3.
+    assert largest_difference(weights(divided), weights(undivided)) < 5e-6
+    for expected, found in zip(metrics(undivided), metrics(divided), strict=True):
+        assert expected.keys() == found.keys()
+        for key in expected.keys() - {"tokens_per_s", "wait_fraction", "train_runtime"}:
             if not key.endswith(("_per_second", "runtime")):
-                assert other[key] == pytest.approx(one[key], rel=2e-5), key
-    assert max(line.get("grad_norm", 0.0) for line in metrics(whole)) > 1.0
+                assert found[key] == pytest.approx(expected[key], rel=2e-5), key
+    assert max(line.get("grad_norm", 0.0) for line in metrics(undivided)) > 1.0
 
 
 @pytest.mark.slow
@@ -103,16 +104,16 @@ def test_divided_experts_train_as_whole_ones(runs: Path, name: str, zero: int) -
 def test_the_loads_of_divided_experts_are_counted_over_all_ranks(runs: Path, name: str, zero: int) -> None:
     for step in (2, NUM_STEPS):
         path = Path("checkpoints", f"checkpoint-{step}", "expert-load.json")
-        found = json.loads((runs / f"{name}-{zero}-unbroken" / path).read_text())
-        assert found == json.loads((runs / f"{name}-whole" / path).read_text())
+        found = json.loads((runs / f"{name}-{zero}-uninterrupted" / path).read_text())
+        assert found == json.loads((runs / f"{name}-undivided" / path).read_text())
         assert (found["tokens"]["image"] > 0) == (name == "llava")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "zero"), [("llava", 1), ("text", 2)])
 def test_the_experts_were_divided(runs: Path, name: str, zero: int) -> None:
-    """DeepSpeed writes divided experts into files of their own, and none into that of the rest of the model."""
-    (state,) = (runs / f"{name}-{zero}-unbroken" / "checkpoints" / f"checkpoint-{NUM_STEPS}").glob("global_step*")
+    """Looks at DeepSpeed's files, where each divided expert has its own and the rest of the model has none."""
+    (state,) = (runs / f"{name}-{zero}-uninterrupted" / "checkpoints" / f"checkpoint-{NUM_STEPS}").glob("global_step*")
     assert len(list(state.glob("layer_*_expert_*_model_states.pt"))) == 2 * 8
     module = torch.load(state / "mp_rank_00_model_states.pt", weights_only=False)["module"]
     assert not any(".experts." in name for name in module)
@@ -120,8 +121,8 @@ def test_the_experts_were_divided(runs: Path, name: str, zero: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "zero"), CASES)
-def test_the_result_is_a_plain_directory(runs: Path, name: str, zero: int, tmp_path: Path) -> None:
-    output = runs / f"{name}-{zero}-unbroken"
+def test_the_result_is_a_plain_model_directory(runs: Path, name: str, zero: int, tmp_path: Path) -> None:
+    output = runs / f"{name}-{zero}-uninterrupted"
     model = load_student(output / "final", dtype=torch.float32)
     assert type(model) is (LlavaForConditionalGeneration if name == "llava" else Qwen3MoeForCausalLM)
     if name == "llava":
@@ -131,7 +132,7 @@ def test_the_result_is_a_plain_directory(runs: Path, name: str, zero: int, tmp_p
     assert exported.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, exported[key]) for key, tensor in model.state_dict().items())
     config = json.loads((output / "final" / "config.json").read_text())
-    assert config == json.loads((runs / f"{name}-whole" / "final" / "config.json").read_text())
+    assert config == json.loads((runs / f"{name}-undivided" / "final" / "config.json").read_text())
 
 
 @pytest.mark.slow
@@ -140,7 +141,7 @@ def test_a_continued_run_ends_with_the_same_weights_bit_for_bit(runs: Path, name
     output = runs / f"{name}-{zero}"
     starts = [start["step"] for start in json.loads((output / "starts.json").read_text())]
     assert starts == [0, 2]
-    assert largest_difference(weights(output), weights(runs / f"{name}-{zero}-unbroken")) == 0.0
+    assert largest_difference(weights(output), weights(runs / f"{name}-{zero}-uninterrupted")) == 0.0
 
 
 @pytest.mark.slow
@@ -160,14 +161,14 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     return upcycle(dense, MoEConfig(), seed=0)
 
 
-def test_what_can_be_divided_passes(sparse: PreTrainedModel) -> None:
+def test_experts_that_can_be_divided_are_accepted(sparse: PreTrainedModel) -> None:
     set_trainable(sparse, frozenset({"experts", "router"}))
     for size, num_ranks in ((2, 2), (2, 4), (4, 4)):
         check_expert_parallel_supported(sparse, size, num_ranks=num_ranks, zero_stage=2)
 
 
 @pytest.mark.parametrize(
-    ("size", "num_ranks", "zero", "groups", "named"),
+    ("size", "num_ranks", "zero", "groups", "problem"),
     [
         (2, 3, 2, {"experts"}, r"does not divide the 3 rank\(s\) of this run"),
         (3, 3, 2, {"experts"}, "does not divide the student's 4 experts"),
@@ -176,11 +177,11 @@ def test_what_can_be_divided_passes(sparse: PreTrainedModel) -> None:
         (2, 2, 0, {"experts"}, r"needs run\.zero_stage 1, 2 or 3"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(
-    sparse: PreTrainedModel, size: int, num_ranks: int, zero: int, groups: set[str], named: str
+def test_experts_that_cannot_be_divided_are_refused(  # noqa: PLR0913, PLR0917 - one argument per column of the table
+    sparse: PreTrainedModel, size: int, num_ranks: int, zero: int, groups: set[str], problem: str
 ) -> None:
     set_trainable(sparse, frozenset(groups))
-    with pytest.raises(ConfigError, match=rf"run\.expert_parallel_size {size}: {named}"):
+    with pytest.raises(ConfigError, match=rf"run\.expert_parallel_size {size}: {problem}"):
         check_expert_parallel_supported(sparse, size, num_ranks=num_ranks, zero_stage=zero)
 
 
@@ -190,7 +191,7 @@ def test_a_dense_student_has_no_experts_to_divide(tmp_path: Path) -> None:
         check_expert_parallel_supported(dense, 2, num_ranks=2, zero_stage=2)
 
 
-def test_deepspeeds_own_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_in_the_deepspeed_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_mixed_dataset(tmp_path / "data", 8)
     (tmp_path / "ds.json").write_text(json.dumps({"expert_parallel": {"enabled": True, "autoep_size": 2}}))
     config = stage(

@@ -1,4 +1,4 @@
-"""The fused pass on a tied output layer, its weight whole or partitioned, on one rank or two."""
+"""The fused output layer with a tied weight, whole or partitioned, on one rank and on two."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ LOSSES = {
     "distilled": {"distillation": 1.0, "cross_entropy": 0.5, "divergence": "jensen_shannon"},
     "preferred": {"preference": 1.0, "length_normalised": True},
 }
-# ZeRO-3 on one rank and on two, against a plain optimiser.
+# Loss and ZeRO stage.
 CASES = [("distilled", 0), ("distilled", 3), ("preferred", 0), ("preferred", 3)]
 
 
@@ -62,14 +62,14 @@ def test_a_tied_output_layer_trains_the_same_whole_and_partitioned(
     reference, found = runs / f"{name}-1-0", runs / f"{name}-{num_ranks}-{zero}"
     assert losses(found) == pytest.approx(losses(reference), rel=2e-6)
     assert len(losses(found)) == NUM_STEPS
-    assert largest_difference(trained(found), trained(reference)) < 5e-6
-    before, after = load_file(runs / "student" / "model.safetensors")[EMBEDDING], trained(found)[EMBEDDING]
-    # Rows that no text has are moved by the output layer's gradient alone.
+    assert largest_difference(tied_weights(found), tied_weights(reference)) < 5e-6
+    before, after = load_file(runs / "student" / "model.safetensors")[EMBEDDING], tied_weights(found)[EMBEDDING]
+    # Most rows belong to tokens that no text has, so they can only be changed by the output layer's gradient.
     assert (before != after).any(1).float().mean() > 0.9
 
 
-def trained(output: Path) -> dict[str, torch.Tensor]:
-    """The weights; the tied one has one name, whatever gathered them."""
+def tied_weights(output: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights, where the tied one has one name however they were gathered."""
     found = weights(output)
     assert "language_model.lm_head.weight" not in found
     return found

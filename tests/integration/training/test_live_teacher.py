@@ -1,4 +1,4 @@
-"""Training from shards is training beside the live teacher."""
+"""Training from shards gives the losses of training with the teacher in memory."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from common.data.chat_encoding import expand_placeholders, predicting_positions
+from common.data.chat_encoding import EncodedChat, expand_placeholders, predicting_positions
 from common.data.images import ImageSpec, load_image
 from common.data.samples import Dataset, Sample
 from precompute.config import PrecomputeConfig
@@ -21,7 +21,7 @@ NUM_STEPS, BATCH = 20, 8
 
 
 def live_distillation(teacher_dir: Path, student_dir: Path, dataset_path: Path) -> list[float]:
-    """KL(teacher || student) at the response tokens with both models in memory: one sample at a time, plain AdamW."""
+    """Distils with both models in memory, one sample at a time, and returns KL(teacher || student) of each step."""
     teacher = LiveTeacher(teacher_dir, dataset_path.parent)
     student = load_student(student_dir, dtype=torch.float32)
     student.train()
@@ -53,28 +53,28 @@ def live_distillation(teacher_dir: Path, student_dir: Path, dataset_path: Path) 
 
 
 def student_logits(
-    student: torch.nn.Module, student_dir: Path, sample: Sample, encoded: object, root: Path
+    student: torch.nn.Module, student_dir: Path, sample: Sample, encoded: EncodedChat, root: Path
 ) -> torch.Tensor:
     spec = ImageSpec.load(student_dir)
     assert spec is not None
-    ids, positions = expand_placeholders(encoded.input_ids, encoded.image_token_id, spec.tokens_per_image)  # type: ignore[attr-defined]
+    ids, positions = expand_placeholders(encoded.input_ids, encoded.image_token_id, spec.tokens_per_image)
     inputs = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
     if sample.images:
         images = [load_image(ref, root, "pad", spec.mean_rgb, "") for ref in sample.images]
         processor = AutoImageProcessor.from_pretrained(student_dir)
         inputs["pixel_values"] = processor(images=images, return_tensors="pt")["pixel_values"]
-    rows = positions[predicting_positions(encoded.response_positions)]  # type: ignore[attr-defined]
+    rows = positions[predicting_positions(encoded.response_positions)]
     logits: torch.Tensor = student(**inputs).logits[0]
     return logits[torch.from_numpy(rows)]
 
 
 @pytest.mark.vllm
-def test_with_every_entry_kept_the_losses_are_those_of_the_live_teacher(
+def test_with_every_entry_kept_the_losses_equal_those_of_the_live_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     dataset = write_mixed_dataset(tmp_path / "data", 40)
-    # The teacher's output layer ends with the tokenizer, so that k = V; the student's is padded.
+    # The teacher's output layer has no padding, so that every entry belongs to the vocabulary; the student's is padded.
     teacher = tiny_llava(tmp_path / "teacher", seed=1, padded_rows=0)
     student = tiny_llava(tmp_path / "student", seed=2, num_layers=2)
     run_capture(
@@ -105,4 +105,4 @@ def test_with_every_entry_kept_the_losses_are_those_of_the_live_teacher(
     run_stages([config], tmp_path / "scratch")
     expected = live_distillation(teacher, student, dataset)
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
-    assert expected[-1] < 0.9 * expected[0], "the losses must move, or their equality says little"
+    assert expected[-1] < 0.9 * expected[0], "equal losses prove little unless they fall"

@@ -1,4 +1,4 @@
-"""A run continues on another number of ranks, and ends as if it had never been moved."""
+"""A run that continues on another number of ranks ends as an uninterrupted one."""
 
 import signal
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tests.support.forked import Ranks, steps_logged
 from tests.support.models import tiny_llava
 from tests.support.training import largest_difference, losses, stage, weights, write_mixed_dataset
-from train.run.checkpoint import find_latest_complete, read_num_ranks
+from train.run.checkpoint import find_latest_complete
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def config(root: Path, name: str, zero: int, precision: str = "fp32") -> dict[st
         trainable=["adapter", "language_model"],
         data={"dataset": str(root / "data" / "kd.json"), "image_root": str(root / "data")},
         loss={"cross_entropy": 1.0},
-        # The decay of vectors is 0: it tells whether each group of parameters got its own settings back.
+        # Vectors have no decay, so a parameter group that did not get its own settings back would show.
         optim={"max_steps": NUM_STEPS, "scheduler": "cosine", "weight_decay": 0.5},
         run={"zero_stage": zero, "save_steps": 2, "precision": precision},
     )
@@ -45,17 +45,17 @@ def test_a_run_stopped_and_continued_on_other_ranks_ends_with_the_same_weights(
 ) -> None:
     name = f"moved-{zero}-{before}-{after}"
     settings = config(root, name, zero)
-    first = Ranks(settings, root / f"{name}.log", before)
-    assert first.wait_until(lambda: (root / name / "checkpoints" / "checkpoint-2").is_dir()), first.output[-3000:]
-    # One rank alone is told, as when one of several machines is taken away.
-    first.signal(signal.SIGTERM, before - 1)
-    assert first.wait() == [143] * before, first.output[-3000:]
-    found = find_latest_complete(root / name)
-    assert found is not None and found[1] < NUM_STEPS and read_num_ranks(found[0]) == before
-    assert steps_logged(root / name) == list(range(1, found[1] + 1))
+    run = Ranks(settings, root / f"{name}.log", before)
+    assert run.wait_until(lambda: (root / name / "checkpoints" / "checkpoint-2").is_dir()), run.output[-3000:]
+    # The signal goes to one rank only, as when one of several machines is taken away.
+    run.signal(signal.SIGTERM, before - 1)
+    assert run.wait() == [143] * before, run.output[-3000:]
+    checkpoint = find_latest_complete(root / name)
+    assert checkpoint is not None and checkpoint.step < NUM_STEPS and checkpoint.num_ranks == before
+    assert steps_logged(root / name) == list(range(1, checkpoint.step + 1))
 
-    second = Ranks(settings, root / f"{name}.log", after)
-    assert second.wait() == [0] * after, second.output[-3000:]
+    continued = Ranks(settings, root / f"{name}.log", after)
+    assert continued.wait() == [0] * after, continued.output[-3000:]
     assert steps_logged(root / name) == list(range(1, NUM_STEPS + 1))
     assert losses(root / name) == pytest.approx(losses(root / "whole"), rel=1e-5)
     assert largest_difference(weights(root / name), weights(root / "whole")) < 5e-6

@@ -1,8 +1,8 @@
-"""Ranks, accumulation, ZeRO stages, packing and cached features change where numbers are computed, not which."""
+"""The number of ranks, accumulation, ZeRO stages, packing and cached features do not change losses and weights."""
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,28 +33,39 @@ pytestmark = pytest.mark.slow
 
 NUM_STEPS = 3
 IMAGES = ("live", "cached")
-# Number of ranks, ZeRO stage, batching, images. The last two go together, but for one run each.
-WAYS = [
-    *itertools.product((1, 2), (0, 1, 2, 3), ("padded",), ("live",)),
-    *itertools.product((1, 2), (0, 1, 2, 3), ("packed",), ("cached",)),
-    (1, 0, "padded", "cached"),
-    (1, 0, "packed", "live"),
+
+
+class Setup(NamedTuple):
+    """How a run is divided and fed."""
+
+    num_ranks: int
+    zero_stage: int
+    batching: str
+    images: str
+
+
+# Batching and images vary together, except in one run each.
+SETUPS = [
+    *itertools.starmap(Setup, itertools.product((1, 2), (0, 1, 2, 3), ("padded",), ("live",))),
+    *itertools.starmap(Setup, itertools.product((1, 2), (0, 1, 2, 3), ("packed",), ("cached",))),
+    Setup(1, 0, "padded", "cached"),
+    Setup(1, 0, "packed", "live"),
 ]
-ROUTED = {"balance": 0.01, "router_z": 0.001}
+ROUTER_LOSSES = {"balance": 0.01, "router_z": 0.001}
 # Stage, student, objective.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "init": ("init", "dense", {"cross_entropy": 1.0}),
     "sft-dense": ("sft", "dense", {"cross_entropy": 1.0}),
-    "sft-sparse": ("sft", "sparse", {"cross_entropy": 1.0, **ROUTED}),
+    "sft-sparse": ("sft", "sparse", {"cross_entropy": 1.0, **ROUTER_LOSSES}),
     "dense-to-dense": ("dense-to-dense", "dense", {"distillation": 1.0}),
-    "dense-to-sparse": ("dense-to-sparse", "sparse", {"distillation": 1.0, "cross_entropy": 1.0, **ROUTED}),
+    "dense-to-sparse": ("dense-to-sparse", "sparse", {"distillation": 1.0, "cross_entropy": 1.0, **ROUTER_LOSSES}),
     "preference-dense": ("preference", "dense", {"preference": 1.0}),
-    "preference-sparse": ("preference", "sparse", {"preference": 1.0, **ROUTED}),
+    "preference-sparse": ("preference", "sparse", {"preference": 1.0, **ROUTER_LOSSES}),
 }
 
 
 def make_sparse(dense: Path, out: Path) -> Path:
-    """Eight experts that differ, so that routing matters and some starve on a small micro-batch."""
+    """Makes eight different experts, so that routing matters and some get no token of a small micro-batch."""
     model = upcycle(load_student(dense, dtype=torch.float32), MoEConfig(num_experts=8, top_k=2), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -69,11 +80,11 @@ def make_sparse(dense: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Students, data, scores, and a feature cache of the images."""
+    """Makes students, data, scores, and a feature cache of the images."""
     root = tmp_path_factory.mktemp("parallel")
     dense = tiny_llava(root / "dense")
     make_sparse(dense, root / "sparse")
-    # Another model, so that no loss is close to 0.
+    # The teacher is another model, so that no loss is close to 0.
     teacher = tiny_llava(root / "teacher", seed=1)
     for kind in ("kd", "dpo"):
         dataset = write_mixed_dataset(root / "data", 22, kind)
@@ -84,64 +95,61 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=list(CASES))
 def case(request: pytest.FixtureRequest, root: Path) -> Path:
-    """One case, trained in every way."""
+    """Trains one case in every setup."""
     name: str = request.param
-    kind, student, loss = CASES[name]
     for num_ranks in (1, 2):
         run_stages(
-            [_config(root, name, kind, student, loss, way) for way in WAYS if way[0] == num_ranks],
+            [make_stage(root, name, setup) for setup in SETUPS if setup.num_ranks == num_ranks],
             root / "scratch" / name,
             num_ranks,
         )
     return root / name
 
 
-def _config(
-    root: Path, name: str, kind: str, student: str, loss: dict[str, Any], way: tuple[int, int, str, str]
-) -> dict[str, Any]:
-    _, zero, batching, images = way
+def make_stage(root: Path, case: str, setup: Setup) -> dict[str, Any]:
+    kind, student, loss = CASES[case]
     source: dict[str, Any] = {"shards": str(root / "scores" / ("dpo" if kind == "preference" else "kd"))}
     if "cross_entropy" in loss and "distillation" not in loss:
         source = {"dataset": str(root / "data" / "kd.json")}
-    if images == "cached":
+    if setup.images == "cached":
         source["features"] = str(root / "features")
     return stage(
-        _output(root / name, way),
+        output_path(root / case, setup),
         root / student,
         stage=kind,
-        # A dense student has no experts, which these stages train by default.
+        # A dense student has no experts, which this stage trains by default.
         **({"trainable": ["adapter", "language_model"]} if kind == "preference" and student == "dense" else {}),
-        data={**source, "image_root": str(root / "data"), "batching": batching},
+        data={**source, "image_root": str(root / "data"), "batching": setup.batching},
         loss=loss,
         optim={"max_steps": NUM_STEPS},
-        run={"zero_stage": zero},
+        run={"zero_stage": setup.zero_stage},
     )
 
 
-def _output(case: Path, way: tuple[int, int, str, str]) -> Path:
-    return case / "-".join(map(str, way))
+def output_path(case: Path, setup: Setup) -> Path:
+    return case / "-".join(map(str, setup))
 
 
-def test_every_way_to_do_the_work_gives_the_same_losses_and_weights(case: Path) -> None:
+def test_every_setup_gives_the_same_losses_and_weights(case: Path) -> None:
     for images in IMAGES:
-        reference = _output(case, (1, 0, "padded", images))
+        reference = output_path(case, Setup(1, 0, "padded", images))
         assert len(losses(reference)) == NUM_STEPS
-        for way in WAYS:
-            if way[-1] == images:
-                found = _output(case, way)
-                assert losses(found) == pytest.approx(losses(reference), rel=3e-6), way
-                # Of steps of 1e-3.
-                assert largest_difference(weights(found), weights(reference)) < 5e-6, way
+        for setup in SETUPS:
+            if setup.images == images:
+                found = output_path(case, setup)
+                assert losses(found) == pytest.approx(losses(reference), rel=3e-6), setup
+                # The learning rate is 1e-3.
+                assert largest_difference(weights(found), weights(reference)) < 5e-6, setup
 
 
-def test_cached_features_differ_from_live_ones_by_their_rounding_alone(case: Path) -> None:
-    live, cached = (_output(case, (1, 0, "padded", images)) for images in IMAGES)
-    # The student is float32 here and the cache has 8 significant bits; in bfloat16 both are equal bit for bit.
+def test_losses_from_cached_features_differ_by_rounding_only(case: Path) -> None:
+    live, cached = (output_path(case, Setup(1, 0, "padded", images)) for images in IMAGES)
+    # The student is in float32 here, and the cache has 8 significant bits. With a bfloat16 student both are equal.
     assert losses(cached) == pytest.approx(losses(live), rel=2e-3)
     assert losses(cached) != losses(live)
 
 
-def test_the_runs_hold_micro_batches_without_an_image_and_experts_without_a_token(root: Path) -> None:
+def test_the_runs_contain_micro_batches_without_an_image_and_experts_without_a_token(root: Path) -> None:
     path = root / "sparse"
     encoder = ChatEncoder.load(path)
     collator = Collator(
@@ -172,4 +180,4 @@ def test_the_runs_hold_micro_batches_without_an_image_and_experts_without_a_toke
     assert any(without_image)
     assert not all(without_image)
     assert starved
-    assert empty, "the last step of the epoch is meant to leave a rank without a sample"
+    assert empty, "in the last step of the epoch a rank must have no sample"

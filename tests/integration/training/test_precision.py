@@ -1,4 +1,4 @@
-"""What saves memory changes no result, and bfloat16 changes it by no more than its rounding."""
+"""Activation checkpointing changes no loss, and bfloat16 changes losses by no more than its rounding."""
 
 from pathlib import Path
 

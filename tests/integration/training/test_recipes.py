@@ -1,4 +1,4 @@
-"""The recipes without a teacher run from their own files: conversations in, no shards."""
+"""The recipes without a teacher run from their own configuration files."""
 
 import tomllib
 from pathlib import Path
@@ -33,12 +33,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for recipe, names in RECIPES.items():
         for name in names:
             config = tomllib.loads((ROOT / "configs" / recipe / f"{name}.toml").read_text())
-            first = config["model"]["path"] == "models/student"
-            config["model"]["path"] = str(student if first else root / config["model"]["path"])
+            is_first_stage = config["model"]["path"] == "models/student"
+            config["model"]["path"] = str(student if is_first_stage else root / config["model"]["path"])
             config["output"] = str(root / config["output"])
             config["data"] |= {"dataset": str(dataset), "image_root": str(dataset.parent), "num_workers": 0}
             config["data"]["validation_fraction"] = 0.1
-            # A tiny student learns in few steps what a real one learns slowly.
+            # A tiny student needs a higher learning rate to learn in so few steps.
             config["optim"] |= {"learning_rate": 3e-3, "global_batch_size": 8, "micro_batch_size": 4}
             config["optim"]["max_steps"] = NUM_STEPS
             config["run"]["precision"] = "fp32"
@@ -48,7 +48,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("recipe", "name"), [(recipe, name) for recipe in RECIPES for name in RECIPES[recipe]])
-def test_a_recipe_s_stage_learns_and_changes_what_it_says(root: Path, recipe: str, name: str) -> None:
+def test_each_stage_of_a_recipe_learns_and_changes_the_groups_that_it_trains(
+    root: Path, recipe: str, name: str
+) -> None:
     output = root / "runs" / recipe / name
     found = losses(output)
     assert len(found) == NUM_STEPS
@@ -64,27 +66,27 @@ def test_a_recipe_s_stage_learns_and_changes_what_it_says(root: Path, recipe: st
         if name == "stage3" and is_upcycled(key):
             changed.add("experts" if ".experts." in key else "router")
         elif not torch.equal(tensor, old[key]):
-            changed.add(group_of(key))
+            changed.add(find_group(key))
     assert changed == TRAINED[name]
     if name == "stage3":
-        assert_experts_parted(model.state_dict())
+        assert_experts_differ(model.state_dict())
 
 
 def is_upcycled(key: str) -> bool:
     return ".mlp.experts." in key or ".mlp.gate." in key or ".mlp.shared_expert" in key
 
 
-def group_of(key: str) -> str:
+def find_group(key: str) -> str:
     for part, group in ((".vision_tower.", "vision_tower"), (".multi_modal_projector.", "adapter")):
         if part in f".{key}":
             return group
     return "language_model"
 
 
-def assert_experts_parted(state: dict[str, Any]) -> None:
-    """Four copies of one network went their own ways: they were trained, and by different tokens."""
+def assert_experts_differ(state: dict[str, Any]) -> None:
+    """Asserts that the four copies of one network differ, because different tokens trained them."""
     stacked = [tensor for key, tensor in state.items() if ".mlp.experts.gate_up_proj" in key]
-    assert len(stacked) == 1, "of two layers one is sparse"
+    assert len(stacked) == 1, "one of the two layers is sparse"
     assert len(stacked[0]) == 4
     assert all(not torch.equal(stacked[0][0], stacked[0][expert]) for expert in range(1, 4))
     assert not any(tensor.any() for key, tensor in state.items() if ".mlp.shared_expert." in key)

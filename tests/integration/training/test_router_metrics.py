@@ -1,4 +1,4 @@
-"""Routers in the real trainer: metrics, the z-loss and the load pictures, on one rank and two, in every ZeRO stage."""
+"""Router metrics, the z-loss and expert loads in the real trainer, on one rank and two, in every ZeRO stage."""
 
 import io
 import json
@@ -30,7 +30,7 @@ CASES = [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Routers alone are trained, so that theirs is the whole gradient; the last step of the epoch is not full."""
+    """Trains routers only, so that the whole gradient is theirs. The last step of the epoch has fewer samples."""
     root = tmp_path_factory.mktemp("routers")
     dataset = write_mixed_dataset(root / "data", 24)
     student = make_sparse(tiny_llava(root / "dense"), root / "sparse")
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for ranks, zero in CASES
             if ranks == num_ranks
         ]
-        # One of them with activation checkpointing, which runs the layers twice.
+        # One run has activation checkpointing, which runs the layers twice.
         configs[-1]["run"]["activation_checkpointing"] = True
         run_stages(configs, root / "scratch", num_ranks)
     return root
@@ -59,21 +59,21 @@ def metrics(output: Path) -> list[dict[str, float]]:
     return [line for line in lines if "loss" in line]
 
 
-def load_of(output: Path, step: int) -> dict[str, Any]:
+def read_load(output: Path, step: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((output / "checkpoints" / f"checkpoint-{step}" / "expert-load.json").read_text())
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "zero"), CASES)
-def test_every_way_to_divide_the_work_gives_the_same_router_metrics(runs: Path, num_ranks: int, zero: int) -> None:
+def test_every_setup_gives_the_same_router_metrics(runs: Path, num_ranks: int, zero: int) -> None:
     reference, found = metrics(runs / "1-0"), metrics(runs / f"{num_ranks}-{zero}")
     assert len(found) == NUM_STEPS
-    for one, other in zip(reference, found, strict=True):
+    for expected, line in zip(reference, found, strict=True):
         for name in ("loss", "router_z", "router/entropy", "router/grad_norm"):
-            assert other[name] == pytest.approx(one[name], rel=1e-5), name
+            assert line[name] == pytest.approx(expected[name], rel=1e-5), name
         for name in ("router/largest_load", "router/smallest_load"):
-            assert other[name] == pytest.approx(one[name], rel=1e-12), name
+            assert line[name] == pytest.approx(expected[name], rel=1e-12), name
     assert losses(runs / f"{num_ranks}-{zero}") == pytest.approx(losses(runs / "1-0"), rel=2e-6)
 
 
@@ -81,7 +81,7 @@ def test_every_way_to_divide_the_work_gives_the_same_router_metrics(runs: Path, 
 @pytest.mark.parametrize(("num_ranks", "zero"), CASES)
 def test_the_routers_gradient_is_the_one_that_deepspeed_clips(runs: Path, num_ranks: int, zero: int) -> None:
     for line in metrics(runs / f"{num_ranks}-{zero}"):
-        # Without ZeRO DeepSpeed tells none.
+        # DeepSpeed reports no norm without ZeRO.
         assert ("grad_norm" in line) == (zero > 0)
         assert line["router/grad_norm"] == pytest.approx(line.get("grad_norm", line["router/grad_norm"]), rel=1e-4)
 
@@ -90,10 +90,10 @@ def test_the_routers_gradient_is_the_one_that_deepspeed_clips(runs: Path, num_ra
 def test_the_loss_is_the_weighted_sum_of_its_terms(runs: Path) -> None:
     for line in metrics(runs / "2-2"):
         z = line["router_z"]
-        # Logits of standard deviation 1 and more over eight experts.
+        # The logits over eight experts have a standard deviation of at least 1.
         assert z > 4
         terms = line["cross_entropy"] + 0.002 * z
-        # The balance loss of a step is a mean of its micro-batches', which lies between top_k and E.
+        # The balance loss of a step is the token-weighted mean over its micro-batches.
         assert terms + 0.01 * line["balance"] == pytest.approx(line["loss"], rel=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(runs: Path) -> None:
 @pytest.mark.parametrize(("num_ranks", "zero"), CASES)
 def test_loads_add_up_to_the_tokens_of_each_step(runs: Path, num_ranks: int, zero: int) -> None:
     for step in range(1, NUM_STEPS + 1):
-        found, expected = load_of(runs / f"{num_ranks}-{zero}", step), load_of(runs / "1-0", step)
+        found, expected = read_load(runs / f"{num_ranks}-{zero}", step), read_load(runs / "1-0", step)
         assert found == expected
         assert (found["first_step"], found["last_step"]) == (step, step)
         for name, counts in found["counts"].items():
@@ -109,8 +109,8 @@ def test_loads_add_up_to_the_tokens_of_each_step(runs: Path, num_ranks: int, zer
 
 
 @pytest.mark.slow
-def test_the_first_steps_loads_are_those_of_its_samples_one_by_one(runs: Path) -> None:
-    """Each conversation alone, unpadded, through transformers; its routers' two largest logits."""
+def test_the_loads_of_the_first_step_equal_those_of_its_samples_one_by_one(runs: Path) -> None:
+    """Counts the two largest router logits of each conversation alone, unpadded, in transformers."""
     path = runs / "sparse"
     encoder, spec = ChatEncoder.load(path), ImageSpec.load(path)
     processor = AutoImageProcessor.from_pretrained(path)
@@ -137,7 +137,7 @@ def test_the_first_steps_loads_are_those_of_its_samples_one_by_one(runs: Path) -
             for token, row in zip(ids, logits_TE, strict=True):
                 for expert in row.argsort(descending=True)[:2].tolist():
                     expected["image" if token == encoder.image_token_id else "text"][layer, expert] += 1
-    found = load_of(runs / "2-3", 1)
+    found = read_load(runs / "2-3", 1)
     assert found["layers"] == [1, 3]
     assert expected["image"].sum()
     for name, counts in expected.items():
@@ -145,7 +145,7 @@ def test_the_first_steps_loads_are_those_of_its_samples_one_by_one(runs: Path) -
 
 
 @pytest.mark.slow
-def test_the_picture_lies_in_the_checkpoint_and_the_newest_in_the_output(runs: Path) -> None:
+def test_each_checkpoint_has_a_picture_and_the_newest_is_copied_to_the_output(runs: Path) -> None:
     output = runs / "2-3"
     for step in range(1, NUM_STEPS + 1):
         with Image.open(output / "checkpoints" / f"checkpoint-{step}" / "expert-load.png") as picture:
@@ -154,7 +154,7 @@ def test_the_picture_lies_in_the_checkpoint_and_the_newest_in_the_output(runs: P
     newest = output / "checkpoints" / f"checkpoint-{NUM_STEPS}"
     for name in ("expert-load.json", "expert-load.png"):
         assert (output / name).read_bytes() == (newest / name).read_bytes()
-        # A damaged picture makes no damaged checkpoint of an older one; it belongs to this one's files.
+        # The marker lists it, because it belongs to the files of this checkpoint.
         assert name in json.loads((newest / "complete.json").read_text())["files"]
 
 
@@ -175,7 +175,7 @@ def test_a_router_loss_needs_a_sparse_student(name: str, tmp_path: Path, monkeyp
         TrainConfig.model_validate({**config, "stage": "dense-to-dense"})
 
 
-def load(num_layers: int, num_experts: int, *, image: bool) -> ExpertLoad:
+def make_load(num_layers: int, num_experts: int, *, image: bool) -> ExpertLoad:
     counts_LE = np.zeros((num_layers, num_experts), np.int64)
     counts_LE[:, 0], counts_LE[:, 1] = 6, 2
     return ExpertLoad(
@@ -188,26 +188,24 @@ def load(num_layers: int, num_experts: int, *, image: bool) -> ExpertLoad:
     )
 
 
-def pixels(each: ExpertLoad) -> np.ndarray[Any, Any]:
-    return np.asarray(Image.open(io.BytesIO(each.draw())).convert("RGB")).astype(int)
+def draw_pixels(load: ExpertLoad) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(load.draw())).convert("RGB")).astype(int)
 
 
-def test_the_picture_has_a_panel_for_images_where_there_are_some() -> None:
-    assert pixels(load(2, 4, image=True)).shape[1] > 1.4 * pixels(load(2, 4, image=False)).shape[1]
+def test_the_picture_has_a_panel_for_image_tokens_if_there_are_any() -> None:
+    assert draw_pixels(make_load(2, 4, image=True)).shape[1] > 1.4 * draw_pixels(make_load(2, 4, image=False)).shape[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_layers", "num_experts"), [(1, 2), (1, 4), (24, 8), (48, 64)])
-def test_the_picture_is_red_where_there_is_too_much_and_blue_where_there_is_too_little(
-    num_layers: int, num_experts: int
-) -> None:
-    """Three quarters of the assignments lie on the first expert, all others share too little."""
-    picture = pixels(load(num_layers, num_experts, image=False))
+def test_the_picture_is_red_for_overloaded_and_blue_for_underloaded_experts(num_layers: int, num_experts: int) -> None:
+    """Gives the first expert three quarters of the assignments and each other one less than its share."""
+    picture = draw_pixels(make_load(num_layers, num_experts, image=False))
     height, width = picture.shape[:2]
     assert width < 2000
     assert height < 2000
     red, blue = picture[..., 0] - picture[..., 2] > 60, picture[..., 2] - picture[..., 0] > 60
-    # The colour bar stands at the right.
+    # The colour bar is at the right.
     panel = slice(0, int(0.8 * width))
     columns_red, columns_blue = np.nonzero(red[:, panel])[1], np.nonzero(blue[:, panel])[1]
     assert columns_red.mean() < columns_blue.mean()

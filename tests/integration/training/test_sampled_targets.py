@@ -1,4 +1,4 @@
-"""A stage from draws, whole: what it refuses, and that the student comes nearer to the teacher."""
+"""Training on drawn entries: losses that they would bias are refused, and the student approaches the teacher."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from train.run.stage import train_stage
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Draws, and every entry of the same distributions: the teacher's output layer ends with the tokenizer."""
+    """Makes draws, and every entry of the same distributions. The teacher's output layer has no padding."""
     root = tmp_path_factory.mktemp("sampled")
     teacher = LiveTeacher(tiny_llava(root / "teacher", seed=1, padded_rows=0), root / "data")
     tiny_llava(root / "student", seed=2, num_layers=2)
@@ -50,9 +50,11 @@ def test_training_from_draws_lowers_their_loss_and_the_kl_to_the_teacher(root: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
-def test_what_would_bias_the_loss_of_draws_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch, tail: str) -> None:
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name, value in alone.items():
+def test_a_loss_that_draws_would_bias_is_refused_before_training(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tail: str
+) -> None:
+    single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in single_rank.items():
         monkeypatch.setenv(name, value)
     config = settings(root, tail, shards=str(root / "drawn"))
     config["loss"] = {"distillation": 1.0, "tail": tail}

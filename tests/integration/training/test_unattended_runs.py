@@ -1,4 +1,4 @@
-"""Runs over a weekend: interrupted at any moment, told to stop, broken by a sample."""
+"""Runs that nobody watches: killed at any moment, stopped by a signal, diverged because of a sample."""
 
 import json
 import random
@@ -26,9 +26,9 @@ NUM_STEPS = 40
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("left-alone")
+    root = tmp_path_factory.mktemp("unattended")
     write_mixed_dataset(root / "data", 36)
-    # Dropout makes the weights depend on all randomness that a checkpoint has to hold.
+    # With dropout the weights depend on every random state, which a checkpoint therefore has to contain.
     tiny_llava(root / "student", num_layers=2, attention_dropout=0.2)
     return root
 
@@ -45,7 +45,7 @@ def config(root: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def file_number(output: Path) -> int:
+def metrics_inode(output: Path) -> int:
     path = output / "metrics.jsonl"
     return path.stat().st_ino if path.exists() else 0
 
@@ -60,28 +60,28 @@ def test_a_run_interrupted_at_ten_random_moments_ends_where_the_uninterrupted_on
     draw.shuffle(signals)
     for number, signum in enumerate(signals):
         newest = find_latest_complete(output)
-        started_at = newest[1] if newest else 0
-        # Few steps, so that all ten find the run under way; then any moment of a step or a save.
-        wanted = started_at + draw.randint(1, 5)
-        before = file_number(output)
+        start_step = newest.step if newest else 0
+        # A few steps, so that all ten interruptions happen before the end; then any moment of a step or a save.
+        wanted_step = start_step + draw.randint(1, 5)
+        before = metrics_inode(output)
         run = Ranks(settings, log)
 
-        def under_way(before: int = before, wanted: int = wanted) -> bool:
-            # A start first cuts the file that the killed one left.
-            return file_number(output) != before and max(steps_logged(output), default=0) >= wanted
+        def has_reached_step(before: int = before, wanted_step: int = wanted_step) -> bool:
+            # A start first rewrites the file, so an unchanged inode means that the old lines are still there.
+            return metrics_inode(output) != before and max(steps_logged(output), default=0) >= wanted_step
 
-        assert run.wait_until(under_way), run.output[-3000:]
+        assert run.wait_until(has_reached_step), run.output[-3000:]
         time.sleep(draw.uniform(0.0, 0.05))
         run.signal(signum)
         assert run.wait() == [143 if signum == signal.SIGTERM else -signal.SIGKILL], run.output[-3000:]
         newest = find_latest_complete(output)
         if signum == signal.SIGTERM:
-            assert newest is not None and newest[1] == steps_logged(output)[-1]
+            assert newest is not None and newest.step == steps_logged(output)[-1]
         assert not (output / "final").exists(), f"interruption {number + 1} came after the end"
     last = Ranks(settings, log)
     assert last.wait() == [0], last.output[-3000:]
 
-    # A step is a set of samples: each step once, in order, is each sample once an epoch.
+    # The samples of a step are fixed, so each step once and in order means each sample once per epoch.
     assert steps_logged(output) == list(range(1, NUM_STEPS + 1))
     assert losses(output) == losses(root / "whole")
     expected, found = weights(root / "whole"), weights(output)
@@ -115,9 +115,9 @@ def test_a_launcher_that_terminates_the_workers_too_still_gets_a_checkpoint_and_
     finally:
         if rank.is_running():
             rank.kill()
-    found = find_latest_complete(output)
-    assert found is not None
-    assert found[1] == steps_logged(output)[-1] < 400
+    checkpoint = find_latest_complete(output)
+    assert checkpoint is not None
+    assert checkpoint.step == steps_logged(output)[-1] < 400
     assert "stopped by SIGTERM" in (root / "tree.log").read_text()
     assert all(not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE for worker in workers)
 
@@ -144,7 +144,7 @@ def test_a_metrics_package_gets_what_the_metrics_file_gets(root: Path, monkeypat
     run = Ranks(settings, root / "reported.log")
     assert run.wait() == [0], run.output[-3000:]
     records = [json.loads(line) for line in (root / "stub" / "log").read_text().splitlines()]
-    assert records[0] == {"init": None}, "nothing is sent anywhere unless it is asked for"
+    assert records[0] == {"init": None}, "by default nothing is sent to a server"
     logged = [record["train/loss"] for record in records if "train/loss" in record]
     assert logged == losses(root / "reported")
     assert {"finished": True} in records
@@ -152,11 +152,11 @@ def test_a_metrics_package_gets_what_the_metrics_file_gets(root: Path, monkeypat
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_sample_that_breaks_the_loss_stops_all_ranks_and_is_named(root: Path, zero: int) -> None:
-    poisoned = root / f"poisoned-{zero}"
-    student = tiny_llava(poisoned / "student", num_layers=1)
+def test_a_sample_whose_loss_is_nan_stops_all_ranks_and_is_named(root: Path, zero: int) -> None:
+    with_nan = root / f"with_nan-{zero}"
+    student = tiny_llava(with_nan / "student", num_layers=1)
     encoder = ChatEncoder.load(student)
-    # A token that one sample alone has, and whose embedding is not a number.
+    # Only one sample has this token, whose embedding becomes NaN.
     (token,) = encoder.tokenizer.encode("~", add_special_tokens=False)
     tensors = load_file(student / "model.safetensors")
     (name,) = [name for name in tensors if name.endswith("embed_tokens.weight")]
@@ -164,18 +164,18 @@ def test_a_sample_that_breaks_the_loss_stops_all_ranks_and_is_named(root: Path, 
     save_file(tensors, student / "model.safetensors", metadata={"format": "pt"})
     records = json.loads((root / "data" / "kd.json").read_text())
     records[22]["conversations"][0]["value"] += " ~"
-    (poisoned / "data.json").write_text(json.dumps(records))
-    output = poisoned / "run"
+    (with_nan / "data.json").write_text(json.dumps(records))
+    output = with_nan / "run"
     settings = stage(
         output,
         student,
         trainable=["adapter", "language_model"],
-        data={"dataset": str(poisoned / "data.json"), "image_root": str(root / "data"), "shuffle_window": 1},
+        data={"dataset": str(with_nan / "data.json"), "image_root": str(root / "data"), "shuffle_window": 1},
         loss={"cross_entropy": 1.0},
         optim={"max_steps": 20},
         run={"zero_stage": zero, "save_steps": 1, "max_loss_ratio": 0.0},
     )
-    run = Ranks(settings, poisoned / "log", num_ranks=2)
+    run = Ranks(settings, with_nan / "log", num_ranks=2)
     assert run.wait() == [1, 1], run.output[-3000:]
     errors = [line for line in run.output.splitlines() if line.startswith("train.run.divergence.DivergedError")]
     assert len(errors) == 2
@@ -183,10 +183,10 @@ def test_a_sample_that_breaks_the_loss_stops_all_ranks_and_is_named(root: Path, 
     record = json.loads((output / "broken-step.json").read_text())
     step = record["step"]
     assert f"step {step}: the loss is nan" in errors[0]
-    broken = [m for m in record["micro_batches"] if m["loss"] == "nan"]
-    assert len(broken) == 1 and "s22" in broken[0]["sample_ids"] and len(broken[0]["sample_ids"]) == 2
-    assert "Its samples: " + ", ".join(map(repr, broken[0]["sample_ids"])) + " (" in errors[0]
+    diverged = [m for m in record["micro_batches"] if m["loss"] == "nan"]
+    assert len(diverged) == 1 and "s22" in diverged[0]["sample_ids"] and len(diverged[0]["sample_ids"]) == 2
+    assert "Its samples: " + ", ".join(map(repr, diverged[0]["sample_ids"])) + " (" in errors[0]
     assert sum(len(m["sample_ids"]) for m in record["micro_batches"]) == 8, "all samples of the global step"
-    found = find_latest_complete(output)
-    assert (found[1] if found else 0) == step - 1, "the broken step is not saved, the one before is"
+    checkpoint = find_latest_complete(output)
+    assert (checkpoint.step if checkpoint else 0) == step - 1, "the step before is saved, the diverged one is not"
     assert not (output / "checkpoints" / f"checkpoint-{step}").exists()

@@ -23,7 +23,7 @@ from train.data.collator import Collator
 from train.data.loader import MicroBatchDataset, MicroBatchLoader
 from train.data.sampling import GlobalBatchSampler, SampleSet
 from train.data.sources import DatasetSource, ExampleSource, MixtureSource, ShardSource
-from train.run.stage import _data
+from train.run.training_data import open_data_splits
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=150)
 
@@ -160,8 +160,9 @@ def grouped_loader(root: Path, shards: Path, **data: Any) -> MicroBatchDataset:
         loss={"distillation": 1.0},
         optim={"global_batch_size": 16, "micro_batch_size": 4},
     )
-    source, plan, _ = _data(TrainConfig.model_validate(settings), ChatEncoder.load(root / "model"))
-    return MicroBatchDataset(source, plan, collator(root, "kd"), 0, 1, accumulation=4)
+    encoder = ChatEncoder.load(root / "model")
+    train = open_data_splits(TrainConfig.model_validate(settings), encoder, num_ranks=1).train
+    return MicroBatchDataset(train.source, train.sampler, collator(root, "kd"), 0, 1, accumulation=4)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -20,7 +20,7 @@ from train.data.loader import MicroBatchDataset, MicroBatchLoader
 from train.data.sampling import GlobalBatchSampler, SampleSet, samples_per_epoch
 from train.data.sources import DatasetSource, MixtureSource, open_source
 from train.run.run_record import check_continuation, write_config
-from train.run.stage import _data
+from train.run.training_data import open_data_splits
 
 
 def sets_of(sizes: list[int], weights: list[float | None]) -> list[SampleSet]:
@@ -193,7 +193,9 @@ def test_batches_of_two_outputs_with_other_k_and_other_image_roots(
     outputs: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    source, plan, _ = _data(config(outputs, both(outputs, 1.0, 1.0)), ChatEncoder.load(outputs / "model"))
+    mix = config(outputs, both(outputs, 1.0, 1.0))
+    train = open_data_splits(mix, ChatEncoder.load(outputs / "model"), num_ranks=1).train
+    source, plan = train.source, train.sampler
     dataset = MicroBatchDataset(source, plan, collator(outputs), 0, 1, accumulation=4)
     batches = list(MicroBatchLoader(dataset, range(8, 20), num_workers))
     assert len(batches) == 12
@@ -210,9 +212,10 @@ def test_batches_of_two_outputs_with_other_k_and_other_image_roots(
 def test_a_fraction_of_each_set_is_held_out(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     mix = config(outputs, both(outputs), validation_fraction=0.25)
-    _, plan, validation = _data(mix, ChatEncoder.load(outputs / "model"))
-    assert validation is not None
-    held_out = {i for step in steps_of(validation[1], range(validation[1].steps_per_epoch)) for i in step}
+    splits = open_data_splits(mix, ChatEncoder.load(outputs / "model"), num_ranks=1)
+    assert splits.validation is not None
+    plan, validation = splits.train.sampler, splits.validation.sampler
+    held_out = {i for step in steps_of(validation, range(validation.steps_per_epoch)) for i in step}
     assert [sum(i < 30 for i in held_out), sum(i >= 30 for i in held_out)] == [8, 3]
     trained = {i for step in steps_of(plan, range(plan.steps_per_epoch)) for i in step}
     assert not trained & held_out
@@ -231,7 +234,7 @@ def test_a_set_of_another_tokenizer_is_refused_by_name(outputs: Path, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "1")
     mix = [*both(outputs), {"shards": str(outputs / "text-k")}]
     with pytest.raises(ProvenanceError, match=r"text-k: these scores do not fit this student"):
-        _data(config(outputs, mix), ChatEncoder.load(outputs / "model"))
+        open_data_splits(config(outputs, mix), ChatEncoder.load(outputs / "model"), num_ranks=1)
 
 
 @pytest.mark.parametrize(

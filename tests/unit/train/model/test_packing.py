@@ -33,7 +33,7 @@ from train.model.packing import ATTENTIONS, TEXT_MODELS, check_packing_supported
 from train.model.student import load_student, text_config
 from train.moe.router_monitor import RouterMonitor
 from train.moe.upcycle import is_sparse, upcycle
-from train.run.stage import _student
+from train.run.stage import prepare_student
 
 # Sequences of one token at the start, in the middle and at the end, several of them in a row, and one sequence alone.
 LENGTHS = [[5], [1], [1, 4, 3], [4, 1, 1, 6, 1]]
@@ -375,8 +375,8 @@ def test_a_run_ends_with_the_same_weights_however_its_batches_are_made(runs: Pat
 def test_a_student_that_would_leak_is_refused_before_training(tmp_path: Path) -> None:
     path = tiny_causal_lm(tmp_path / "model", num_layers=1)
     config = stage(tmp_path, path, data={"dataset": "x", "batching": "packed"}, loss={"cross_entropy": 1.0})
-    assert _student(TrainConfig.model_validate(config)).config.model_type == "qwen2"
+    assert prepare_student(TrainConfig.model_validate(config)).config.model_type == "qwen2"
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=20))
     gpt2.save_pretrained(path)
     with pytest.raises(ConfigError, match="the student's text model is gpt2"):
-        _student(TrainConfig.model_validate(config))
+        prepare_student(TrainConfig.model_validate(config))

@@ -1,0 +1,28 @@
+"""The values that settings of training can take, each defined once. Imports nothing, so that every module may use it.
+
+Choices that capturing shares are in common: `AspectRatio` in `common.data.images`, `ScoredTokens` in
+`common.data.chat_encoding`.
+"""
+
+from typing import Literal, get_args
+
+Stage = Literal["init", "dense-to-dense", "dense-to-sparse", "preference", "sft"]
+
+# Parts of a student that are trained or frozen together; see train.model.student.
+Group = Literal["vision_tower", "adapter", "language_model", "experts", "router"]
+GROUPS: frozenset[Group] = frozenset(get_args(Group))
+
+# Which layers of a dense student become sparse.
+SparsePattern = Literal["every-second", "first-half", "second-half", "all"]
+
+# The distillation loss: how two distributions are compared, and what becomes of the teacher's mass outside its kept
+# entries.
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"]
+Tail = Literal["bucket", "renormalise", "ignore"]
+
+PreferenceLossType = Literal["sigmoid", "ipo", "hinge", "kto_pair"]
+
+Precision = Literal["bf16", "fp32"]
+
+# How much of weights, gradients and optimiser state DeepSpeed divides among ranks.
+ZeroStage = Literal[0, 1, 2, 3]

@@ -1,0 +1,142 @@
+"""Opens the samples that a configuration names, and builds the collator that makes batches of them."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import AutoImageProcessor
+
+from common.data.chat_encoding import ChatEncoder
+from common.data.images import ImageSpec
+from common.errors import ConfigError
+from train.config import DataConfig, LossConfig, SetConfig, TrainConfig
+from train.data.collator import Collator
+from train.data.feature_source import FeatureSource
+from train.data.sampling import GlobalBatchSampler, SampleSet, split_validation
+from train.data.sources import ExampleSource, MixtureSource, ShardSource, open_source
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """A source of examples, and the sampler that deals its positions to micro-batches."""
+
+    source: ExampleSource
+    sampler: GlobalBatchSampler
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The samples that are trained on, and the held-out ones, if any."""
+
+    train: DataSplit
+    validation: DataSplit | None
+
+
+def open_data_splits(config: TrainConfig, encoder: ChatEncoder, num_ranks: int) -> DataSplits:
+    """Opens the training sets and the validation samples.
+
+    Raises:
+        ConfigError, DataError, ProvenanceError, ShardError, StorageError: a set cannot be read, or does not fit the
+            student or the other sets.
+    """
+    data, optim = config.data, config.optim
+    sources = [open_source(member, config.loss.sample_kind, encoder, data.image_aspect_ratio) for member in data.sets]
+    source = MixtureSource(sources, [member.image_root for member in data.sets]) if data.mix else sources[0]
+    sample_sets, held_out = _hold_out_validation(data, sources)
+    sampler = GlobalBatchSampler(
+        sample_sets,
+        optim.global_batch_size,
+        optim.micro_batch_size,
+        config.seed,
+        data.shuffle_window,
+        _length_function(config, source),
+    )
+    for set_source, window in zip(sources, sampler.windows, strict=True):
+        if isinstance(set_source, ShardSource):
+            set_source.hold(window)
+    validation = None
+    if data.validation is not None:
+        location = SetConfig(shards=data.validation) if data.has_scores else SetConfig(dataset=data.validation)
+        validation_source = open_source(location, config.loss.sample_kind, encoder, data.image_aspect_ratio)
+        sampler_of_all = _validation_sampler(range(len(validation_source)), config, num_ranks)
+        validation = DataSplit(validation_source, sampler_of_all)
+    elif held_out:
+        validation = DataSplit(source, _validation_sampler(held_out, config, num_ranks))
+    return DataSplits(DataSplit(source, sampler), validation)
+
+
+def choose_tail(config: TrainConfig, splits: DataSplits) -> LossConfig:
+    """Returns the loss with its tail set: the configured one, or the default for the teacher's entries.
+
+    Raises:
+        ConfigError: a tail or a divergence that would bias the loss on drawn entries.
+    """
+    loss, data = config.loss, config.data
+    if not loss.distillation:
+        return loss
+    train = splits.train.source
+    validation = splits.validation.source if splits.validation else train
+    tail = loss.tail or ("ignore" if train.sampled else "bucket")
+    for sampled, name, path in (
+        (train.sampled, "data.mix" if data.mix else "data.shards", data.sets[0].location),
+        (validation.sampled, "data.validation", data.validation),
+    ):
+        if sampled and tail != "ignore":
+            raise ConfigError(
+                f'{path}: {name} holds ids drawn from the teacher\'s distribution, which loss.tail "{tail}" does not '
+                "fit: they are not its best ones, so a bucket for the rest, or dividing by their mass, would bias "
+                'the loss; use tail = "ignore", whose gradient is right on average, or leave the key out'
+            )
+        if sampled and loss.divergence != "forward_kl":
+            raise ConfigError(
+                f"{path}: {name} holds ids drawn from the teacher's distribution, which give an unbiased gradient for "
+                f'the forward KL alone, found loss.divergence "{loss.divergence}"; use "forward_kl"'
+            )
+    return loss.model_copy(update={"tail": tail})
+
+
+def build_collator(
+    config: TrainConfig, encoder: ChatEncoder, features: FeatureSource | None, *, multimodal: bool
+) -> Collator:
+    """Builds the collator of a stage; only a multimodal student has an image processor."""
+    path, data = config.model.path, config.data
+    return Collator(
+        kind=config.loss.sample_kind,
+        image_spec=ImageSpec.load(path) if multimodal else None,
+        image_processor=AutoImageProcessor.from_pretrained(path, local_files_only=True) if multimodal else None,
+        image_token_id=encoder.image_token_id,
+        image_root=data.image_root,
+        aspect_ratio=data.image_aspect_ratio,
+        max_tokens=data.max_tokens,
+        pad_token_id=encoder.tokenizer.pad_token_id or 0,
+        packed=data.batching == "packed",
+        features=features,
+    )
+
+
+def _hold_out_validation(data: DataConfig, sources: Sequence[ExampleSource]) -> tuple[list[SampleSet], list[int]]:
+    """Returns the training samples of each set, and the held-out samples of all, as positions in the joint source."""
+    sample_sets: list[SampleSet] = []
+    held_out: list[int] = []
+    offset = 0
+    for member, source in zip(data.sets, sources, strict=True):
+        trained, validated = split_validation(len(source), data.validation_fraction)
+        sample_sets.append(SampleSet(np.array(trained, np.int64) + offset, member.weight))
+        held_out += [offset + position for position in validated]
+        offset += len(source)
+    return sample_sets, held_out
+
+
+def _length_function(config: TrainConfig, source: ExampleSource) -> Callable[[int], int] | None:
+    """Returns the length of a sample in the student's tokens as a function of its position, if lengths are needed."""
+    if not config.data.group_by_length:
+        return None
+    spec = ImageSpec.load(config.model.path)
+    return functools.partial(source.length, tokens_per_image=1 if spec is None else spec.tokens_per_image)
+
+
+def _validation_sampler(positions: range | list[int], config: TrainConfig, num_ranks: int) -> GlobalBatchSampler:
+    micro_batch_size = config.optim.micro_batch_size
+    # With a window of 1, runs of neighbours are shuffled but each is read in its order on disk.
+    return GlobalBatchSampler([SampleSet(positions)], micro_batch_size * num_ranks, micro_batch_size, 0, window=1)
