@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import AutoImageProcessor, PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from common.data.chat_encoding import ChatEncoder
@@ -32,12 +32,13 @@ from common.data.images import ImageSpec
 from common.data.samples import Kind
 from common.errors import ConfigError, StorageError
 from train.config import LossConfig, SetConfig, TrainConfig
-from train.data.collator import Collator
+from train.data.collator import Collator, StudentInputs
 from train.data.feature_source import FeatureSource, open_feature_source
+from train.data.image_cache import ImageCache
 from train.data.sampling import GlobalBatchSampler, SampleSet, split_validation
 from train.data.sources import ExampleSource, MixtureSource, ShardSource, open_source
 from train.model.packing import check_packing_supported
-from train.model.student import is_multimodal, load_student, set_trainable, text_config
+from train.model.student import load_student, set_trainable, text_config
 from train.moe.expert_parallel import check_expert_parallel_supported, check_same_num_ranks, expert_parallel_settings
 from train.moe.router_monitor import RouterMonitor
 from train.moe.upcycle import is_sparse, upcycle
@@ -122,7 +123,7 @@ def train_stage(config: TrainConfig) -> StageResult:
         optim=config.optim,
         source=source,
         plan=plan,
-        collator=_collator(config, model, encoder, features),
+        collator=_collator(config, encoder, features),
         validation=validation,
         vocab_size=encoder.vocab_size,
         router=RouterMonitor(model) if is_sparse(model) else None,
@@ -276,23 +277,14 @@ def _student(config: TrainConfig) -> PreTrainedModel:
     return model
 
 
-def _collator(
-    config: TrainConfig, model: PreTrainedModel, encoder: ChatEncoder, features: FeatureSource | None
-) -> Collator:
-    multimodal = is_multimodal(model)
+def _collator(config: TrainConfig, encoder: ChatEncoder, features: FeatureSource | None) -> Collator:
+    images = features or ImageCache.load(config.model.path, config.data.image_aspect_ratio)
     return Collator(
+        StudentInputs(images, encoder.image_token_id, encoder.tokenizer.pad_token_id or 0),
         kind="dpo" if config.loss.preference else "kd",
-        image_spec=ImageSpec.load(config.model.path) if multimodal else None,
-        image_processor=AutoImageProcessor.from_pretrained(config.model.path, local_files_only=True)
-        if multimodal
-        else None,
-        image_token_id=encoder.image_token_id,
         image_root=config.data.image_root,
-        aspect_ratio=config.data.image_aspect_ratio,
         max_tokens=config.data.max_tokens,
-        pad_token_id=encoder.tokenizer.pad_token_id or 0,
         packed=config.data.batching == "packed",
-        features=features,
     )
 
 
