@@ -16,7 +16,8 @@ from common.data.chat_encoding import ChatEncoder, expand_placeholders
 from common.data.images import ImageSpec, load_image
 from common.data.samples import Dataset, Sample
 from demo.data import MAX_NEW_TOKENS, contradicts, named_digit, read_lines
-from train.data.collator import Collator
+from train.data.collator import Collator, StudentInputs
+from train.data.image_cache import ImageCache
 from train.data.sources import ShardSource
 from train.loss.functional import distillation_loss
 from train.loss.fused_output import FusedOutput
@@ -48,16 +49,8 @@ def evaluate(model_dir: Path, questions: Path, scores: Path) -> Evaluation:
     spec = ImageSpec.load(model_dir)
     assert spec is not None
     processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
-    collator = Collator(
-        kind="kd",
-        image_spec=spec,
-        image_processor=processor,
-        image_token_id=encoder.image_token_id,
-        image_root=image_root,
-        aspect_ratio="pad",
-        max_tokens=256,
-        pad_token_id=encoder.tokenizer.pad_token_id,
-    )
+    student = StudentInputs(ImageCache(processor, spec, "pad"), encoder.image_token_id, encoder.tokenizer.pad_token_id)
+    collator = Collator(student, kind="kd", image_root=image_root, max_tokens=256)
     nll, kl = _belief(model, encoder, collator, ShardSource(scores, encoder, "pad", cached_groups=64))
     dataset = Dataset.open(questions, "kd")
     digits = [int(line["digit"]) for line in read_lines(questions)]

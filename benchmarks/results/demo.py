@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor
 
 from benchmarks.results.measures import belief
 from benchmarks.results.steps import CONFIGS, Steps
 from common.data.chat_encoding import ChatEncoder
-from common.data.images import ImageSpec
 from demo.data import write_dataset
 from demo.evaluate import evaluate
-from train.data.collator import Batch, Collator
+from train.data.collator import Batch, Collator, StudentInputs
+from train.data.image_cache import ImageCache
 from train.data.sources import ShardSource
 from train.model.student import load_student
 
@@ -141,16 +140,9 @@ def _evaluate(root: Path, model: Path) -> dict[str, float]:
 def _token_belief(root: Path, model_dir: Path) -> dict[str, float]:
     model = load_student(model_dir, dtype=torch.float32).eval()
     encoder = ChatEncoder.load(model_dir)
-    collator = Collator(
-        kind="kd",
-        image_spec=ImageSpec.load(model_dir),
-        image_processor=AutoImageProcessor.from_pretrained(model_dir, local_files_only=True),
-        image_token_id=encoder.image_token_id,
-        image_root=root / "data",
-        aspect_ratio="pad",
-        max_tokens=MAX_TOKENS,
-        pad_token_id=encoder.tokenizer.pad_token_id,
-    )
+    images = ImageCache.load(model_dir, "pad")
+    student = StudentInputs(images, encoder.image_token_id, encoder.tokenizer.pad_token_id)
+    collator = Collator(student, kind="kd", image_root=root / "data", max_tokens=MAX_TOKENS)
     source = ShardSource(root / "scores/test", encoder, "pad", cached_groups=BATCH_SIZE)
     logprobs, targets = [], []
     for start in range(0, len(source), BATCH_SIZE):

@@ -2,14 +2,15 @@
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 
 
-def assert_accumulated(loss: Tensor, expected: object, input_dtype: torch.dtype) -> None:
-    """Exact input gives float64, every other dtype float32, both right to their own last digits."""
-    exact = input_dtype == torch.float64
-    assert loss.dtype == (torch.float64 if exact else torch.float32)
-    rtol, atol = (1e-13, 1e-14) if exact else (2e-6, 1e-6)
+def assert_accumulated(loss: Tensor, expected: ArrayLike, input_dtype: torch.dtype) -> None:
+    """Asserts that a loss is float64 for float64 input and float32 for any other, and exact but for rounding."""
+    is_float64 = input_dtype == torch.float64
+    assert loss.dtype == (torch.float64 if is_float64 else torch.float32)
+    rtol, atol = (1e-13, 1e-14) if is_float64 else (2e-6, 1e-6)
     np.testing.assert_allclose(loss.detach(), expected, rtol=rtol, atol=atol)

@@ -1,4 +1,4 @@
-"""One forward pass of a tiny model, the same for every model that has the same inputs."""
+"""A forward pass of a tiny model with inputs that are the same for all models of a kind."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 
 def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two sequences of 40 tokens; for a LLaVA the first holds an image."""
+    """Returns two sequences of 40 tokens; for a LLaVA the first has an image."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 280, (2, 40), generator=generator)
     if not isinstance(model, LlavaForConditionalGeneration):
@@ -16,5 +16,7 @@ def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
+    """Returns the logits [2, 40, V] of `inputs`."""
     with torch.no_grad():
-        return model(**inputs(model)).logits
+        found: Tensor = model(**inputs(model)).logits
+    return found

@@ -1,4 +1,4 @@
-"""Losses of given logits: an output layer that is the identity hands them to the fused pass."""
+"""Losses of given logits, which an identity as the output layer passes to the fused pass unchanged."""
 
 from typing import Any
 
@@ -13,7 +13,10 @@ from train.loss.fused_output import gather_logits, to_row_logits
 def row_logits(
     logits_RV: Tensor, targets_R: Tensor, ids_RK: Tensor | None = None, filled_RK: Tensor | None = None, **sizes: int
 ) -> RowLogits:
-    """What the losses see of logits; `sizes` are those of `gather_logits`. Products with 0 and 1 are exact."""
+    """Returns the inputs of the losses for given logits; `sizes` are `vocab_size` and `chunk_ids` of `gather_logits`.
+
+    Products with 0 and 1 are exact, so the logits are not rounded.
+    """
     layer = torch.eye(logits_RV.shape[1], dtype=logits_RV.dtype)
     own_R1 = targets_R[:, None]
     ids_RJ, masked_RJ = own_R1, torch.zeros_like(own_R1, dtype=torch.bool)
@@ -26,7 +29,7 @@ def row_logits(
 def distillation_loss(
     logits_RV: Tensor, topk_ids_RK: Tensor, topk_logprobs_RK: Tensor, rest_mass_R: Tensor, **settings: Any
 ) -> Tensor:
-    """[R]: that of `train.loss.functional`, for given logits, seven ids a chunk."""
+    """Returns the loss of `train.loss.functional` for given logits, [R], computed with seven ids a chunk."""
     targets_R = torch.zeros(len(logits_RV), dtype=torch.int64)
     filled_RK = topk_logprobs_RK > -torch.inf
     rows = row_logits(logits_RV, targets_R, topk_ids_RK, filled_RK, vocab_size=settings["vocab_size"], chunk_ids=7)
@@ -34,5 +37,5 @@ def distillation_loss(
 
 
 def own_logprobs(logits_RV: Tensor, ids_R: Tensor, *, vocab_size: int) -> Tensor:
-    """[R]: log-probability of one id a row."""
+    """Returns the log-probability of one id of each row, [R]."""
     return row_logits(logits_RV, ids_R, vocab_size=vocab_size, chunk_ids=7).own_logprobs

@@ -1,7 +1,7 @@
-"""Tiny random models in complete Hugging Face directories, made on the spot for the tests.
+"""Makes tiny random models in complete Hugging Face directories.
 
 Every directory loads in transformers and in vLLM. All parameters are drawn at random, biases and norms
-included, so that a test notices each one that is lost or mixed up.
+included, so that a test fails if any of them is lost or mixed up.
 
 Images are 56 x 56 pixels in patches of 14: 16 placeholders an image.
 """
@@ -43,12 +43,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Joined left to right into byte pairs, so that common words are one token and everything else is bytes.
+# Merged from left to right into byte pairs, so that these words are one token and everything else is bytes.
 _WORDS = ("the", "\u0120the", "\u0120a", "\u0120is", "\u0120digit", "image", "user", "assistant", "system")
 
 
 def tiny_tokenizer(directory: Path, *, image_token: bool = True) -> PreTrainedTokenizerFast:
-    """Save a byte-level BPE tokenizer with ChatML tokens into `directory` and return it.
+    """Saves a byte-level BPE tokenizer with ChatML tokens into `directory` and returns it.
 
     It encodes any text. eos is `<|im_end|>`, pad is `<|endoftext|>`; `image_token=False` leaves out `<image>`.
     """
@@ -77,7 +77,7 @@ def tiny_tokenizer(directory: Path, *, image_token: bool = True) -> PreTrainedTo
     return tokenizer
 
 
-def tiny_llava(
+def tiny_llava(  # noqa: PLR0913 - keyword options, of which a test names one or two
     directory: Path,
     text: TextFamily = "qwen2",
     *,
@@ -89,7 +89,7 @@ def tiny_llava(
     dtype: torch.dtype = torch.float32,
     **text_overrides: Any,
 ) -> Path:
-    """Save a random LLaVA (CLIP tower, GELU adapter, `text` decoder) and its processor; return `directory`.
+    """Saves a random LLaVA (CLIP tower, GELU adapter, `text` decoder) with its processor and returns `directory`.
 
     The vocabulary has `padded_rows` rows more than the tokenizer has tokens.
     """
@@ -105,7 +105,15 @@ def tiny_llava(
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=_text_config(text, tokenizer, tied, num_layers, hidden_size, padded_rows, text_overrides),
+        text_config=_text_config(
+            text,
+            tokenizer,
+            tied=tied,
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            padded_rows=padded_rows,
+            overrides=text_overrides,
+        ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=TOKENS_PER_IMAGE,
         vision_feature_layer=-2,
@@ -131,7 +139,7 @@ def tiny_llava(
     return directory
 
 
-def tiny_causal_lm(
+def tiny_causal_lm(  # noqa: PLR0913 - keyword options, of which a test names one or two
     directory: Path,
     text: TextFamily = "qwen2",
     *,
@@ -144,33 +152,42 @@ def tiny_causal_lm(
     dtype: torch.dtype = torch.float32,
     **text_overrides: Any,
 ) -> Path:
-    """Save a random text-only language model with its tokenizer; return `directory`."""
+    """Saves a random text-only language model with its tokenizer and returns `directory`."""
     tokenizer = tiny_tokenizer(directory, image_token=image_token)
-    config = _text_config(text, tokenizer, tied, num_layers, hidden_size, padded_rows, text_overrides)
+    config = _text_config(
+        text,
+        tokenizer,
+        tied=tied,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        padded_rows=padded_rows,
+        overrides=text_overrides,
+    )
     _save(AutoModelForCausalLM.from_config(config).to(dtype), tokenizer, seed, directory)
     return directory
 
 
 def randomise(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], seed: int, std: float = 0.1) -> None:
-    """Redraw parameters in place from normal(0, std); norm scales from normal(1, std)."""
+    """Redraws parameters in place from normal(0, std), and the scales of norms from normal(1, std)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in named_parameters:
-            scale = "norm" in name and name.endswith("weight")
+            is_norm_scale = "norm" in name and name.endswith("weight")
             noise = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(noise + (1.0 if scale else 0.0))
+            parameter.copy_(noise + (1.0 if is_norm_scale else 0.0))
 
 
-def _text_config(
+def _text_config(  # noqa: PLR0913 - the keyword options of both kinds of models
     text: TextFamily,
     tokenizer: PreTrainedTokenizerFast,
+    *,
     tied: bool,
     num_layers: int,
     hidden_size: int,
     padded_rows: int,
     overrides: dict[str, Any],
 ) -> PreTrainedConfig:
-    # vLLM's attention on CPU takes a head dimension of 32 and multiples.
+    # vLLM's attention on CPU needs a head dimension that is a multiple of 32.
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer) + padded_rows,
         "hidden_size": hidden_size,
@@ -198,6 +215,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int,
     randomise(model.named_parameters(), seed)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # The layout of the hub, which both transformers and vLLM read.
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    # The hub's names of weights, which both transformers and vLLM read.
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = conversions  # noqa: SLF001 - transformers has no public way to choose the names
     model.save_pretrained(directory)

@@ -1,6 +1,7 @@
-"""Losses in float64, one row, pair or token at a time, in terms of probabilities instead of log-sum-exps."""
+"""Reference losses in float64, one row, pair or token at a time, with probabilities instead of log-sum-exps."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -9,17 +10,20 @@ Array = NDArray[np.float64]
 
 
 def softmax(logits: ArrayLike) -> Array:
-    values = np.asarray(logits, dtype=np.float64)
-    powers = np.exp(values - values.max())
-    return powers / powers.sum()
+    values: Array = np.asarray(logits, dtype=np.float64)
+    powers: Array = np.exp(values - values.max())
+    probs: Array = powers / powers.sum()
+    return probs
 
 
 def full_kl(teacher_probs: ArrayLike, student_probs: ArrayLike) -> float:
+    """Returns sum p (log p - log q) over all ids, in nats."""
     pairs = zip(np.asarray(teacher_probs).tolist(), np.asarray(student_probs).tolist(), strict=True)
     return math.fsum(p * math.log(p / q) for p, q in pairs if p > 0)
 
 
-def divergence_of(p: list[float], q: list[float], divergence: str) -> float:
+def full_divergence(p: Sequence[float], q: Sequence[float], divergence: str) -> float:
+    """Returns the divergence between two distributions over the same entries, in nats."""
     middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
     match divergence:
         case "forward_kl":
@@ -36,16 +40,18 @@ def divergence_of(p: list[float], q: list[float], divergence: str) -> float:
     raise AssertionError(divergence)
 
 
-def distillation(
+def distillation(  # noqa: PLR0913 - the arguments of the loss that it is the reference of
     logits: ArrayLike,
     ids: ArrayLike,
     logprobs: ArrayLike,
     rest_mass: ArrayLike,
+    *,
     vocab_size: int,
     tail: str,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
 ) -> Array:
+    """Returns the distillation loss of each row; empty slots have a log-prob of -inf."""
     rows = zip(*(np.asarray(column) for column in (logits, ids, logprobs, rest_mass)), strict=True)
     losses = []
     for row_logits, row_ids, row_logprobs, rest in rows:
@@ -61,12 +67,12 @@ def distillation(
         if tail == "bucket" and rest > 0:
             p.append(float(rest))
             q.append(math.fsum(student[i] for i in range(vocab_size) if i not in teacher))
-        losses.append(temperature**2 * divergence_of(p, q, divergence))
+        losses.append(temperature**2 * full_divergence(p, q, divergence))
     return np.array(losses)
 
 
-def sampled(logits: ArrayLike, draws: list[dict[int, int]], num_draws: int, vocab_size: int) -> Array:
-    """Each row's cross-entropy under the shares of its draws, less the entropy of the shares."""
+def sampled(logits: ArrayLike, draws: Sequence[Mapping[int, int]], num_draws: int, vocab_size: int) -> Array:
+    """Returns each row's cross-entropy under the shares of its draws, minus the entropy of the shares."""
     losses = []
     for row_logits, counts in zip(np.asarray(logits), draws, strict=True):
         student = softmax(row_logits[:vocab_size])
@@ -77,26 +83,32 @@ def sampled(logits: ArrayLike, draws: list[dict[int, int]], num_draws: int, voca
 
 
 def kl_gradient(teacher_probs: ArrayLike, logits: ArrayLike) -> Array:
-    """Gradient of sum p_T (log p_T - log p_S) in the student's logits; `teacher_probs` may add up to less than 1."""
+    """Returns the gradient of sum p_T (log p_T - log p_S) with respect to the student's logits.
+
+    `teacher_probs` may add up to less than 1.
+    """
     probs = np.asarray(teacher_probs, np.float64)
-    return probs.sum() * softmax(logits) - probs
+    gradient: Array = probs.sum() * softmax(logits) - probs
+    return gradient
 
 
 def own_logprobs(logits: ArrayLike, ids: ArrayLike, vocab_size: int) -> Array:
+    """Returns the log-probability of one id of each row."""
     rows = zip(np.asarray(logits), np.asarray(ids), strict=True)
     return np.array([math.log(softmax(row[:vocab_size])[i]) for row, i in rows])
 
 
-def preference(
+def preference(  # noqa: PLR0913 - the arguments of the loss that it is the reference of
     policy_chosen: ArrayLike,
     policy_rejected: ArrayLike,
     reference_chosen: ArrayLike,
     reference_rejected: ArrayLike,
+    *,
     loss_type: str,
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Array:
-    """One loss a pair; for "kto_pair" the 2P losses of the chosen half, then of the rejected half."""
+    """Returns one loss a pair; for "kto_pair" 2P losses, those of the chosen half first."""
     chosen = np.asarray(policy_chosen, np.float64) - np.asarray(reference_chosen, np.float64)
     rejected = np.asarray(policy_rejected, np.float64) - np.asarray(reference_rejected, np.float64)
     if loss_type == "kto_pair":
@@ -107,7 +119,7 @@ def preference(
     losses = []
     for c, r in zip(chosen, rejected, strict=True):
         if loss_type == "sigmoid":
-            # The chosen response wins with the Bradley-Terry probability of the two implicit rewards.
+            # The Bradley-Terry probability that the chosen response wins, from the two implicit rewards.
             wins = math.exp(beta * c) / (math.exp(beta * c) + math.exp(beta * r))
             losses.append(-(1 - label_smoothing) * math.log(wins) - label_smoothing * math.log(1 - wins))
         elif loss_type == "ipo":
@@ -120,6 +132,7 @@ def preference(
 
 
 def load_balancing(router_logits: list[Array], mask: ArrayLike, top_k: int) -> float:
+    """Returns the load-balancing loss over the unmasked tokens of all layers together."""
     num_experts = router_logits[0].shape[1]
     keep = np.asarray(mask).astype(bool)
     tokens = [row for layer in router_logits for row in layer[keep]]
@@ -134,7 +147,7 @@ def load_balancing(router_logits: list[Array], mask: ArrayLike, top_k: int) -> f
 
 
 def router_z(router_logits: list[Array]) -> Array:
-    """Of each token: the squared logarithm of the sum of powers, mean over layers."""
+    """Returns the squared logsumexp of each token's router logits, mean over layers."""
     squares = [
         [math.log(math.fsum(math.exp(x) for x in row)) ** 2 for row in layer.tolist()] for layer in router_logits
     ]
@@ -142,5 +155,6 @@ def router_z(router_logits: list[Array]) -> Array:
 
 
 def router_entropy(router_logits: list[Array]) -> Array:
+    """Returns the entropy of each token's routing distribution, mean over layers, in nats."""
     layers = [[-math.fsum(p * math.log(p) for p in softmax(row)) for row in layer] for layer in router_logits]
     return np.array([math.fsum(column) / len(router_logits) for column in zip(*layers, strict=True)])

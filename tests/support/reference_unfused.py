@@ -1,21 +1,21 @@
-"""The losses from whole logits, as plain autograd has them: the truth for what never holds whole logits.
+"""Losses from whole logits with plain autograd, the reference for the pass that never holds whole logits.
 
-R scored tokens, K kept teacher entries, V student's output layer, J picked ids.
+R scored tokens, K kept teacher entries, V student's output layer, J gathered ids.
 """
 
 import torch
 from torch import Tensor
 
 
-def picked(logits_RV: Tensor, ids_RJ: Tensor, masked_RJ: Tensor, vocab_size: int) -> Tensor:
-    """[R, J + 1]: the picked logits, and the logsumexp of all that are not struck."""
+def gather_logits(logits_RV: Tensor, ids_RJ: Tensor, masked_RJ: Tensor, vocab_size: int) -> Tensor:
+    """Returns [R, J + 1]: the gathered logits, and the logsumexp of all that are not masked."""
     logits_RV = logits_RV[:, :vocab_size]
-    struck_RV = torch.zeros_like(logits_RV, dtype=torch.int64).scatter_add(1, ids_RJ, masked_RJ.long()).bool()
-    rest_R1 = logits_RV.masked_fill(struck_RV, -1e30).logsumexp(1, keepdim=True)
+    masked_RV = torch.zeros_like(logits_RV, dtype=torch.int64).scatter_add(1, ids_RJ, masked_RJ.long()).bool()
+    rest_R1 = logits_RV.masked_fill(masked_RV, -1e30).logsumexp(1, keepdim=True)
     return torch.cat([logits_RV.gather(1, ids_RJ), rest_R1], 1)
 
 
-def distillation_loss(
+def distillation_loss(  # noqa: PLR0913 - the arguments of the loss that it is the reference of
     logits_RV: Tensor,
     topk_ids_RK: Tensor,
     topk_logprobs_RK: Tensor,
@@ -26,7 +26,7 @@ def distillation_loss(
     tail: str = "bucket",
     temperature: float = 1.0,
 ) -> Tensor:
-    """One divergence a row, written with probabilities over all ids; rows with every slot filled and K < V."""
+    """Returns the divergence of each row from probabilities over all ids; every slot must be filled, and K < V."""
     student_RV = logits_RV[:, :vocab_size].float() if logits_RV.dtype != torch.float64 else logits_RV[:, :vocab_size]
     p = topk_logprobs_RK.to(student_RV.dtype).exp()
     q_RV = student_RV.softmax(1)
@@ -48,7 +48,7 @@ def distillation_loss(
 
 
 def own_logprobs(logits_RV: Tensor, ids_R: Tensor, *, vocab_size: int) -> Tensor:
-    """Log-probability of one id a row."""
+    """Returns the log-probability of one id of each row."""
     return (
         logits_RV[:, :vocab_size]
         .log_softmax(1, dtype=torch.promote_types(logits_RV.dtype, torch.float32))

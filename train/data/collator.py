@@ -1,14 +1,14 @@
-"""Examples as one batch, padded or packed, with the rows of the output layer that are wanted, aligned once.
+"""Collates examples into one batch, padded or packed, and finds the rows of the output layer that the losses need.
 
-Legend: B sequences, L lines, T positions of a line, S own tokens of all sequences, N the same with images expanded,
-R scored rows of all sequences, K kept entries, P preference pairs, I images.
+Legend: B sequences, L lines, T positions of a line, S tokens of all sequences before images are expanded, N the same
+after it, R scored rows of all sequences, K kept entries, P preference pairs, I images.
 
 A preference batch holds the chosen conversations first, then the rejected ones, so B = 2P.
 
 Padded, each sequence is a line and the longest one sets T. Packed, all sequences stand end to end in the only line, and
-nothing is padding: positions that begin again at 0 say where the next sequence starts, and attention ends there (which
-models do that is in train/model/packing.py). Rows, targets and all that the losses take are the same in the same order,
-so losses and gradients are too, up to rounding.
+there is no padding: positions that begin again at 0 say where the next sequence starts, and attention ends there
+(train/model/packing.py lists the models for which that holds). Rows, targets and all other inputs of the losses are
+equal and in the same order both ways, so losses and gradients are equal too, up to rounding.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from common.data.chat_encoding import expand_placeholders, predicting_positions
-from common.data.images import AspectRatio, ImageSpec
 from common.data.samples import Kind
 from common.errors import DataError
 from common.shards.scores import TeacherScores
 from common.storage.files import Location
 from train.data.feature_source import FeatureSource
-from train.data.image_cache import ImageCache
+from train.data.image_cache import ImageCache, ImageRequest
 from train.data.sources import Example
 
 
@@ -35,14 +34,14 @@ from train.data.sources import Example
 class Batch:
     """One micro-batch.
 
-    num_sequences                  B, stand-ins included
+    num_sequences                  B, dummies included
     input_ids                      int64 [L, T], padded on the right; packed, L = 1
-    attention_mask                 int64 [L, T] of 0 and 1, None where packed: with any mask transformers looks for no
-                                   borders
+    attention_mask                 int64 [L, T] of 0 and 1; None where packed, because with any mask transformers does
+                                   not look for borders
     position_ids                   int64 [L, T], beginning at 0 with each sequence; None where padded
-    pixel_values                   float32 [I, 3, height, width], images in the order of their placeholders; of cached
-                                   features, [I, patches, channels] in the student's dtype
-    token_mask                     bool [L, T]: tokens that count, neither padding nor a stand-in
+    pixel_values                   float32 [I, 3, height, width], images in the order of their placeholders; cached
+                                   features are [I, patches, channels] in the student's dtype
+    token_mask                     bool [L, T]: True for real tokens, False for padding and dummies
     rows                           int64 [R]: position in [L * T] whose output predicts each scored token
     targets                        int64 [R]: the scored tokens
     row_sequence                   int64 [R]: which of the B sequences a row belongs to, ascending
@@ -74,21 +73,21 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that count, images and prompts included."""
+        """The number of real tokens, images and prompts included."""
         return int(self.token_mask.sum())
 
     @property
     def num_padding(self) -> Tensor:
-        """Positions that no sequence fills, float32 scalar; 0 where packed."""
+        """The number of positions that no sequence fills, a float32 scalar; 0 where packed."""
         if self.attention_mask is None:
             return self.token_mask.new_zeros((), dtype=torch.float32)
         return (self.attention_mask == 0).sum().float()
 
     @property
     def sequence_inputs(self) -> dict[str, Any]:
-        """What a model's forward takes beside images.
+        """The arguments of a model's forward, without images.
 
-        No cache: with one, which is transformers' default, packed sequences see each other.
+        The cache, which transformers uses by default, is off, because with it packed sequences see each other.
         """
         return {
             "input_ids": self.input_ids,
@@ -98,7 +97,7 @@ class Batch:
         }
 
     def to(self, device: torch.device) -> Self:
-        """The same batch with its tensors on a device."""
+        """Returns the same batch with its tensors on a device."""
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
@@ -107,74 +106,80 @@ class Batch:
         return replace(self, **moved)
 
 
+@dataclass(frozen=True)
+class StudentInputs:
+    """The part of a batch that depends on the student.
+
+    images            source of `pixel_values`, None for a student without a vision tower
+    image_token_id    id of an image's placeholders, None for a student without a vision tower
+    pad_token_id      id at positions that no sequence fills
+    """
+
+    images: ImageCache | FeatureSource | None
+    image_token_id: int | None
+    pad_token_id: int
+
+
 class Collator:
     """Makes batches for one student.
 
-    A micro-batch without an image gets a stand-in sequence with a blank one for a multimodal student, and an
-    empty one gets a stand-in as well: every rank then runs the same modules, which ZeRO's collectives need.
-    Stand-ins have no scored row and no counting token, so they change neither loss nor gradient.
+    For a multimodal student, a micro-batch without an image gets a dummy sequence with a dummy image. For any student,
+    a micro-batch without a sample gets a dummy sequence. So every rank runs the same modules, which ZeRO's collectives
+    need. Dummies have no scored row and no real token, so they change neither loss nor gradient.
     """
 
     def __init__(
         self,
+        student: StudentInputs,
         *,
         kind: Kind,
-        image_spec: ImageSpec | None,
-        image_processor: Any,
-        image_token_id: int | None,
         image_root: Location | None,
-        aspect_ratio: AspectRatio,
         max_tokens: int,
-        pad_token_id: int,
         packed: bool = False,
-        features: FeatureSource | None = None,
     ) -> None:
         self._kind = kind
-        self._spec = image_spec
-        self._images: ImageCache | FeatureSource | None = features
-        if features is None and image_spec is not None:
-            self._images = ImageCache(image_processor, image_spec, aspect_ratio)
-        self._image_token_id = image_token_id
+        self._images = student.images
+        self._image_token_id = student.image_token_id
+        self._pad_token_id = student.pad_token_id
         self._image_root = image_root
         self._max_tokens = max_tokens
-        self._pad = pad_token_id
         self._packed = packed
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """Builds the batch.
+        """Returns the batch of the examples.
 
         Raises:
-            DataError: an image that cannot be opened, a sequence longer than `max_tokens`, images for a student
-                without a vision tower; the message names the sample.
+            DataError: an image cannot be opened, a sequence is longer than `max_tokens`, or there are images but the
+                student has no vision tower; the message names the sample.
         """
-        which = range(2 if self._kind == "dpo" else 1)
-        encoded = [example.conversations[w] for w in which for example in examples]
-        scores = [None if example.scores is None else example.scores[w] for w in which for example in examples]
-        pixel_values = self._pixels(examples)
-        # All sequences end to end: S own tokens, and where each stands once images are expanded.
-        own_lengths_B = np.array([len(e.input_ids) for e in encoded], np.int64)
-        own_starts_B = np.cumsum(own_lengths_B) - own_lengths_B
+        conversations = range(2 if self._kind == "dpo" else 1)
+        encoded = [example.conversations[c] for c in conversations for example in examples]
+        scores = [None if example.scores is None else example.scores[c] for c in conversations for example in examples]
+        pixel_values = self._load_pixels(examples)
+        # All sequences end to end: S tokens, and the place of each after images are expanded.
+        unexpanded_lengths_B = np.array([len(e.input_ids) for e in encoded], np.int64)
+        unexpanded_starts_B = np.cumsum(unexpanded_lengths_B) - unexpanded_lengths_B
         expanded_N, places_S = expand_placeholders(
-            _concatenated([e.input_ids for e in encoded]), self._image_token_id, self._tokens_per_image
+            _concatenate([e.input_ids for e in encoded]), self._image_token_id, self._tokens_per_image
         )
-        lengths_B = np.diff(places_S[own_starts_B + own_lengths_B - 1] + 1, prepend=0)
-        self._check_length(examples, lengths_B)
+        lengths_B = np.diff(places_S[unexpanded_starts_B + unexpanded_lengths_B - 1] + 1, prepend=0)
+        self._check_lengths(examples, lengths_B)
         num_real = len(expanded_N)
-        if not encoded or (self._spec is not None and not any(example.sample.images for example in examples)):
+        if not encoded or (self._images is not None and not any(example.sample.images for example in examples)):
             expanded_N = np.concatenate([expanded_N, self._dummy_sequence()])
             lengths_B = np.append(lengths_B, len(expanded_N) - num_real)
         if self._packed:
             filled_LT = np.ones((1, len(expanded_N)), bool)
         else:
             filled_LT = np.arange(lengths_B.max()) < lengths_B[:, None]
-        input_ids = np.full(filled_LT.shape, self._pad, np.int64)
+        input_ids = np.full(filled_LT.shape, self._pad_token_id, np.int64)
         input_ids[filled_LT] = expanded_N
-        position_ids = torch.from_numpy(_concatenated([np.arange(n) for n in lengths_B]))[None]
+        position_ids = torch.from_numpy(_concatenate([np.arange(n) for n in lengths_B]))[None]
         token_mask = np.zeros_like(filled_LT)
         token_mask[filled_LT] = np.arange(len(expanded_N)) < num_real
 
         sequence_R = np.repeat(np.arange(len(encoded)), [len(e.response_ids) for e in encoded])
-        scored_R = _concatenated([e.response_positions for e in encoded]) + own_starts_B[sequence_R]
+        scored_R = _concatenate([e.response_positions for e in encoded]) + unexpanded_starts_B[sequence_R]
         rows_R = np.flatnonzero(filled_LT)[places_S[predicting_positions(scored_R)]]
         return Batch(
             sample_ids=tuple(example.sample.id for example in examples),
@@ -185,7 +190,7 @@ class Collator:
             position_ids=position_ids if self._packed else None,
             token_mask=torch.from_numpy(token_mask),
             rows=torch.from_numpy(rows_R),
-            targets=torch.from_numpy(_concatenated([e.response_ids for e in encoded])),
+            targets=torch.from_numpy(_concatenate([e.response_ids for e in encoded])),
             row_sequence=torch.from_numpy(sequence_R),
             pixel_values=pixel_values,
             **_teacher_tensors(scores, len(lengths_B)),
@@ -193,48 +198,49 @@ class Collator:
 
     @property
     def _tokens_per_image(self) -> int:
-        return 1 if self._spec is None else self._spec.tokens_per_image
+        return 1 if self._images is None else self._images.tokens_per_image
 
-    def _check_length(self, examples: Sequence[Example], lengths_B: npt.NDArray[np.int64]) -> None:
-        for number in np.flatnonzero(lengths_B > self._max_tokens):
-            where = f"sample {examples[number % len(examples)].sample.id!r}"
+    def _check_lengths(self, examples: Sequence[Example], lengths_B: npt.NDArray[np.int64]) -> None:
+        for sequence in np.flatnonzero(lengths_B > self._max_tokens):
+            where = f"sample {examples[sequence % len(examples)].sample.id!r}"
             raise DataError(
-                f"{where}: {lengths_B[number]:,} tokens for this student, images included; data.max_tokens is "
+                f"{where}: {lengths_B[sequence]:,} tokens for this student, images included; data.max_tokens is "
                 f"{self._max_tokens:,}; raise it, or remove the sample from the dataset"
             )
 
     def _dummy_sequence(self) -> npt.NDArray[np.int32]:
-        if self._spec is None:
-            return np.full(2, self._pad, np.int32)
-        return np.full(self._spec.tokens_per_image, self._image_token_id, np.int32)
+        if self._images is None:
+            return np.full(2, self._pad_token_id, np.int32)
+        return np.full(self._images.tokens_per_image, self._image_token_id, np.int32)
 
-    def _pixels(self, examples: Sequence[Example]) -> Tensor | None:
-        """The images in batch order: of pairs, which share theirs, all chosen ones before all rejected ones."""
+    def _load_pixels(self, examples: Sequence[Example]) -> Tensor | None:
+        """Returns the images in batch order; both conversations of a pair have the same, so pairs get theirs twice."""
         if self._images is None:
             for example in examples:
                 if example.sample.images:
                     raise DataError(f"sample {example.sample.id!r}: has images, but the student has no vision tower")
             return None
-        wanted = [
-            (ref, example.image_root or self._image_root, f"sample {example.sample.id!r}")
+        requests = [
+            ImageRequest(ref, example.image_root or self._image_root, f"sample {example.sample.id!r}")
             for example in examples
             for ref in example.sample.images
         ]
-        if not wanted:
-            return self._images.blank()
-        pixels = self._images.pixels(wanted)
+        if not requests:
+            return self._images.dummy()
+        pixels = self._images.pixels(requests)
         return torch.cat([pixels, pixels]) if self._kind == "dpo" else pixels
 
 
-def _concatenated(parts: Sequence[Any]) -> npt.NDArray[np.int64]:
+def _concatenate(parts: Sequence[Any]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _teacher_tensors(scores: Sequence[TeacherScores | None], num_sequences: int) -> dict[str, Tensor]:
+    """Returns the fields of a batch that come from the teacher; none of them if a sample has no scores."""
     present = [s for s in scores if s is not None]
     if len(present) < len(scores):
         return {}
-    counts_R = _concatenated([s.counts for s in present])
+    counts_R = _concatenate([s.counts for s in present])
     filled_RK = np.arange(counts_R.max(initial=0)) < counts_R[:, None]
     ids_RK = np.zeros(filled_RK.shape, np.int64)
     logprobs_RK = np.full(filled_RK.shape, -np.inf, np.float32)

@@ -1,6 +1,6 @@
-"""Images as a frozen vision tower sees them, read from feature caches: no image is opened, no tower is loaded.
+"""Reads the output of a frozen vision tower from feature caches: no image is opened, no tower is loaded.
 
-Takes the place of train.data.image_cache.ImageCache in a collator. Recent features are kept, as pixels are there.
+A FeatureSource replaces a train.data.image_cache.ImageCache in a collator. Recent features stay in memory.
 
 Legend: I images, P tokens that the tower gives an image, D channels.
 """
@@ -21,18 +21,18 @@ from common.shards.encoder_identity import check_encoder
 from common.shards.feature_shard import FeatureCache
 from common.storage.files import Location
 from train.config import TrainConfig
-from train.data.image_cache import Wanted
+from train.data.image_cache import ImageRequest
 
 _log = logging.getLogger(__name__)
 
 # In each process that makes batches: 220 images of CLIP ViT-L/14 at 336 pixels.
-_KEPT_BYTES = 256 << 20
+_MAX_CACHED_BYTES = 256 << 20
 
 
 class FeatureSource:
-    """Finds images in feature caches: by content where a sample holds the file, else by the path as it stands there.
+    """Finds the features of images: by content if a sample holds the image file itself, otherwise by its path.
 
-    `caches` has those in which paths of an image root are looked for. `dtype` is that of the student.
+    `caches` lists for each image root the feature caches that are searched for its paths. `dtype` is the student's.
     """
 
     def __init__(self, caches: Mapping[Location | None, Sequence[FeatureCache]], dtype: torch.dtype) -> None:
@@ -40,22 +40,27 @@ class FeatureSource:
         self._dtype = dtype
         encoder = next(iter(caches.values()))[0].manifest.encoder
         self._shape = encoder.tokens_per_image, encoder.num_channels
-        self._kept: OrderedDict[tuple[Location, int], Tensor] = OrderedDict()
-        self._kept_bytes = 0
+        self._cached: OrderedDict[tuple[Location, int], Tensor] = OrderedDict()
+        self._cached_bytes = 0
 
-    def pixels(self, wanted: Sequence[Wanted]) -> Tensor:
-        """[I, P, D] in the student's dtype, of I images: (reference, image root, what to call its sample).
+    @property
+    def tokens_per_image(self) -> int:
+        """P, the number of placeholders of an image."""
+        return self._shape[0]
+
+    def pixels(self, requests: Sequence[ImageRequest]) -> Tensor:
+        """Returns the features of I images, [I, P, D] in the student's dtype.
 
         Raises:
-            DataError: an image that no cache has; names the sample. ShardError: a damaged cache.
+            DataError: no cache has an image; the message names the sample. ShardError: a cache is damaged.
         """
-        return torch.stack([self._read(*self._find(*each)) for each in wanted])
+        return torch.stack([self._read(*self._locate(*request)) for request in requests])
 
-    def blank(self) -> Tensor:
-        """Zeros [1, P, D], for stand-ins: nothing that counts is computed from them."""
+    def dummy(self) -> Tensor:
+        """Returns zeros [1, P, D] for a dummy sequence, whose output enters no loss."""
         return torch.zeros(1, *self._shape, dtype=self._dtype)
 
-    def _find(self, ref: ImageRef, image_root: Location | None, where: str) -> tuple[FeatureCache, int]:
+    def _locate(self, ref: ImageRef, image_root: Location | None, where: str) -> tuple[FeatureCache, int]:
         caches = self._caches.get(image_root, ())
         content = None if ref.data is None else hashlib.sha256(ref.data).hexdigest()
         for cache in caches:
@@ -73,28 +78,33 @@ class FeatureSource:
 
     def _read(self, cache: FeatureCache, index: int) -> Tensor:
         key = cache.output, index
-        if key not in self._kept:
+        if key not in self._cached:
             group = cache.group_of(index)
             for position, features_PD in zip(group, cache.read(group), strict=True):
-                self._keep((cache.output, position), torch.from_numpy(features_PD).to(self._dtype))
-        self._kept.move_to_end(key)
-        found = self._kept[key]
-        while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
-        return found
+                self._insert((cache.output, position), torch.from_numpy(features_PD).to(self._dtype))
+        self._cached.move_to_end(key)
+        features = self._cached[key]
+        while self._cached_bytes > _MAX_CACHED_BYTES and len(self._cached) > 1:
+            self._cached_bytes -= self._cached.popitem(last=False)[1].nbytes
+        return features
 
-    def _keep(self, key: tuple[Location, int], features: Tensor) -> None:
-        if key not in self._kept:
-            self._kept_bytes += features.nbytes
-        self._kept[key] = features
+    def _insert(self, key: tuple[Location, int], features: Tensor) -> None:
+        if key not in self._cached:
+            self._cached_bytes += features.nbytes
+        self._cached[key] = features
 
 
 def open_feature_source(config: TrainConfig) -> FeatureSource | None:
-    """The caches that a stage is to train from, if any, after a check that they are of its student's vision tower.
+    """Opens the feature caches of a stage and checks that its student's vision tower computed them.
+
+    Returns:
+        None for a stage that names no feature caches.
 
     Raises:
-        ConfigError: a student without a vision tower. ProvenanceError: features of another tower, or of images that
-            were treated otherwise; lists every difference. ShardError: a cache is incomplete or damaged.
+        ConfigError: the student has no vision tower.
+        ProvenanceError: the features are of another tower, or of images that were treated differently; the message
+            lists every difference.
+        ShardError: a cache is incomplete or damaged.
     """
     if not config.data.has_features:
         return None

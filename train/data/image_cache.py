@@ -1,63 +1,89 @@
-"""Images as the student's image processor leaves them; recent ones are kept.
+"""Opens images and applies the student's image processor; recent results stay in memory.
 
-A small dataset is decoded once and not once an epoch; of a large one, samples near each other often share an image.
+So a small dataset is decoded once instead of once an epoch, and neighbouring samples of a large one, which often share
+an image, do not decode it twice.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoImageProcessor
 
 from common.data.images import AspectRatio, ImageSpec, load_image
 from common.data.samples import ImageRef
 from common.storage.files import Location
 
 # In each process that makes batches: 190 images of 336 x 336 pixels, or 6,800 of 56 x 56.
-_KEPT_BYTES = 256 << 20
+_MAX_CACHED_BYTES = 256 << 20
 
-Wanted = tuple[ImageRef, Location | None, str]
+
+class ImageRequest(NamedTuple):
+    """An image of a sample; `where` names the sample in error messages."""
+
+    ref: ImageRef
+    image_root: Location | None
+    where: str
 
 
 class ImageCache:
     """Opens and processes images for one student."""
 
+    @classmethod
+    def load(cls, model_dir: Path, aspect_ratio: AspectRatio) -> Self | None:
+        """Loads the image processor of a model directory; returns None for a model without a vision tower.
+
+        Raises:
+            ModelError: the settings of the processor or of the vision tower are missing or broken.
+        """
+        spec = ImageSpec.load(model_dir)
+        if spec is None:
+            return None
+        return cls(AutoImageProcessor.from_pretrained(model_dir, local_files_only=True), spec, aspect_ratio)
+
     def __init__(self, processor: Any, spec: ImageSpec, aspect_ratio: AspectRatio) -> None:
         self._processor = processor
         self._spec = spec
         self._aspect_ratio = aspect_ratio
-        self._kept: OrderedDict[tuple[ImageRef, Location | None], Tensor] = OrderedDict()
-        self._kept_bytes = 0
+        self._cached: OrderedDict[tuple[ImageRef, Location | None], Tensor] = OrderedDict()
+        self._cached_bytes = 0
 
-    def pixels(self, wanted: Sequence[Wanted]) -> Tensor:
-        """float32 [I, 3, height, width] of I images: (reference, image root, what to call its sample).
+    @property
+    def tokens_per_image(self) -> int:
+        """The number of placeholders of an image."""
+        return self._spec.tokens_per_image
+
+    def pixels(self, requests: Sequence[ImageRequest]) -> Tensor:
+        """Returns the pixels of I images, float32 [I, 3, height, width].
 
         Raises:
-            DataError: an image that cannot be opened; the message names the sample.
+            DataError: an image cannot be opened; the message names the sample.
         """
-        keys = [(ref, root) for ref, root, _ in wanted]
-        new = {(ref, root): where for ref, root, where in wanted if (ref, root) not in self._kept}
+        keys = [(ref, root) for ref, root, _ in requests]
+        new = {(ref, root): where for ref, root, where in requests if (ref, root) not in self._cached}
         if new:
             opened = [
                 load_image(ref, root, self._aspect_ratio, self._spec.mean_rgb, where)
                 for (ref, root), where in new.items()
             ]
             for key, pixels in zip(new, self._process(opened), strict=True):
-                # A copy, so that keeping one image does not keep those beside it.
-                self._kept[key] = pixels.clone()
-                self._kept_bytes += _num_bytes(key[0], pixels)
-        found = torch.stack([self._kept[key] for key in keys])
+                # A copy, because a view would keep the memory of the whole batch.
+                self._cached[key] = pixels.clone()
+                self._cached_bytes += _num_bytes(key[0], pixels)
+        stacked = torch.stack([self._cached[key] for key in keys])
         for key in keys:
-            self._kept.move_to_end(key)
-        while self._kept_bytes > _KEPT_BYTES:
-            (ref, _), pixels = self._kept.popitem(last=False)
-            self._kept_bytes -= _num_bytes(ref, pixels)
-        return found
+            self._cached.move_to_end(key)
+        while self._cached_bytes > _MAX_CACHED_BYTES:
+            (ref, _), pixels = self._cached.popitem(last=False)
+            self._cached_bytes -= _num_bytes(ref, pixels)
+        return stacked
 
-    def blank(self) -> Tensor:
-        """float32 [1, 3, height, width] of an image of the padding colour."""
+    def dummy(self) -> Tensor:
+        """Returns the pixels of an image of the padding colour, float32 [1, 3, height, width]."""
         return self._process([Image.new("RGB", (32, 32), self._spec.mean_rgb)])
 
     def _process(self, images: list[Image.Image]) -> Tensor:
@@ -66,4 +92,4 @@ class ImageCache:
 
 
 def _num_bytes(ref: ImageRef, pixels: Tensor) -> int:
-    return len(ref.data or b"") + pixels.numel() * pixels.element_size()
+    return len(ref.data or b"") + int(pixels.nbytes)

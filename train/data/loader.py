@@ -1,9 +1,9 @@
-"""Micro-batches ahead of training: read, decoded and collated by worker processes, taken in by a thread.
+"""Makes micro-batches ahead of training: worker processes read, decode and collate them, a thread fetches them.
 
-    MicroBatches[item] ── Packed, by a worker ──> thread ── Batch ──> the step
+    MicroBatchDataset[item] ── FlatBatch, from a worker ──> thread ── Batch ──> training step
 
-Workers get items in turn and their batches come back in the order of the items, so the order of training depends on
-neither.
+Workers get items in turn and their batches come back in the order of the items, so the order of training does not
+depend on the number of workers or on their speed.
 """
 
 import functools
@@ -29,46 +29,51 @@ from train.data.sources import ExampleSource
 # Tensors begin at multiples of this many bytes.
 _ALIGNMENT = 64
 
-# Batches that the thread holds ready. Each worker holds two more.
-_READY = 2
+# Batches that the thread fetches ahead. Each worker makes two more ahead.
+_NUM_READY_BATCHES = 2
 
-# A worker's torch has one thread; this process has one reader at a time, since tokenizers and open files are not for
-# several threads: a validation may begin while the next training batches are being read.
-_READING = threading.Lock()
+# One thread of this process reads at a time, because tokenizers and open files may not be shared by several threads,
+# and a validation may begin while the next training batches are being read.
+_READ_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
 class FlatBatch:
-    """A batch with its tensors in one piece of memory, uint8 [bytes]; `layout` says (name, dtype, shape) of each.
+    """A batch with all of its tensors in one buffer.
 
-    Each tensor that a worker hands over is a file of shared memory, which takes longer than making a small batch.
+    A worker passes every tensor in a shared memory file of its own, and opening one for each field takes longer than
+    making a small batch.
+
+    memory          uint8 [bytes]
+    layout          (field, dtype, shape) of each tensor, in the order of the buffer
+    other_fields    the fields of the batch that are no tensors
     """
 
     memory: Tensor
     layout: tuple[tuple[str, torch.dtype, torch.Size], ...]
-    others: dict[str, Any]
+    other_fields: dict[str, Any]
 
     @classmethod
     def pack(cls, batch: Batch) -> Self:
-        """Copies the batch's tensors."""
+        """Returns a copy of the batch in one buffer."""
         values = {field.name: getattr(batch, field.name) for field in fields(batch)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         memory = torch.empty(sum(map(_num_bytes, tensors.values())), dtype=torch.uint8)
-        packed = cls(
+        flat = cls(
             memory,
             tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()),
             {name: value for name, value in values.items() if name not in tensors},
         )
-        for name, view in packed._views():
+        for name, view in flat._views():
             view.copy_(tensors[name])
-        return packed
+        return flat
 
     def unpack(self) -> Batch:
-        """The batch, on the same memory."""
-        return Batch(**self.others, **dict(self._views()))
+        """Returns the batch; its tensors are views of the buffer."""
+        return Batch(**self.other_fields, **dict(self._views()))
 
     def pin_memory(self) -> Self:
-        """In pages that a GPU copies from while it computes; the data loader asks for it."""
+        """Returns the batch in page-locked memory, from which a GPU copies while it computes; torch calls this."""
         return replace(self, memory=self.memory.pin_memory())
 
     def _views(self) -> Iterator[tuple[str, Tensor]]:
@@ -80,19 +85,20 @@ class FlatBatch:
 
 
 def _ignore_stop_signals(rank_pid: int, _worker: int) -> None:
-    """Keeps a worker at work when a launcher or a terminal sends SIGTERM or SIGINT to all processes of a run.
+    """Makes a worker ignore SIGINT, and SIGTERM from any process but its rank.
 
-    The rank then finishes its step, saves, and ends its workers itself: its own SIGTERM they obey. All threads
-    of a worker were started with SIGTERM blocked, so that it comes to the one that waits for it.
+    A launcher or a terminal sends these to all processes of a run. The rank then finishes its step, saves, and ends its
+    workers by a SIGTERM of its own. All threads of a worker start with SIGTERM blocked, so that the signal is delivered
+    to the thread that waits for it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def wait() -> None:
+    def exit_on_signal_of_rank() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank_pid:
             pass
         os._exit(0)
 
-    threading.Thread(target=wait, name="signals", daemon=True).start()
+    threading.Thread(target=exit_on_signal_of_rank, name="signals", daemon=True).start()
 
 
 def _aligned(num_bytes: int) -> int:
@@ -106,46 +112,47 @@ def _num_bytes(tensor: Tensor) -> int:
 class MicroBatchDataset(TorchDataset[FlatBatch | DecantError]):
     """The micro-batches of one rank, in the order of training: item step * accumulation + position.
 
-    An error takes the place of its batch and is raised by who reads it: raised in a worker process, its message would
-    arrive inside a traceback.
+    An item that cannot be made is the error instead of the batch, and the loader raises it: an error that is raised in
+    a worker process would arrive with its message inside a traceback.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - three collaborators and three numbers that only this class needs together
         self,
         source: ExampleSource,
-        plan: GlobalBatchSampler,
+        sampler: GlobalBatchSampler,
         collator: Collator,
         rank: int,
         num_ranks: int,
         accumulation: int,
     ) -> None:
-        assert accumulation * num_ranks == plan.micro_batches_per_step
+        assert accumulation * num_ranks == sampler.micro_batches_per_step
         self._source = source
-        self._plan = plan
+        self._sampler = sampler
         self._collator = collator
-        self._rank = rank, num_ranks
+        self._rank = rank
+        self._num_ranks = num_ranks
         self._accumulation = accumulation
 
     @property
     def num_steps(self) -> int:
-        """Global steps of one epoch."""
-        return self._plan.steps_per_epoch
+        """The number of global steps of one epoch."""
+        return self._sampler.steps_per_epoch
 
     def __getitem__(self, item: int) -> FlatBatch | DecantError:
         step, position = divmod(item, self._accumulation)
-        with _READING:
+        with _READ_LOCK:
             try:
-                positions = self._plan.of_rank(step, *self._rank, position)
+                positions = self._sampler.rank_micro_batch(step, self._rank, self._num_ranks, position)
                 return FlatBatch.pack(self._collator([self._source[int(i)] for i in positions]))
             except DecantError as error:
                 return error
 
 
 class MicroBatchLoader:
-    """Micro-batches `items` as the Trainer expects them: an iterable whose length is that of the whole run.
+    """Iterates over the micro-batches `items`; its length is that of the whole run, as the Trainer expects.
 
     Raises:
-        DecantError: while iterating, in the place of the batch that could not be made.
+        DecantError: while iterating, at the batch that could not be made.
     """
 
     def __init__(self, dataset: MicroBatchDataset, items: range, num_workers: int) -> None:
@@ -155,9 +162,10 @@ class MicroBatchLoader:
             sampler=items,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
-            # Not the parent: a worker may be the child of a server that forks them.
+            # Not the worker's parent process, because that may be a server that forks the workers.
             worker_init_fn=functools.partial(_ignore_stop_signals, os.getpid()),
-            # Workers draw their base seed from this generator, so the global one, and dropout, stay as they are.
+            # Workers draw their base seed from this generator, so that the global one, and with it dropout, is not
+            # advanced.
             generator=torch.Generator().manual_seed(0),
         )
         self.dataset = dataset
@@ -167,7 +175,7 @@ class MicroBatchLoader:
         return self._total
 
     def __iter__(self) -> Iterator[Batch]:
-        # Workers are started here: a process with running threads should not fork.
+        # Workers are started before the thread, because a process with running threads should not fork.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             batches = iter(self._loader)
@@ -175,7 +183,7 @@ class MicroBatchLoader:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             with ThreadPoolExecutor(1, "batches") as thread:
-                pending = deque(thread.submit(next, batches, None) for _ in range(_READY))
+                pending = deque(thread.submit(next, batches, None) for _ in range(_NUM_READY_BATCHES))
                 try:
                     while (batch := pending.popleft().result()) is not None:
                         if isinstance(batch, DecantError):
@@ -183,9 +191,9 @@ class MicroBatchLoader:
                         pending.append(thread.submit(next, batches, None))
                         yield batch.unpack()
                 finally:
-                    for waiting in pending:
-                        waiting.cancel()
+                    for future in pending:
+                        future.cancel()
         finally:
-            # Ends the workers. Kept by an error's traceback they would end in a collection of cycles, which closes
-            # their queues first, so that each is waited for in vain, 5 seconds long.
+            # Ends the workers. If an error's traceback kept the iterator, they would end in a collection of cycles,
+            # which closes their queues first, so that each worker is waited for in vain for 5 seconds.
             del batches

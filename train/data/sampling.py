@@ -1,18 +1,17 @@
-"""Which samples make up which micro-batch of which global step: a function of (seed, epoch) alone.
+"""Decides which samples make up each micro-batch of each global step, as a function of seed and epoch alone.
 
-    sample_order(set, seed, pass) ──> permutation of one set
-    epoch_order(sets, seed, epoch) ──> the sets' samples, each in its own order, woven by their shares
-    StepPlan ── micro_batch(step, m) ──> samples of micro-batch m of global step `step`
-             └─ of_rank(step, ...) ──> those of the micro-batch that a rank takes next
+    shuffled_order(size, seed, pass, ...) ──> permutation of one set
+    GlobalBatchSampler ── micro_batch(step, m) ────────> samples of micro-batch m of global step `step`
+                       └─ rank_micro_batch(step, ...) ──> samples of the micro-batch that a rank computes next
 
-Dealing a step's samples by length looks at the samples as well, and at nothing else.
+Only where samples are grouped by length does the order depend on the samples as well.
 
-The position of a run is its global step, so resuming needs no state: any number of ranks and workers asks the plan
-for its own micro-batches from any step on. The last step of an epoch is shorter.
+The position of a run is its global step, so resuming needs no state: any number of ranks and workers asks the sampler
+for their own micro-batches from any step on. The last step of an epoch is shorter.
 
-An epoch has as many samples as all sets together. Without weights each sample is seen once in it. Weights are the sets'
-shares of its samples: a set whose share is above its size is begun again, one whose share is below goes on in the next
-epoch where it stood. No sample of a set is seen again before all others of it were.
+An epoch has as many samples as all sets together. Without weights it has each sample once. Weights are the sets' shares
+of its samples: a set whose share is above its size starts another pass within the epoch, and one whose share is below
+continues its pass in the next epoch. No sample of a set is repeated before all others of the set were seen.
 
 Legend: N samples of an epoch.
 """
@@ -31,16 +30,16 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Positions in the source that are trained on, ascending; `weight` is relative to those of the other sets."""
+    """One set's positions in the source, ascending; `weight` is relative to the weights of the other sets."""
 
     positions: Sequence[int] | IntArray
     weight: float | None = None
 
 
 def shuffled_order(num_samples: int, seed: int, epoch: int, window: int, number: int = 0) -> IntArray:
-    """Order of one pass over set `number`: runs of neighbours shuffled, then samples within each `window` of them.
+    """Returns the order of one pass over set `number`: row groups shuffled, then samples within each `window`.
 
-    Neighbours share a row group on disk, so a window touches few; a window of all samples is a plain shuffle.
+    Neighbours on disk share a row group, so a window touches few of them; a window of all samples is a plain shuffle.
     """
     rng = np.random.default_rng([seed, epoch, number])
     runs = np.arange(0, num_samples, ROWS_PER_GROUP)
@@ -53,7 +52,7 @@ def shuffled_order(num_samples: int, seed: int, epoch: int, window: int, number:
 
 
 def samples_per_epoch(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """How many samples of each set an epoch has: by weight, rounded so that the sum is that of the sizes.
+    """Returns the number of samples of each set in an epoch, by weight; they add up to the sum of the sizes.
 
     Raises:
         ConfigError: a weight is too small for one sample.
@@ -65,7 +64,7 @@ def samples_per_epoch(sizes: Sequence[int], weights: Sequence[float | None]) -> 
     total = sum(sizes)
     exact = np.asarray(given) / sum(given) * total
     counts = np.floor(exact).astype(int)
-    # Largest remainders first.
+    # What rounding down left over goes to the sets with the largest remainders.
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
     if not counts.all():
         number = int(np.argmin(counts))
@@ -79,28 +78,28 @@ def samples_per_epoch(sizes: Sequence[int], weights: Sequence[float | None]) -> 
 class GlobalBatchSampler:
     """Deals the samples of `sets` to steps and micro-batches.
 
-    Every stretch of training holds the sets by their shares, to within a sample or so. Micro-batch m of a step holds
-    the same samples on any number of ranks. Within a step each set's samples are dealt in their order on disk, so
-    that a micro-batch, and the rank that reads it, keeps to its own part of the window's row groups.
+    Every stretch of training has the sets by their shares, to within a sample or so. Micro-batch m of a step has the
+    same samples on any number of ranks. Within a step each set's samples are dealt in their order on disk, so that a
+    micro-batch, and the rank that reads it, touches few of the window's row groups.
 
-    With `length_of`, which tells a source position's length, a step has the same samples, but they are dealt by length,
-    the longest first: what does not fit into memory is then found at once. Ranks take turns, so that those which work
-    at the same time have neighbouring lengths. Every rank then reads all row groups of a window. A length is asked for
-    when its step is, so that nothing has to be read before training starts.
+    With `get_length`, which returns the length of the sample at a source position, a step has the same samples, but
+    they are dealt by length, the longest first, so that a batch too large for the memory fails at once. Ranks take
+    turns, so that they work on similar lengths at the same time. Every rank then reads all row groups of a window.
+    Lengths are read when their step is dealt, so that training starts at once.
 
     Raises:
-        DataError: a set without samples.
-        ConfigError: a batch that is not a multiple of the micro-batch; see also `samples_per_epoch`.
+        DataError: a set has no samples.
+        ConfigError: the global batch is not a multiple of the micro-batch; see also `samples_per_epoch`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - a record of these numbers would have no other use
         self,
         sets: Sequence[SampleSet],
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
         window: int,
-        length_of: Callable[[int], int] | None = None,
+        get_length: Callable[[int], int] | None = None,
     ) -> None:
         if not sets or not all(len(each.positions) for each in sets):
             raise DataError("no sample is left to train on; the dataset is empty or all of it is held out")
@@ -110,71 +109,72 @@ class GlobalBatchSampler:
             )
         self._positions = [np.asarray(each.positions, np.int64) for each in sets]
         self.samples_per_epoch = samples_per_epoch([*map(len, self._positions)], [each.weight for each in sets])
-        self._global = global_batch_size
-        self._micro = micro_batch_size
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
         self._seed = seed
-        # What is held decoded at a time is one window in all, so each set gets its share of it.
+        # One window of samples stays decoded in all, so each set gets its share of it.
         self.windows = [max(1, round(window * n / sum(self.samples_per_epoch))) for n in self.samples_per_epoch]
-        self._length_of = length_of
+        self._get_length = get_length
+        # The latest epoch with its order, and the latest step with its samples by length.
         self._order: tuple[int, IntArray] | None = None
         self._by_length: tuple[int, IntArray] | None = None
         self.steps_per_epoch = -(-sum(self.samples_per_epoch) // global_batch_size)
         self.micro_batches_per_step = global_batch_size // micro_batch_size
 
     def micro_batch(self, step: int, number: int) -> IntArray:
-        """Source positions of a micro-batch; fewer, or none, at the end of an epoch.
+        """Returns the source positions of a micro-batch; fewer, or none, at the end of an epoch.
 
         Raises:
             DecantError: a sample whose length is needed cannot be read.
         """
-        start = number * self._micro
-        return self._of_step(step)[start : start + self._micro]
+        start = number * self._micro_batch_size
+        return self._step_samples(step)[start : start + self._micro_batch_size]
 
-    def of_rank(self, step: int, rank: int, num_ranks: int, position: int) -> IntArray:
-        """The micro-batch that `rank` of `num_ranks` takes as number `position` of those that it accumulates."""
-        if self._length_of is not None:
+    def rank_micro_batch(self, step: int, rank: int, num_ranks: int, position: int) -> IntArray:
+        """Returns the micro-batch that `rank` of `num_ranks` computes at `position` among those that it accumulates."""
+        if self._get_length is not None:
             return self.micro_batch(step, position * num_ranks + rank)
         return self.micro_batch(step, rank * (self.micro_batches_per_step // num_ranks) + position)
 
-    def _of_step(self, step: int) -> IntArray:
+    def _step_samples(self, step: int) -> IntArray:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._epoch_order(epoch)
-        start = step_in_epoch * self._global
-        samples = self._order[1][start : start + self._global]
-        if self._length_of is None:
+        start = step_in_epoch * self._global_batch_size
+        samples = self._order[1][start : start + self._global_batch_size]
+        if self._get_length is None:
             return samples
         if self._by_length is None or self._by_length[0] != step:
-            lengths = np.array([self._length_of(int(i)) for i in samples])
+            lengths = np.array([self._get_length(int(i)) for i in samples])
             self._by_length = step, samples[np.argsort(-lengths, kind="stable")]
         return self._by_length[1]
 
     def _epoch_order(self, epoch: int) -> IntArray:
-        counts_of_sets = self.samples_per_epoch
-        parts = [self._of_set(number, epoch) for number in range(len(counts_of_sets))]
-        # The j-th of a set's n samples falls due at (j + 1/2) / n of the epoch.
-        due_N = np.concatenate([(np.arange(n) + 0.5) / n for n in counts_of_sets])
-        woven_N = np.argsort(due_N, kind="stable")
-        order_N = np.concatenate(parts)[woven_N]
-        set_N = np.repeat(np.arange(len(parts)), counts_of_sets)[woven_N]
-        step_N = np.arange(len(order_N)) // self._global
+        set_counts = self.samples_per_epoch
+        parts = [self._set_samples(number, epoch) for number in range(len(set_counts))]
+        # The j-th of a set's n samples is due at (j + 1/2) / n of the epoch.
+        due_N = np.concatenate([(np.arange(n) + 0.5) / n for n in set_counts])
+        interleaved_N = np.argsort(due_N, kind="stable")
+        order_N = np.concatenate(parts)[interleaved_N]
+        set_N = np.repeat(np.arange(len(parts)), set_counts)[interleaved_N]
+        step_N = np.arange(len(order_N)) // self._global_batch_size
         dealt_N = np.empty_like(order_N)
         dealt_N[np.lexsort((set_N, step_N))] = order_N[np.lexsort((order_N, set_N, step_N))]
         return dealt_N
 
-    def _of_set(self, number: int, epoch: int) -> IntArray:
-        """The set's samples of an epoch: where its endless sequence of passes stands then."""
+    def _set_samples(self, number: int, epoch: int) -> IntArray:
+        """Returns an epoch's samples of a set: the next `count` of its endless sequence of passes."""
         positions, count = self._positions[number], self.samples_per_epoch[number]
         start, size = epoch * count, len(positions)
-        first = start // size
+        first_pass = start // size
         passes = [
             shuffled_order(size, self._seed, p, self.windows[number], number)
-            for p in range(first, (start + count - 1) // size + 1)
+            for p in range(first_pass, (start + count - 1) // size + 1)
         ]
-        return positions[np.concatenate(passes)[start - first * size :][:count]]
+        return positions[np.concatenate(passes)[start - first_pass * size :][:count]]
 
 
 def split_validation(num_samples: int, fraction: float) -> tuple[list[int], list[int]]:
-    """Evenly spread positions held out, the rest to train on: (train, validation)."""
+    """Returns (training positions, validation positions): a fraction of all is held out, evenly spread."""
     held_out = set(np.linspace(0, num_samples - 1, round(num_samples * fraction)).astype(int).tolist())
     return [i for i in range(num_samples) if i not in held_out], sorted(held_out)

@@ -1,9 +1,9 @@
-"""From outputs of `precompute-logits`, or dataset files, to examples.
+"""Reads examples by position from outputs of `precompute-logits` or from dataset files.
 
     ShardSource | DatasetSource ── source[i] ──> Example
-    MixedSource   several of one kind, one behind the other
+    MixtureSource   several sources of one kind, concatenated
 
-Which of them a step takes is said by train/data/sampling.py.
+train/data/sampling.py chooses the positions of each step.
 """
 
 import hashlib
@@ -26,17 +26,19 @@ from common.storage.files import Location
 from train.config import SetConfig
 
 # A training set may have more shards than a process may have open files.
-_OPEN_FILES = 64
+_MAX_OPEN_FILES = 64
 
-# Of English text; it matters only where samples with and without images are compared.
+# English text's average; it matters only where samples with and without images are compared.
 _CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
 class Example:
-    """A sample in the student's tokens, one entry a conversation; `scores` is None without a teacher.
+    """A sample in the student's tokens.
 
-    `image_root` is that of the sample's own set, where it has one.
+    conversations    one entry a conversation; a preference pair has the chosen one first
+    scores           the teacher's, one entry a conversation; None without a teacher
+    image_root       the image root of the sample's own set, None if the set has none
     """
 
     sample: Sample
@@ -46,9 +48,10 @@ class Example:
 
 
 class ExampleSource(Protocol):
-    """Random access to examples; `sha256` stands for all of them and their order.
+    """Random access to examples.
 
-    `sampled`: the teacher's kept entries were drawn from its distribution, they are not its best ones.
+    sha256     digest of all examples and their order
+    sampled    True if the teacher's kept entries were drawn from its distribution, False if they are its best ones
     """
 
     sha256: str
@@ -58,9 +61,9 @@ class ExampleSource(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def length(self, index: int, tokens_per_image: int) -> int:
-        """About how many tokens a sample has for a student with so many an image; the longer one of a pair.
+        """Returns about how many tokens a sample has; of a preference pair, the longer conversation.
 
-        Good enough to tell which samples are of a length.
+        The value is for sorting samples by length.
         """
 
 
@@ -82,7 +85,7 @@ class DatasetSource:
         return Example(sample, self._encoder.encode_sample(sample), None)
 
     def length(self, index: int, tokens_per_image: int) -> int:
-        """Estimated from the text's characters: to encode samples of a whole step would take each worker long."""
+        """Returns an estimate from the number of characters, because encoding all samples of a step would take long."""
         sample = self._dataset[index]
         num_characters = max(sum(len(turn.content) for turn in turns) for turns in sample.conversations)
         return num_characters // _CHARACTERS_PER_TOKEN + len(sample.images) * tokens_per_image
@@ -91,16 +94,16 @@ class DatasetSource:
 class ShardSource:
     """Examples of a complete output of `precompute-logits`.
 
-    The student's own encoding of a sample must have the tokens that the teacher scored. Under the teacher's chat
-    template it has: then the first sample of each row group is encoded again, and if it comes out as it is stored,
-    the others are taken as they are stored. Where the teacher wrote the responses itself, their tokens are always the
-    stored ones: their text may give others when it is encoded again.
+    The student's encoding of a sample must have the tokens that the teacher scored. If the student uses the teacher's
+    chat template, only the first sample of each row group is encoded again; if this gives the stored tokens, the stored
+    encodings of the whole group are used. If the teacher generated the responses, their stored tokens are always used,
+    because encoding their text again may give other tokens.
 
-    Row groups are decoded when first asked for; the `cached_groups` most recent ones stay.
+    Row groups are decoded when first needed; the `cached_groups` most recent ones stay in memory.
 
     Raises:
-        ShardError: damaged or incomplete output.
-        ProvenanceError: made for another tokenizer, image treatment or choice of scored tokens.
+        ShardError: the output is damaged or incomplete.
+        ProvenanceError: it was made for another tokenizer, image treatment or choice of scored tokens.
     """
 
     def __init__(
@@ -113,9 +116,9 @@ class ShardSource:
         self._cached_groups = cached_groups
         self._encoder = encoder
         _check_provenance(output, self.manifest, encoder, aspect_ratio)
-        self._cache: OrderedDict[tuple[int, int], _Group] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
-        # All that were asked for stay: about 12 bytes a sample.
+        # Sizes are never dropped, because they take only about 12 bytes a sample.
         self._sizes: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
         missing = sorted(set(range(self.manifest.num_shards)) - set(published_shards(output)))
         if missing:
@@ -130,14 +133,14 @@ class ShardSource:
         return int(self._first_row[-1])
 
     def __getitem__(self, index: int) -> Example:
-        shard, group, position = self._locate(index)
-        found = self._group(shard, group)
-        row = found.rows[position]
-        encoded = _stored(row) if found.as_stored else self._encode(row)
+        shard, number, position = self._locate(index)
+        group = self._group(shard, number)
+        row = group.rows[position]
+        encoded = _stored_encoding(row) if group.uses_stored_encoding else self._encode(row)
         return Example(row.sample, encoded, tuple(scored.scores for scored in row.conversations))
 
     def length(self, index: int, tokens_per_image: int) -> int:
-        """That of the stored tokens up to the last scored one, which leaves out what a template writes behind it."""
+        """Returns the length up to the last scored token, without what a chat template writes after it."""
         shard, group, position = self._locate(index)
         if (shard, group) not in self._sizes:
             self._sizes[shard, group] = self._file(shard).read_sizes(group)
@@ -145,15 +148,20 @@ class ShardSource:
         return int(num_tokens + num_images * (tokens_per_image - 1))
 
     def hold(self, window: int) -> None:
-        """Keeps as many row groups as a window of `window` samples may touch; it begins and ends within one."""
+        """Sets the number of cached row groups to what a shuffle window of `window` samples may touch."""
+        # A window may begin and end within a row group.
         self._cached_groups = -(-window // ROWS_PER_GROUP) + 2
 
     def _encode(self, row: ShardRow) -> tuple[EncodedChat, ...]:
-        """What the student reads, after a check that the teacher scored it."""
-        return self._encoded_again(row) if self.manifest.capture.generate is None else self._checked(row)
-
-    def _encoded_again(self, row: ShardRow) -> tuple[EncodedChat, ...]:
+        """Returns the student's encoding of a row, after a check that its scored tokens are the teacher's."""
+        if self.manifest.capture.generate is not None:
+            self._check_prompts(row)
+            return _stored_encoding(row)
         encoded = self._encoder.encode_sample(row.sample)
+        self._check_responses(row, encoded)
+        return encoded
+
+    def _check_responses(self, row: ShardRow, encoded: Sequence[EncodedChat]) -> None:
         for own, scored in zip(encoded, row.conversations, strict=True):
             if not np.array_equal(own.response_ids, scored.encoded.response_ids):
                 raise self._mismatch(
@@ -161,16 +169,14 @@ class ShardSource:
                     f"the student's encoding has {len(own.response_ids)} scored tokens, the teacher scored "
                     f"{len(scored.encoded.response_ids)} others",
                 )
-        return encoded
 
-    def _checked(self, row: ShardRow) -> tuple[EncodedChat, ...]:
+    def _check_prompts(self, row: ShardRow) -> None:
         for turns, scored in zip(row.sample.conversations, row.conversations, strict=True):
             prompt_T = self._encoder.encode_prompt(turns[:-1])
             if not np.array_equal(prompt_T, scored.encoded.input_ids[: len(prompt_T)]):
                 raise self._mismatch(
                     row, f"the student's prompt of {len(prompt_T)} tokens is not the one that the teacher answered"
                 )
-        return _stored(row)
 
     def _mismatch(self, row: ShardRow, what: str) -> ProvenanceError:
         return ProvenanceError(
@@ -179,42 +185,42 @@ class ShardSource:
         )
 
     def _locate(self, index: int) -> tuple[int, int, int]:
-        """Shard, row group and the place there of a sample."""
+        """Returns (shard, row group, position within the row group) of a sample."""
         shard = int(np.searchsorted(self._first_row, index, side="right")) - 1
         return shard, *divmod(index - int(self._first_row[shard]), ROWS_PER_GROUP)
 
-    def _group(self, shard: int, group: int) -> "_Group":
-        key = (shard, group)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        rows = self._file(shard).read_group(group)
-        found = self._cache[key] = _Group(rows, self._comes_out_as_stored(rows[0]))
-        while len(self._cache) > self._cached_groups:
-            self._cache.popitem(last=False)
-        return found
+    def _group(self, shard: int, number: int) -> "_RowGroup":
+        key = (shard, number)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        rows = self._file(shard).read_group(number)
+        group = self._groups[key] = _RowGroup(rows, self._encodes_as_stored(rows[0]))
+        while len(self._groups) > self._cached_groups:
+            self._groups.popitem(last=False)
+        return group
 
     def _file(self, shard: int) -> ShardFile:
-        """Opened here and not before: a worker process may not share its parent's open files."""
+        """Opens a shard at its first use, because a worker process may not share its parent's open files."""
         if shard not in self._files:
             self._files[shard] = ShardFile(shard_path(self.output, shard), self.manifest, shard)
-            if len(self._files) > _OPEN_FILES:
+            if len(self._files) > _MAX_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(shard)
         return self._files[shard]
 
-    def _comes_out_as_stored(self, row: ShardRow) -> bool:
+    def _encodes_as_stored(self, row: ShardRow) -> bool:
         return self.manifest.tokenizer.template_sha256 == self._encoder.template_sha256 and all(
             np.array_equal(own.input_ids, stored.input_ids) and np.array_equal(own.spans, stored.spans)
-            for own, stored in zip(self._encode(row), _stored(row), strict=True)
+            for own, stored in zip(self._encode(row), _stored_encoding(row), strict=True)
         )
 
 
 class MixtureSource:
-    """The examples of several sources, one source behind the other; `image_roots` are the sources' own, or None.
+    """Concatenation of several sources; `image_roots` has the image root of each, None for those without one.
 
     Raises:
-        ConfigError: best entries in some and drawn ones in others, which one loss cannot fit.
+        ConfigError: some sources hold the teacher's best entries and others drawn ones, which one loss cannot fit.
     """
 
     def __init__(self, sources: Sequence[ExampleSource], image_roots: Sequence[Location | None]) -> None:
@@ -240,7 +246,7 @@ class MixtureSource:
         return replace(self.sources[number][position], image_root=self._image_roots[number])
 
     def length(self, index: int, tokens_per_image: int) -> int:
-        """As the sample's own source tells it."""
+        """Returns the length that the sample's own source gives."""
         number, position = self._locate(index)
         return self.sources[number].length(position, tokens_per_image)
 
@@ -250,22 +256,22 @@ class MixtureSource:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """A decoded row group; `as_stored`: the student's encoding of its samples is the stored one."""
+class _RowGroup:
+    """A decoded row group; `uses_stored_encoding` is True if the student encodes its samples as they are stored."""
 
     rows: list[ShardRow]
-    as_stored: bool
+    uses_stored_encoding: bool
 
 
-def _stored(row: ShardRow) -> tuple[EncodedChat, ...]:
+def _stored_encoding(row: ShardRow) -> tuple[EncodedChat, ...]:
     return tuple(scored.encoded for scored in row.conversations)
 
 
 def open_source(where: SetConfig, kind: Kind, encoder: ChatEncoder, aspect_ratio: AspectRatio) -> ExampleSource:
-    """The source that a configuration names; `kind` is what the objective needs.
+    """Opens the source that a configuration names; `kind` is the kind of samples that the objective needs.
 
     Raises:
-        ConfigError: shards of the other kind.
+        ConfigError: the shards are of the other kind.
     """
     if where.shards is None:
         return DatasetSource(where.location, kind, encoder)

@@ -1,8 +1,8 @@
-"""Training losses as pure functions; each gives one value a row, sequence or pair, and the caller normalises.
+"""Training losses as pure functions; each returns one value a row, sequence or pair, and the caller normalises.
 
 Axes: R scored tokens, K kept teacher entries, S kept entries and rest, B sequences, P preference pairs,
-L mixture-of-experts layers, T positions, E experts. The student's whole output is seen in train.loss.fused_output
-alone.
+L mixture-of-experts layers, T positions, E experts. Only train.loss.fused_output sees the student's output over the
+whole vocabulary.
 
 Everything is accumulated in float32, whatever the input dtype, except that float64 input stays float64.
 """
@@ -18,26 +18,26 @@ from torch.nn.functional import logsigmoid
 
 from train.choices import Divergence, PreferenceLossType, Tail
 
-# A logit that is nothing beside any real one. Unlike -inf it leaves no NaN in the gradient of logsumexp when
-# a row consists of nothing else.
+# A logit whose exponential is 0 beside that of any real one. Unlike -inf it leaves no NaN in the gradient of logsumexp
+# when a row has no other logits.
 NEGLIGIBLE_LOGIT = -1e30
 
-# The smallest rest mass that captures store as other than 0.
-_LEAST_REST = 2e-6
+# Captures store a smaller rest mass as 0.
+_MIN_REST_MASS = 2e-6
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Float32, but float64 for a float64 tensor."""
+    """Returns float64 for a float64 tensor and float32 for any other."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class RowLogits:
-    """The student's output at R rows as far as losses need it; float32 (float64 from float64 models).
+    """The values of the student's output at R rows that losses need; float32 (float64 from float64 models).
 
-    `kept_RK` are its logits at the teacher's kept ids, NEGLIGIBLE_LOGIT in an empty slot, K = 0 where none are wanted;
-    `own_R` those of the scored tokens; `rest_lse_R` the logsumexp over the ids below the tokenizer's size that are not
-    kept.
+    kept_RK       logits at the teacher's kept ids, NEGLIGIBLE_LOGIT in an empty slot; K = 0 if none were gathered
+    own_R         logits of the scored tokens
+    rest_lse_R    logsumexp over the ids below the tokenizer's size that are not kept
     """
 
     kept_RK: Tensor
@@ -46,16 +46,16 @@ class RowLogits:
 
     @property
     def full_lse(self) -> Tensor:
-        """[R]: logsumexp over all ids below the tokenizer's size."""
+        """Logsumexp over all ids below the tokenizer's size, [R]."""
         return torch.logaddexp(self.kept_RK.logsumexp(1), self.rest_lse_R) if self.kept_RK.shape[1] else self.rest_lse_R
 
     @property
     def own_logprobs(self) -> Tensor:
-        """[R]: log-probability log p_S of each scored token, in nats; its negative is the cross-entropy."""
+        """Log-probability log p_S of each scored token, [R] in nats; its negative is the cross-entropy."""
         return self.own_R - self.full_lse
 
 
-def distillation_loss(
+def distillation_loss(  # noqa: PLR0913 - a pure function of its mathematical arguments
     logits: RowLogits,
     topk_logprobs_RK: Tensor,
     rest_mass_R: Tensor,
@@ -65,56 +65,57 @@ def distillation_loss(
     tail: Tail = "bucket",
     temperature: float = 1.0,
 ) -> Tensor:
-    """Divergence of each row between teacher and student over the teacher's kept entries, in nats.
+    """Returns the divergence of each row between teacher and student over the teacher's kept entries, in nats.
 
     With the kept ids A, the teacher's p_T and its rest mass rest_T = 1 - sum_A p_T, the student's p_S over
-    the ids below `vocab_size`, and rest_S = the sum of p_S outside A, compared are
+    the ids below `vocab_size`, and rest_S = the sum of p_S outside A, `tail` chooses what is compared:
 
         bucket:       p_T, rest_T and p_S, rest_S: A and "any other id"
         renormalise:  q_T and q_S over A, where q = p^(1/t) / sum_A p^(1/t) with the temperature t
         ignore:       p_T and p_S over A
 
-    by
+    and `divergence` how, each sum being over the compared entries:
 
         forward_kl:       sum p_T (log p_T - log p_S)
         reverse_kl:       sum p_S (log p_S - log p_T)
         jensen_shannon:   sum p_T (log p_T - log m) / 2 + sum p_S (log p_S - log m) / 2,  m = (p_T + p_S) / 2
-        total_variation:  sum |p_T - p_S| / 2, no nats but a probability
+        total_variation:  sum |p_T - p_S| / 2, a probability, not in nats
 
-    "bucket" compares two distributions: never negative, zero with a zero gradient where the student agrees, a lower
-    bound of the divergence over all ids, and that divergence when A is the whole vocabulary (mass that the teacher
-    gives to padding ids is then divided out). "renormalise" says nothing of the mass outside A. "ignore" is no
-    divergence unless rest_T = 0: it can be negative, and its minimum puts all of the student's mass on A; it is
-    defined for the forward KL alone.
+    "bucket" compares two distributions. It is never negative, is zero with a zero gradient where the student agrees,
+    and is a lower bound of the divergence over all ids; it equals that divergence when A is the whole vocabulary (mass
+    that the teacher gives to padding ids is then divided out). "renormalise" ignores the mass outside A. "ignore" is a
+    divergence only if rest_T = 0: otherwise it can be negative, and its minimum puts all of the student's mass on A.
+    It is defined for the forward KL only.
 
     Temperature (Hinton et al., arXiv 1503.02531): p^(1/t) normalised is the softmax of the logits over t, and the loss
-    is multiplied with t^2, so that gradients keep their size. The mass of the teacher's rest at another temperature
-    than 1 cannot be known from its mass at 1; so it takes "renormalise", which is exact, and with every id kept the
-    divergence over all of them.
+    is multiplied by t^2, so that gradients keep their size. The teacher's rest mass at a temperature other than 1
+    cannot be computed from its mass at 1, so such a temperature needs "renormalise", which is exact, and which is the
+    divergence over all ids if every id is kept.
 
-    The reverse KL of a bucket is infinite where the teacher has no rest. Rests below 2e-6 are stored as 0, since they
-    cannot be told from rounding; so the teacher's rest counts as at least 2e-6 in its logarithm.
+    The reverse KL of a bucket is infinite where the teacher has no rest. Rests below 2e-6 are stored as 0, because they
+    cannot be told from rounding, so the logarithm of the teacher's rest is taken of at least 2e-6.
 
-    Entries drawn from the teacher's distribution with replacement, id i in draws_i of n draws, want "ignore" with
-    log p_T(i) = log(draws_i / n): -sum_A draws_i / n log p_S is then an unbiased estimate of the cross-entropy of
-    p_S under p_T, and its gradient one of the KL's (Sparse Logit Sampling, arXiv 2503.16870). The constant beside it
-    makes the value the KL of the observed frequencies, on average larger than that of p_T.
+    Entries that were drawn from the teacher's distribution with replacement, id i in draws_i of n draws, need "ignore"
+    with log p_T(i) = log(draws_i / n): -sum_A draws_i / n log p_S is then an unbiased estimate of the cross-entropy of
+    p_S under p_T, and its gradient an unbiased estimate of the KL's (Sparse Logit Sampling, arXiv 2503.16870). The
+    added constant makes the value the KL of the observed frequencies, which on average is larger than that of p_T.
 
-    The word-level distillation of Kim & Rush (arXiv 1606.07947), as the forward KL over response tokens of LLaVA-MoD
-    (arXiv 2408.15881); the other divergences as in GKD (arXiv 2306.13649) and f-distill (arXiv 2307.15190).
+    This is the word-level distillation of Kim & Rush (arXiv 1606.07947), with the forward KL over response tokens as
+    in LLaVA-MoD (arXiv 2408.15881), and the other divergences as in GKD (arXiv 2306.13649) and f-distill (arXiv
+    2307.15190).
 
     Args:
         logits: the student's.
-        topk_logprobs_RK: [R, K] float, at temperature 1 over the teacher's whole vocabulary, or the logarithm of
-            an id's share of the draws; -inf in an empty slot.
-        rest_mass_R: [R] float, the teacher's mass outside the kept ids; below 0, by rounding, counts as 0.
+        topk_logprobs_RK: [R, K] float, in nats at temperature 1 over the teacher's whole vocabulary, or the logarithm
+            of an id's share of the draws; -inf in an empty slot.
+        rest_mass_R: [R] float, the teacher's mass outside the kept ids; rounding below 0 counts as 0.
         vocab_size: the number of ids that the tokenizer knows.
         divergence, tail, temperature: see above.
 
     Returns:
         [R] in the dtype of `logits`, differentiable in them.
     """
-    # train.config refuses these with a reason.
+    # train.config raises errors with a reason for these.
     assert temperature == 1.0 or tail == "renormalise"
     assert divergence == "forward_kl" or tail != "ignore"
     kept_RK = topk_logprobs_RK > -torch.inf
@@ -128,11 +129,11 @@ def distillation_loss(
     student_RK = logits.kept_RK - full_lse_R[:, None]
     if tail == "ignore":
         return _divergence(teacher_RK, student_RK, divergence)
-    # With every id kept the student has no rest, and what the teacher has left, by rounding or on padding ids
-    # that the student lacks, would cost 1e30 nats: such a row compares the teacher over the kept ids alone.
+    # With every id kept the student has no rest, and any rest of the teacher, by rounding or on padding ids that the
+    # student lacks, would cost 1e30 nats, so in such a row the teacher is normalised over the kept ids.
     has_rest_R = kept_RK.sum(1) < vocab_size
     teacher_lse_R = teacher_RK.logsumexp(1).masked_fill(has_rest_R, 0.0)
-    floor = _LEAST_REST if divergence == "reverse_kl" else 0.0
+    floor = _MIN_REST_MASS if divergence == "reverse_kl" else 0.0
     rest_R = rest_mass_R.to(teacher_RK.dtype).clamp(min=floor).log().clamp(min=NEGLIGIBLE_LOGIT)
     # log(1 - sum) would be -inf as soon as the kept ids hold all but 6e-8 of the student's mass.
     student_rest_R = logits.rest_lse_R - full_lse_R
@@ -144,11 +145,11 @@ def distillation_loss(
 
 
 def sequence_logprobs(own_logprobs_R: Tensor, sequence_R: Tensor, num_sequences: int) -> Tensor:
-    """Sum the tokens' log-probabilities over each sequence.
+    """Returns the sum of the tokens' log-probabilities of each sequence, in nats.
 
     Args:
         own_logprobs_R: [R] float, nats.
-        sequence_R: [R] int64 in [0, num_sequences), the sequence each token belongs to, in any order.
+        sequence_R: [R] int64 in [0, num_sequences), the sequence that each token belongs to, in any order.
         num_sequences: B.
 
     Returns:
@@ -159,7 +160,7 @@ def sequence_logprobs(own_logprobs_R: Tensor, sequence_R: Tensor, num_sequences:
     return sums_B.index_add(0, sequence_R, own_logprobs_R.to(dtype))
 
 
-def preference_loss(
+def preference_loss(  # noqa: PLR0913 - a pure function of its mathematical arguments
     policy_chosen_P: Tensor,
     policy_rejected_P: Tensor,
     reference_chosen_P: Tensor,
@@ -169,7 +170,7 @@ def preference_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Preference loss of each pair from the log-probabilities of its two responses, in nats.
+    """Returns the preference loss of each pair from the log-probabilities of its two responses, in nats.
 
     With c and r the log-ratios policy - reference of the chosen and the rejected response, and d = c - r:
 
@@ -180,20 +181,20 @@ def preference_loss(
         kto_pair:  [sigma(-beta (c - max(0, mean r))) + sigma(-beta (max(0, mean c) - r))] / 2: KTO (arXiv
                    2402.01306) on pairs, as TRL had it up to 0.9
 
-    What to pass: log-probabilities summed over each response, or, for policy and reference alike, such a sum divided
-    by the response's number of tokens, which is not known here. Then no response counts for more because it is longer:
+    The caller passes log-probabilities summed over each response or, for policy and reference alike, such sums divided
+    by the number of tokens of the response. With the latter a longer response counts no more than a short one:
     "sigmoid" becomes TRL's sigmoid_norm, "ipo" TRL's ipo. The IPO paper's equation has the sums, but TRL says that its
     authors confirmed the means.
 
     kto_pair: TRL returned the two halves as 2P losses; one mean a pair makes the mean over P pairs equal to
     TRL's over 2P. Each half is measured against the mean log-ratio of the other responses, an estimate of
-    KL(policy || reference). As in TRL it is taken over the pairs given here, so that the loss depends on the
-    size of the micro-batch, and the gradient passes through it where it is positive. The KTO paper stops the
+    KL(policy || reference). As in TRL this mean is taken over the pairs of the call, so that the loss depends on the
+    size of the micro-batch, and the gradient passes through the mean where it is positive. The KTO paper stops the
     gradient there; TRL's form is kept because LLaVA-MoD's scripts train with it.
 
     Args:
-        policy_chosen_P, policy_rejected_P: [P] float, from the model in training.
-        reference_chosen_P, reference_rejected_P: [P] float, from the frozen reference.
+        policy_chosen_P, policy_rejected_P: [P] float, nats, from the model in training.
+        reference_chosen_P, reference_rejected_P: [P] float, nats, from the frozen reference.
         loss_type: see above.
         beta: strength of the pull to the reference, positive; "ipo" calls it tau.
         label_smoothing: probability that a preference is the wrong way round, in [0, 0.5); "sigmoid" only.
@@ -233,15 +234,15 @@ def preference_loss(
 
 
 def load_balancing_loss(router_logits_LTE: Sequence[Tensor], mask_T: Tensor, *, top_k: int) -> Tensor:
-    """Auxiliary loss that rewards routers for spreading tokens evenly over the experts.
+    """Returns the auxiliary loss that rewards routers for spreading tokens evenly over the experts.
 
         E * sum_e f_e P_e
 
-    f_e: how often expert e is among a token's first `top_k`, P_e: its mean router probability, both over the
-    unmasked tokens of all layers together. Even routing gives `top_k`; all mass on one expert gives E.
+    f_e is the fraction of tokens that have expert e among their first `top_k`, P_e the mean router probability of e,
+    both over the unmasked tokens of all layers together. Even routing gives `top_k`; all mass on one expert gives E.
 
-    Switch Transformer (arXiv 2101.03961, equations 4 to 6), with `top_k` experts a token as Mixtral has it;
-    the value is that of transformers' `load_balancing_loss_func`.
+    This is the loss of Switch Transformer (arXiv 2101.03961, equations 4 to 6), with `top_k` experts a token as in
+    Mixtral; the value is that of transformers' `load_balancing_loss_func`.
 
     Args:
         router_logits_LTE: one [T, E] float tensor a layer.
@@ -263,13 +264,13 @@ def load_balancing_loss(router_logits_LTE: Sequence[Tensor], mask_T: Tensor, *, 
 
 
 def router_z_loss(router_logits_LTE: Sequence[Tensor]) -> Tensor:
-    """Penalty of each position on large router logits, which rounding harms and which stop routers from learning.
+    """Returns the penalty of each position on large router logits, which suffer from rounding and slow learning.
 
         mean_l (log sum_e exp x_le)^2
 
-    with the logits x_le of expert e in layer l. Equation 5 of ST-MoE (arXiv 2202.08906) is the mean of this over the
-    tokens of one layer; the paper adds it up over layers, here it is their mean, so that a weight means the same
-    whatever the number of sparse layers. The paper's weight is 0.001.
+    with the logit x_le of expert e in layer l. Equation 5 of ST-MoE (arXiv 2202.08906) is the mean of this over the
+    tokens of one layer. The paper adds the layers up; here their mean is taken, so that the effect of a weight does not
+    depend on the number of sparse layers. The paper's weight is 0.001.
 
     Args:
         router_logits_LTE: one [T, E] float tensor a layer.
@@ -282,9 +283,11 @@ def router_z_loss(router_logits_LTE: Sequence[Tensor]) -> Tensor:
 
 
 def router_entropy(router_logits_LTE: Sequence[Tensor]) -> Tensor:
-    """Entropy of the router's softmax over the experts at each position, mean over layers, in nats.
+    """Returns the entropy of the router's softmax over the experts at each position, mean over layers, in nats.
 
-    From log(E), when no expert is preferred, down to 0.
+        mean_l -sum_e p_le log p_le
+
+    The value is between 0, where one expert has all mass, and log(E), where all are equal.
 
     Args:
         router_logits_LTE: one [T, E] float tensor a layer.
@@ -298,7 +301,7 @@ def router_entropy(router_logits_LTE: Sequence[Tensor]) -> Tensor:
 
 
 def _divergence(teacher_RS: Tensor, student_RS: Tensor, divergence: Divergence) -> Tensor:
-    """Of log-probabilities over S slots; where one is empty both are finite, and equal or with no mass."""
+    """Returns the divergence of each row from log-probabilities [R, S]; in an empty slot both must be finite."""
     match divergence:
         case "forward_kl":
             terms_RS = teacher_RS.exp() * (teacher_RS - student_RS)

@@ -1,21 +1,21 @@
-"""The output layer as the losses see it: a few logits a row and one logsumexp, never tokens x vocabulary.
+"""Computes from the output layer a few logits a row and one logsumexp, without the matrix of tokens x vocabulary.
 
     hidden states, batch ── FusedOutput, in place of the layer's forward ──> RowLogits ── functional ──> losses
 
-Every loss of this project is a function of the student's logits at ids known beforehand, and of the mass of all other
-ids. So one function sees the vocabulary, and its gradient serves them all, whatever they do with what they get:
+Every loss of this project is a function of the student's logits at ids known beforehand and of the mass of all other
+ids. So only one function reads the vocabulary, and its gradient is right for every loss:
 
-    forward     each chunk of the vocabulary: logits of all rows, pick, fold into the running logsumexp, forget
-    backward    each chunk again: logits, their gradient from the final logsumexp, and its two products
+    forward     for each chunk of the vocabulary: compute the logits of all rows, gather, add to the running logsumexp
+    backward    for each chunk again: the logits, their gradient from the final logsumexp, and its two products
 
-A chunk holds all rows and few ids. So the gradient of its part of the weight is whole at once and is rounded to the
-weight's dtype a single time, and nothing is kept from the forward to the backward pass but what came in. That costs a
-fourth product with the weight, where gradients made in the forward pass take three. But those need either whole rows of
-logits or the weight's gradient added up in many rounds, have to know the loss in the forward pass (a preference loss is
-known only after all sums), and hold a gradient of the weight's size between the passes.
+A chunk has all rows and few ids. So the gradient of its part of the weight is complete at once and is rounded to the
+weight's dtype only once, and only the inputs are saved from the forward to the backward pass. The cost is a fourth
+product with the weight, where gradients computed in the forward pass take three. But those need either whole rows of
+logits or a weight gradient that is summed in many rounds; they need the loss in the forward pass (a preference loss is
+known only after all sums); and they hold a gradient of the weight's size between the passes.
 
 Legend: B sequences, T positions, R scored rows, H hidden size, V output layer, C ids of a chunk, K kept entries,
-J picked ids a row, N of all rows.
+J gathered ids a row, N gathered ids of all rows.
 """
 
 from collections.abc import Iterator
@@ -32,54 +32,59 @@ from train.loss.functional import NEGLIGIBLE_LOGIT, RowLogits, accumulation_dtyp
 
 # Entries of a chunk's logits, or of its part of the weight, whichever is larger: 4 MiB in float32.
 _CHUNK_ENTRIES = 2**20
-# Below this the products are no longer bound by arithmetic.
+# With fewer ids the products are no longer bound by arithmetic.
 _MIN_CHUNK_IDS = 256
 
 
 class FusedOutput:
-    """Makes a model's output layer return what the losses need of the scored rows, in place of logits.
+    """Makes a model's output layer return only the values that the losses need of the scored rows.
 
-    Its forward is replaced, not the layer: so the model stays the vanilla class, a tied weight stays tied, and ZeRO-3
-    gathers the weight around the call, forward and backward, as it does for any layer. Outside of `scoring` the layer
-    does what it always did.
+    The layer's forward is replaced, not the layer itself, so that the model stays the vanilla class, a tied weight
+    stays tied, and ZeRO-3 gathers the weight around the call, forward and backward, as it does for any layer. Outside
+    of `scoring` the layer computes logits as before.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
-        """`vocab_size` is the tokenizer's: the layer's ids from there on are padding."""
+        """Replaces the forward; `vocab_size` is the tokenizer's, and the layer's ids from there on are padding."""
         self._layer: Any = model.get_output_embeddings()
-        self._plain = self._layer.forward
+        self._original_forward = self._layer.forward
         self._vocab_size = vocab_size
-        self._wanted: tuple[Tensor, Tensor, Tensor] | None = None
+        # Rows, ids to gather and their mask while `scoring`.
+        self._scored: tuple[Tensor, Tensor, Tensor] | None = None
         self._layer.forward = self._forward
 
     @contextmanager
     def scoring(self, batch: Batch, *, kept: bool) -> Iterator[None]:
-        """Within, the model's `logits` are for `read`; `kept` says whether the teacher's kept entries are wanted."""
-        self._wanted = batch.rows, *ids_to_gather(batch, kept=kept)
+        """Sets the batch of the model's forward passes within the block, whose `logits` are then for `read`.
+
+        Args:
+            kept: True to gather the logits of the teacher's kept entries too.
+        """
+        self._scored = batch.rows, *ids_to_gather(batch, kept=kept)
         try:
             yield
         finally:
-            self._wanted = None
+            self._scored = None
 
     def read(self, logits: Tensor) -> RowLogits:
-        """What the model returned as its logits, while `scoring`."""
-        assert self._wanted is not None
-        return to_row_logits(logits, self._wanted[2])
+        """Converts what the model returned as its logits within `scoring`."""
+        assert self._scored is not None
+        return to_row_logits(logits, self._scored[2])
 
     def _forward(self, hidden_BTH: Tensor) -> Tensor:
-        if self._wanted is None:
-            logits_BTV: Tensor = self._plain(hidden_BTH)
+        if self._scored is None:
+            logits_BTV: Tensor = self._original_forward(hidden_BTH)
             return logits_BTV
-        rows_R, ids_RJ, masked_RJ = self._wanted
+        rows_R, ids_RJ, masked_RJ = self._scored
         hidden_RH = hidden_BTH.flatten(0, 1)[rows_R]
         layer = self._layer
         return gather_logits(hidden_RH, layer.weight, layer.bias, ids_RJ, masked_RJ, vocab_size=self._vocab_size)
 
 
 def ids_to_gather(batch: Batch, *, kept: bool) -> tuple[Tensor, Tensor]:
-    """Ids to pick, int64 [R, J], and which of them the logsumexp leaves out, bool [R, J].
+    """Returns the ids to gather, int64 [R, J], and the mask of those that the logsumexp leaves out, bool [R, J].
 
-    The teacher's kept entries, which it leaves out, come first; the scored token, which it does not, is the last.
+    The teacher's kept entries come first and are masked; the scored token is the last and is not.
     """
     own_R1 = batch.targets[:, None]
     if not kept:
@@ -90,13 +95,13 @@ def ids_to_gather(batch: Batch, *, kept: bool) -> tuple[Tensor, Tensor]:
     return torch.cat([batch.topk_ids, own_R1], 1), torch.nn.functional.pad(filled_RK, (0, 1))
 
 
-def to_row_logits(picked_RJ1: Tensor, masked_RJ: Tensor) -> RowLogits:
-    """Names the columns of what `gather_logits` gave for `ids_to_gather`."""
-    kept_RK = picked_RJ1[:, :-2].masked_fill(~masked_RJ[:, :-1], NEGLIGIBLE_LOGIT)
-    return RowLogits(kept_RK=kept_RK, own_R=picked_RJ1[:, -2], rest_lse_R=picked_RJ1[:, -1])
+def to_row_logits(gathered_RJ1: Tensor, masked_RJ: Tensor) -> RowLogits:
+    """Splits the columns of the result of `gather_logits` for `ids_to_gather`."""
+    kept_RK = gathered_RJ1[:, :-2].masked_fill(~masked_RJ[:, :-1], NEGLIGIBLE_LOGIT)
+    return RowLogits(kept_RK=kept_RK, own_R=gathered_RJ1[:, -2], rest_lse_R=gathered_RJ1[:, -1])
 
 
-def gather_logits(
+def gather_logits(  # noqa: PLR0913 - a pure function of its mathematical arguments
     hidden_RH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
@@ -106,23 +111,25 @@ def gather_logits(
     vocab_size: int,
     chunk_ids: int | None = None,
 ) -> Tensor:
-    """Logits of the picked ids of each row, and the logsumexp of the logits of all ids but the struck ones.
+    """Returns the logits of the given ids of each row, and the logsumexp of the logits of all ids that are not masked.
 
-    Products are accumulated in float32, float64 for float64 input. On a CPU the operands are converted to that dtype,
-    chunk by chunk: without instructions for bfloat16 its own products are many times slower. On a GPU they stay
-    narrow and so does, for its two products, the logits' gradient, which is what tensor cores take.
+        z_r = W h_r + b;    z_rj for j in ids_r;    log sum_v exp z_rv over v < vocab_size without masked ids of r
+
+    Products are accumulated in float32, or in float64 for float64 input. On a CPU the operands are converted to that
+    dtype, chunk by chunk, because without bfloat16 instructions its own products are many times slower. On a GPU they
+    stay narrow, and the logits' gradient is narrowed for its two products, because tensor cores take narrow operands.
 
     Args:
         hidden_RH: [R, H] float.
-        weight_VH, bias_V: of the output layer, [V, H] and [V] float; no bias is None.
+        weight_VH, bias_V: of the output layer, [V, H] and [V] float; None for a layer without bias.
         ids_RJ: [R, J] int64, below `vocab_size`.
-        masked_RJ: [R, J] bool: ids that the logsumexp leaves out, distinct within a row.
-        vocab_size: ids from here on are padding and take no part, at most V.
-        chunk_ids: C; by default what keeps a chunk at 4 MiB.
+        masked_RJ: [R, J] bool, True for ids that the logsumexp leaves out; these are distinct within a row.
+        vocab_size: at most V; ids from here on are padding and take no part.
+        chunk_ids: C; by default a number that keeps a chunk at 4 MiB.
 
     Returns:
         [R, J + 1] float32 (float64 for float64 input), the logsumexp in the last column; about -1e30 where all ids are
-        struck. Differentiable, once, in hidden, weight and bias.
+        masked. Differentiable, once, in hidden, weight and bias.
 
     Raises:
         ValueError: `vocab_size` exceeds V.
@@ -133,15 +140,18 @@ def gather_logits(
             "the student belongs to another tokenizer, or its output layer has to be resized"
         )
     chunk_ids = chunk_ids or max(_CHUNK_ENTRIES // max(1, *hidden_RH.shape), _MIN_CHUNK_IDS)
-    picked: Tensor = _GatheredLogits.apply(hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, vocab_size, chunk_ids)
-    return picked
+    gathered_RJ1: Tensor = _GatherLogits.apply(hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, vocab_size, chunk_ids)
+    return gathered_RJ1
 
 
-class _GatheredLogits(torch.autograd.Function):
-    """`save_for_backward` keeps the weight itself, no view or copy of it: ZeRO-3 partitions it between the passes."""
+class _GatherLogits(torch.autograd.Function):
+    """The two passes of `gather_logits`.
+
+    `save_for_backward` gets the weight itself, not a view or a copy, because ZeRO-3 partitions it between the passes.
+    """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 - torch.autograd.Function passes all arguments by position
         ctx: Any,
         hidden_RH: Tensor,
         weight_VH: Tensor,
@@ -151,20 +161,21 @@ class _GatheredLogits(torch.autograd.Function):
         vocab_size: int,
         chunk_ids: int,
     ) -> Tensor:
-        picked_N = hidden_RH.new_zeros(ids_RJ.numel(), dtype=accumulation_dtype(hidden_RH))
-        lse_R1 = picked_N.new_full((len(ids_RJ), 1), -torch.inf)
+        gathered_N = hidden_RH.new_zeros(ids_RJ.numel(), dtype=accumulation_dtype(hidden_RH))
+        lse_R1 = gathered_N.new_full((len(ids_RJ), 1), -torch.inf)
         with torch.autocast(hidden_RH.device.type, enabled=False):
             chunks = _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids)
-            for (_, _, logits_RC), (n, cells) in zip(chunks, _picks(ids_RJ, vocab_size, chunk_ids), strict=True):
-                picked_N[n] = logits_RC[cells]
+            cells_by_chunk = _cells_by_chunk(ids_RJ, vocab_size, chunk_ids)
+            for (_, _, logits_RC), (n, cells) in zip(chunks, cells_by_chunk, strict=True):
+                gathered_N[n] = logits_RC[cells]
                 _mask_logits(logits_RC, cells, masked_RJ.flatten()[n])
-                # Not torch.logsumexp, which on a CPU takes longer than the product does.
-                highest_R1 = logits_RC.amax(1, keepdim=True)
-                sum_R1 = logits_RC.sub_(highest_R1).exp_().sum(1, keepdim=True)
-                lse_R1 = torch.logaddexp(lse_R1, highest_R1 + sum_R1.log())
+                # Written out because on a CPU torch.logsumexp takes longer than the product.
+                max_R1 = logits_RC.amax(1, keepdim=True)
+                sum_R1 = logits_RC.sub_(max_R1).exp_().sum(1, keepdim=True)
+                lse_R1 = torch.logaddexp(lse_R1, max_R1 + sum_R1.log())
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, lse_R1)
         ctx.sizes = vocab_size, chunk_ids
-        return torch.cat([picked_N.view(ids_RJ.shape), lse_R1], 1)
+        return torch.cat([gathered_N.view(ids_RJ.shape), lse_R1], 1)
 
     @staticmethod
     @once_differentiable
@@ -172,20 +183,20 @@ class _GatheredLogits(torch.autograd.Function):
         hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, lse_R1 = ctx.saved_tensors
         vocab_size, chunk_ids = ctx.sizes
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        picked_gradient_N, lse_gradient_R1 = gradient_RJ1[:, :-1].flatten(), gradient_RJ1[:, -1:]
+        gathered_gradient_N, lse_gradient_R1 = gradient_RJ1[:, :-1].flatten(), gradient_RJ1[:, -1:]
         dtype = lse_R1.dtype
         hidden_gradient_RH = torch.zeros_like(hidden_RH, dtype=dtype) if needs_hidden else None
-        # Padding ids keep their zeros.
+        # The gradient of padding ids stays zero.
         weight_gradient_VH = torch.zeros_like(weight_VH) if needs_weight else None
         bias_gradient_V = torch.zeros_like(bias_V) if needs_bias else None
         with torch.autocast(hidden_RH.device.type, enabled=False):
             operand_RH = hidden_RH.to(_operand_dtype(hidden_RH, weight_VH))
             chunks = _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids)
-            picks = _picks(ids_RJ, vocab_size, chunk_ids)
-            for (start, weight_CH, logits_RC), (n, cells) in zip(chunks, picks, strict=True):
+            cells_by_chunk = _cells_by_chunk(ids_RJ, vocab_size, chunk_ids)
+            for (start, weight_CH, logits_RC), (n, cells) in zip(chunks, cells_by_chunk, strict=True):
                 _mask_logits(logits_RC, cells, masked_RJ.flatten()[n])
                 gradient_RC = logits_RC.sub_(lse_R1).exp_().mul_(lse_gradient_R1)
-                gradient_RC.index_put_(cells, picked_gradient_N[n], accumulate=True)
+                gradient_RC.index_put_(cells, gathered_gradient_N[n], accumulate=True)
                 chunk = slice(start, start + len(weight_CH))
                 if bias_gradient_V is not None:
                     bias_gradient_V[chunk] = gradient_RC.sum(0)
@@ -202,7 +213,7 @@ class _GatheredLogits(torch.autograd.Function):
 def _chunks(
     hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, vocab_size: int, chunk_ids: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """First id, weight [C, H] as an operand of products, and logits [R, C], which the receiver may overwrite."""
+    """Yields of each chunk its first id, weight [C, H] in the operands' dtype, and logits [R, C] for overwriting."""
     dtype, operand = accumulation_dtype(hidden_RH), _operand_dtype(hidden_RH, weight_VH)
     operand_RH = hidden_RH.to(operand)
     for start in range(0, vocab_size, chunk_ids):
@@ -220,10 +231,10 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left @ right if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
 
 
-def _picks(ids_RJ: Tensor, vocab_size: int, chunk_ids: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-    """For each chunk the picks that are in it: their places among all N, and their rows and columns of the chunk.
+def _cells_by_chunk(ids_RJ: Tensor, vocab_size: int, chunk_ids: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """Yields of each chunk the gathered ids within it: their indices among all N, and their rows and columns there.
 
-    Sorted once, so that a pass looks at each pick once, not at all of them in each chunk.
+    The ids are sorted once, so that a pass reads each of them once instead of all in every chunk.
     """
     ids_N = ids_RJ.flatten()
     sorted_N, order_N = ids_N.sort()
@@ -233,6 +244,7 @@ def _picks(ids_RJ: Tensor, vocab_size: int, chunk_ids: int) -> Iterator[tuple[Te
         yield n, (n // ids_RJ.shape[1], ids_N[n] - chunk * chunk_ids)
 
 
-def _mask_logits(logits_RC: Tensor, cells: tuple[Tensor, Tensor], struck: Tensor) -> None:
-    """Leaves the struck logits out of any sum; adding, since a cell may be picked twice, once struck and once not."""
-    logits_RC.index_put_(cells, struck.to(logits_RC.dtype) * NEGLIGIBLE_LOGIT, accumulate=True)
+def _mask_logits(logits_RC: Tensor, cells: tuple[Tensor, Tensor], masked: Tensor) -> None:
+    """Makes the exponentials of masked logits 0, in place."""
+    # Added, because a cell may be gathered twice, once masked as a kept id and once unmasked as the scored token.
+    logits_RC.index_put_(cells, masked.to(logits_RC.dtype) * NEGLIGIBLE_LOGIT, accumulate=True)

@@ -3,8 +3,8 @@
     RowLogits, router logits, Batch ── compute_terms ──> {name: Term}
     {name: Term}, counts over the whole global step ── step_loss ──> scalar to differentiate
 
-A term is never averaged here: the sums of all micro-batches and ranks are divided once by the count of the whole
-step, so 1 rank x 8 accumulated micro-batches is 8 ranks x 1. Nothing in this module knows the trainer.
+No term is averaged here: the sums of all micro-batches and ranks are divided once by the count of the whole step, so
+that 1 rank x 8 accumulated micro-batches equals 8 ranks x 1. This module does not depend on the trainer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,18 @@ from train.loss.functional import (
     sequence_logprobs,
 )
 
-# What a term is counted in.
+# The units that terms are counted in.
 UNITS = ("rows", "pairs", "tokens", "positions")
 
 
 @dataclass(frozen=True)
 class Term:
-    """`total` is a float32 scalar sum over a micro-batch; `unit` says of what; `weight` 0 is a metric only."""
+    """A term of the objective, or a metric.
+
+    total     float32 scalar, the sum over a micro-batch
+    unit      what `total` is a sum over, one of UNITS
+    weight    factor in the loss; 0 for a metric
+    """
 
     total: Tensor
     unit: str
@@ -39,7 +44,7 @@ class Term:
 
 
 def unit_counts(batch: Batch) -> dict[str, int]:
-    """How many scored rows, preference pairs, real tokens and positions a micro-batch has."""
+    """Returns the number of scored rows, preference pairs, real tokens and positions of a micro-batch."""
     return {
         "rows": batch.num_rows,
         "pairs": batch.num_pairs,
@@ -48,7 +53,7 @@ def unit_counts(batch: Batch) -> dict[str, int]:
     }
 
 
-def compute_terms(
+def compute_terms(  # noqa: PLR0913 - a pure function of one forward pass; a record would serve this call alone
     logits: RowLogits,
     batch: Batch,
     config: LossConfig,
@@ -57,16 +62,17 @@ def compute_terms(
     router_logits: Sequence[Tensor] = (),
     router_top_k: int = 1,
 ) -> dict[str, Term]:
-    """All terms and metrics of a micro-batch.
+    """Returns all terms and metrics of a micro-batch.
+
+    The balance loss is not a sum over tokens. A micro-batch's value is weighted with its number of tokens, so that the
+    step's value is the token-weighted mean over micro-batches. A micro-batch without samples has the same terms, all 0,
+    because every rank needs the same names and a graph that reaches every parameter.
 
     Args:
-        logits: the student's at `batch.rows`, with the teacher's kept ids where `config` distils.
-        router_logits: one [B * T, E] a sparse layer; none for a dense student.
+        logits: the student's at `batch.rows`, with the teacher's kept ids if `config` has a distillation term.
+        router_logits: one [B * T, E] tensor a sparse layer; none for a dense student.
+        router_top_k: experts a token is sent to.
         vocab_size: the tokenizer's size; the student's ids from there on are padding.
-
-    The balance loss is not a sum over tokens: a micro-batch's value is weighted with its number of tokens, so
-    that the step's value is the token-weighted mean of its micro-batches'. A micro-batch without samples gives the
-    same terms, all 0: every rank has to know the same names, and its graph has to reach every parameter.
     """
     terms = {"padding_fraction": Term(batch.num_padding, "positions")}
     if config.preference:
@@ -99,18 +105,21 @@ def compute_terms(
 
 
 def step_loss(terms: Mapping[str, Term], counts: Mapping[str, float]) -> Tensor:
-    """Weighted sum of the terms over the counts of the whole global step; every parameter stays connected."""
+    """Returns the weighted sum of the terms, each divided by its count over the whole global step.
+
+    A term with a count of 0 stays in the graph, so that every parameter gets a gradient on every rank.
+    """
     weighted = [term.weight * term.total / max(counts[term.unit], 1) for term in terms.values() if term.weight]
     return torch.stack(weighted).sum()
 
 
 def _preference_terms(own_R: Tensor, batch: Batch, config: LossConfig) -> dict[str, Term]:
-    """Loss of the pairs, and the metrics under TRL's names."""
+    """Returns the loss of the pairs, and the metrics under TRL's names."""
     assert batch.reference_logprobs is not None
     policy_S = sequence_logprobs(own_R, batch.row_sequence, batch.num_sequences)
     reference_S = batch.reference_logprobs.to(policy_S.dtype)
     pairs_2P = slice(2 * batch.num_pairs)
-    # What is logged is that of whole responses whatever the loss compares, as TRL does.
+    # As in TRL, metrics are of whole responses, also where the loss compares means over tokens.
     rewards = config.beta * (policy_S - reference_S).detach()[pairs_2P]
     logps = policy_S.detach()[pairs_2P]
     if config.length_normalised or config.preference_type == "ipo":

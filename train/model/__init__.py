@@ -1,5 +1,6 @@
-"""The student: loaded, composed, frozen by parameter group, saved and exported.
+"""Loads, composes, freezes, saves and exports students.
 
-`student` is what the others use; `compose` joins a tower and a language model, `cached_tower` takes a tower's place,
-`packing` says which students take packed batches. Imports common.
+`student` is the base of the others; `compose` joins a vision tower and a language model, `cached_tower` replaces a
+vision tower by cached features, `packing` checks that a student can take packed batches, `export` writes a plain model
+directory. Imports common.
 """

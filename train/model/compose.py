@@ -1,4 +1,4 @@
-"""A new student from two models: one's vision tower, the other's language model, and a fresh adapter between them."""
+"""Composes a new student: one model's vision tower, another's language model, and a fresh adapter between them."""
 
 import logging
 from dataclasses import dataclass
@@ -37,10 +37,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ComposedStudent:
-    """What `compose_student` made.
+    """Summary of a composed student.
 
-    `image_token_row` tells where the embedding of `<image>` came from: the tokenizer "had" the token, it took
-    an unused "padding" row of the embedding, or the embedding was "resized".
+    `image_token_row` is the origin of the embedding of `<image>`: the tokenizer "had" the token, it took an unused
+    "padding" row of the embedding, or the embedding was "resized".
     """
 
     image_token_id: int
@@ -51,17 +51,17 @@ class ComposedStudent:
 def compose_student(
     vision_from: Path, language_from: Path, out: Path, *, seed: int, dtype: torch.dtype = torch.float32
 ) -> ComposedStudent:
-    """Join a CLIP vision tower and a language model by a fresh adapter, and save the LLaVA that results.
+    """Joins a CLIP vision tower and a language model by a fresh adapter, and saves the resulting LLaVA.
 
     The adapter is LLaVA-1.5's (arXiv 2310.03744): linear, GELU, linear, on the patches of the second-to-last
-    vision layer, drawn as `nn.Linear` draws by default: uniform on +-1/sqrt(inputs).
+    vision layer, initialised as `nn.Linear` is by default: uniform on +-1/sqrt(inputs).
 
     Args:
         vision_from: a LLaVA or CLIP directory: its vision tower and image processor settings are taken.
         language_from: a causal language model or LLaVA directory: its text model and tokenizer are taken. If
             the tokenizer has no `<image>`, it becomes a special token.
-        out: must not exist, or be empty.
-        seed: of the adapter (and of a resized embedding row).
+        out: a new or empty directory.
+        seed: of the adapter, and of the new rows if the embedding is resized.
         dtype: of all saved parameters.
 
     Raises:
@@ -76,7 +76,7 @@ def compose_student(
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False)
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
 
-        model = _join(tower, source, image_token_id, seed)
+        model = _join_models(tower, source, image_token_id, seed)
         row: Literal["had", "padding", "resized"] = "had" if had_image_token else "padding"
         if len(tokenizer) > text_config(model).vocab_size:
             row = "resized"
@@ -87,7 +87,7 @@ def compose_student(
         _log.info("%s: %s has id %d, embedding row: %s", language_from, IMAGE_MARKER, image_token_id, row)
 
         save_student(model, language_from, staging)
-        # An unchanged tokenizer stays as copied, byte for byte: teacher and student compare fingerprints.
+        # An unchanged tokenizer stays a copy, byte for byte, because teacher and student compare fingerprints.
         if not had_image_token:
             tokenizer.save_pretrained(staging)
         processor.save_pretrained(staging)
@@ -102,9 +102,10 @@ def compose_student(
     return ComposedStudent(image_token_id, row, num_parameters)
 
 
-def _join(tower: CLIPVisionModel, source: PreTrainedModel, image_token_id: int, seed: int) -> PreTrainedModel:
+def _join_models(tower: CLIPVisionModel, source: PreTrainedModel, image_token_id: int, seed: int) -> PreTrainedModel:
     decoder = language_model(source)
-    decoder.config._name_or_path = ""  # else the path of this machine ends up in the student's config.json
+    # Otherwise the path of this machine would be saved in the student's config.json.
+    decoder.config._name_or_path = ""  # noqa: SLF001 - transformers has no public name for it
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=decoder.config,
@@ -115,7 +116,7 @@ def _join(tower: CLIPVisionModel, source: PreTrainedModel, image_token_id: int, 
         vision_feature_select_strategy="default",
         tie_word_embeddings=decoder.config.tie_word_embeddings,
     )
-    # On the meta device the random weights, which are replaced at once, cost nothing.
+    # On the meta device, because random weights would be replaced at once.
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower
@@ -133,7 +134,7 @@ def _join(tower: CLIPVisionModel, source: PreTrainedModel, image_token_id: int, 
 
 
 def _load_vision(path: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, Any]:
-    """The vision tower and the image processor of a LLaVA or CLIP directory."""
+    """Loads the vision tower and the image processor of a LLaVA or CLIP directory."""
     config = load_config(path)
     if config.model_type == "llava":
         tower = load_student(path, dtype=dtype).model.vision_tower
@@ -144,12 +145,12 @@ def _load_vision(path: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, Any]:
             raise ModelError(
                 f"{path}: the vision tower cannot be loaded ({error}). Expected safetensors that fit config.json"
             ) from error
-        # A whole CLIP has a text tower too, which is not wanted here.
+        # A whole CLIP also has the weights of a text tower, which stays unused.
         check_all_weights_loaded(path, {**report, "unexpected_keys": ()})
     else:
         raise ModelError(f"{path}: found model type '{config.model_type}', expected 'llava' or 'clip'")
     if not isinstance(tower, CLIPVisionModel):
-        # Other towers have no class token for the "default" selection to drop.
+        # Other towers have no class token, which the "default" selection would drop.
         raise ModelError(f"{path}: found a {type(tower).__name__}, expected a CLIP vision tower")
     processor = load_component(AutoImageProcessor, path, "image processor")
     size = dict(processor.crop_size if processor.do_center_crop else processor.size)

@@ -1,9 +1,9 @@
-"""A trained checkpoint as a plain Hugging Face directory that transformers and vLLM load.
+"""Exports a trained checkpoint as a plain Hugging Face directory that transformers and vLLM load.
 
     checkpoint or student directory ── load_student ──> model ── save_student ──> staged directory
     staged directory ── load_student ──> compared tensor by tensor ──> renamed to its final name
 
-DeepSpeed's files, optimizer states and trainer states stay behind.
+Files of DeepSpeed, the optimiser and the trainer are not exported.
 """
 
 from pathlib import Path
@@ -18,48 +18,48 @@ __all__ = ["atomic_directory", "export_student", "save_student"]
 
 
 def export_student(source: Path, out: Path) -> None:
-    """Write the model in `source` to `out`: weights, config, generation config, tokenizer, processor.
+    """Writes the model in `source` to `out`: weights, config, generation config, tokenizer, processor.
 
-    Every tensor keeps its value and its dtype; where the source mixes dtypes, the widest holds all of them.
+    Every tensor keeps its value and its dtype; if the source mixes dtypes, all tensors get the widest of them.
 
     Args:
-        source: a student directory, a stage's output with its `final`, or a checkpoint with one model below it.
-        out: must not exist, or be empty. It appears complete and verified, or not at all.
+        source: a student directory, a stage's output with its `final`, or a checkpoint with one model directory in it.
+        out: a new or empty directory. It appears complete and verified, or not at all.
 
     Raises:
         ModelError: `source` holds no model, or several; see the message.
         StorageError: `out` is not empty, cannot be written, or does not read back equal.
     """
     with atomic_directory(out) as staging:
-        model_dir = _find_model(source)
+        model_dir = _resolve_model_dir(source)
         dtype = stored_dtype(model_dir)
         model = load_student(model_dir, dtype=dtype)
         save_student(model, model_dir, staging)
-        _verify(model, load_student(staging, dtype=stored_dtype(staging)), staging)
+        _check_equal_weights(model, load_student(staging, dtype=stored_dtype(staging)), staging)
 
 
-def _find_model(source: Path) -> Path:
-    """`source` itself, its `final`, or the only model directory directly below it."""
-    # A stage's output has a config.json of its own, without weights beside it.
+def _resolve_model_dir(source: Path) -> Path:
+    """Returns `source` itself, its `final`, or the only model directory directly in it."""
+    # A stage's output also has a config.json, but no weights beside it.
     for path in (source, source / "final"):
-        if _holds_model(path):
+        if _is_model_dir(path):
             return path
-    below = [path for path in sorted(source.glob("*")) if _holds_model(path)]
-    if len(below) != 1:
+    model_dirs = [path for path in sorted(source.glob("*")) if _is_model_dir(path)]
+    if len(model_dirs) != 1:
         raise ModelError(
-            f"{source}: found {len(below)} model directories"
-            + (f" ({', '.join(path.name for path in below)})" if below else "")
+            f"{source}: found {len(model_dirs)} model directories"
+            + (f" ({', '.join(path.name for path in model_dirs)})" if model_dirs else "")
             + ", expected config.json and safetensors in it, in its final/ or in one directory below it; "
             "name the directory of the model"
         )
-    return below[0]
+    return model_dirs[0]
 
 
-def _holds_model(path: Path) -> bool:
+def _is_model_dir(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
-def _verify(written: PreTrainedModel, read: PreTrainedModel, path: Path) -> None:
+def _check_equal_weights(written: PreTrainedModel, read: PreTrainedModel, path: Path) -> None:
     expected, found = written.state_dict(), read.state_dict()
     different = sorted(
         name

@@ -1,13 +1,13 @@
-"""Which students take packed batches: those whose attention ends at the borders between sequences.
+"""Checks that a student can take packed batches, that is, that its attention ends at the borders of sequences.
 
-transformers reads the borders from position_ids that begin again at 0, if it is given no attention mask and no cache:
+transformers finds the borders in position_ids that begin again at 0, if it gets no attention mask and no cache:
 
     sdpa, eager          a mask of T x T that is causal within each sequence, for full and for sliding attention
     flash_attention_2    the lengths of all sequences, for a kernel that needs no mask
 
-Nothing fails where a model does not: each sequence then sees those before it, and only the loss knows. So a student has
-to be one that tests have compared with its sequences alone. State-space layers carry their state across borders,
-learned positions or ALiBi may count through them, and other kernels were not tried.
+A model that ignores the borders raises no error: each sequence then sees those before it, and only the loss is wrong.
+So only models are accepted whose packed output tests have compared with that of each sequence alone. State-space layers
+keep their state across borders, learned positions or ALiBi may count through them, and other kernels were not tried.
 """
 
 from transformers import PreTrainedModel
@@ -23,12 +23,13 @@ def check_packing_supported(model: PreTrainedModel) -> None:
     """Checks that the student's attention keeps packed sequences apart.
 
     Raises:
-        ConfigError: another architecture or attention implementation than those that were checked.
+        ConfigError: the architecture or the attention implementation is not one of those that tests have compared.
     """
     config = text_config(model)
+    attention = config._attn_implementation  # noqa: SLF001 - transformers has no public name for it
     for what, found, known in (
         ("text model", config.model_type, TEXT_MODELS),
-        ("attention", config._attn_implementation, ATTENTIONS),
+        ("attention", attention, ATTENTIONS),
     ):
         if found not in known:
             raise ConfigError(

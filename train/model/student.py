@@ -1,10 +1,10 @@
-"""The student: a standard model of transformers, loaded whole, saved for transformers and vLLM alike.
+"""Loads, freezes and saves the student, a standard model of transformers.
 
     student directory, as train.model.compose or transformers made it ── load_student ──> model
-    model ── freeze ──> what a stage trains ── save_student ──> student directory
+    model ── set_trainable ──> what a stage trains ── save_student ──> student directory
 
 A student is a `LlavaForConditionalGeneration` or a plain causal language model, dense or sparse. It is never
-subclassed: a subclass loses transformers' key conversion, and its weights stay random without an error.
+subclassed, because a subclass loses transformers' key conversion, and its weights stay random without an error.
 """
 
 import functools
@@ -31,10 +31,10 @@ from common.errors import ModelError, StorageError
 from train.choices import GROUPS
 from train.model.cached_tower import cached_tower_config, full_config, full_state_dict
 
-# In the text config of an upcycled Qwen2-MoE: its shared expert is a placeholder of zeros, see train.moe.upcycle.
+# A setting in the text config of an upcycled Qwen2-MoE: its shared expert is frozen zeros, see train.moe.upcycle.
 ZERO_SHARED_EXPERT = "zero_shared_expert"
 
-# What a model directory holds beside config, weights and generation config.
+# The files of a model directory beside config, weights and generation config.
 _ASSETS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -49,29 +49,29 @@ _ASSETS = (
     "processor_config.json",
 )
 
-# As safetensors names them.
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# By safetensors' names.
+_FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 # No network, no code from the directory, no pickle.
-_SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-SAFE_WEIGHTS: dict[str, Any] = {**_SAFE, "use_safetensors": True}
+_SAFE_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+SAFE_WEIGHTS: dict[str, Any] = {**_SAFE_OPTIONS, "use_safetensors": True}
 
-# What transformers and safetensors raise for a directory that is no model, or for a damaged one.
+# Errors of transformers and safetensors for a directory that is no model or a damaged one.
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_student(path: Path, *, dtype: torch.dtype, tower: bool = True) -> PreTrainedModel:
-    """Load a LLaVA or a causal language model from a Hugging Face directory, in evaluation mode.
+    """Loads a LLaVA or a causal language model from a Hugging Face directory, in evaluation mode.
 
     Args:
         path: a local directory with config.json and safetensors.
         dtype: of all parameters.
-        tower: False leaves out the vision tower of a LLaVA, which then takes its output instead
-        (train.model.cached_tower).
+        tower: False to leave out the vision tower of a LLaVA, which then takes the tower's output instead of images
+            (train.model.cached_tower).
 
     Raises:
-        ModelError: not a model directory, another architecture, damaged weights, weights of the wrong shape, or
-            any weight missing from or unknown to the architecture; none is ever left at its random start.
+        ModelError: the directory holds no model, one of another architecture, or damaged weights; or a weight has the
+            wrong shape, is missing, or is unknown to the architecture. No weight is ever left at its random start.
     """
     config = load_config(path)
     if config.model_type == "llava":
@@ -95,7 +95,7 @@ def load_student(path: Path, *, dtype: torch.dtype, tower: bool = True) -> PreTr
 
 
 def stored_dtype(path: Path) -> torch.dtype:
-    """The dtype that all weights of a model directory convert to without loss: their own, if they agree.
+    """Returns the narrowest dtype that all weights of a model directory convert to without loss.
 
     Raises:
         ModelError: the directory has no readable safetensors.
@@ -104,44 +104,44 @@ def stored_dtype(path: Path) -> torch.dtype:
     for file in path.glob("*.safetensors"):
         try:
             with safe_open(file, framework="pt") as weights:
-                kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no dict)
+                kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file}: cannot be read as safetensors ({error}); copy or save it again") from error
-        found |= {_FLOATS[kind] for kind in kinds if kind in _FLOATS}
+        found |= {_FLOAT_DTYPES[kind] for kind in kinds if kind in _FLOAT_DTYPES}
     if not found:
         raise ModelError(f"{path}: found no floating-point weights in *.safetensors; expected a saved model")
     return functools.reduce(torch.promote_types, found)
 
 
 def is_multimodal(model: PreTrainedModel) -> bool:
-    """Whether the student takes images."""
+    """Returns True if the student takes images."""
     return bool(model.config.model_type == "llava")
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder stack without the output layer: a Qwen2Model, LlamaModel, Qwen2MoeModel, ..."""
+    """Returns the decoder stack without the output layer: a Qwen2Model, LlamaModel, Qwen2MoeModel, ..."""
     decoder: PreTrainedModel = model.model.language_model if is_multimodal(model) else model.model
     return decoder
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config of `language_model(model)`, the very object that it reads."""
+    """Returns the config object that `language_model(model)` reads."""
     config: PreTrainedConfig = model.config.text_config if is_multimodal(model) else model.config
     return config
 
 
 def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
-    """Make the parameters of the named groups trainable and freeze all others.
+    """Makes the parameters of the named groups trainable and freezes all others.
 
     Groups: "vision_tower"; "adapter"; "language_model", everything of the text model with its embeddings and
     output layer; "experts", the expert FFNs of its sparse layers; "router". The zero shared expert of an
-    upcycled Qwen2-MoE stays frozen in every case.
+    upcycled Qwen2-MoE always stays frozen.
 
     Returns:
-        The number of trainable parameters, counted whole where ZeRO-3 has partitioned them.
+        The number of trainable parameters; one that ZeRO-3 has partitioned is counted whole.
 
     Raises:
-        ModelError: an unknown group, or one that this model does not have.
+        ModelError: a group is unknown, or this model does not have it.
     """
     found = {name: groups_of(name) for name, _ in model.named_parameters()}
     present = frozenset[str]().union(*found.values())
@@ -163,17 +163,17 @@ def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
 def save_student(
     model: PreTrainedModel, assets_from: Path, out: Path, *, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the model into directory `out` so that transformers and vLLM load it, and add what goes with it.
+    """Writes a model directory that both transformers and vLLM load.
 
-    The weights carry the names of the hub's llava-hf checkpoints (`vision_tower.vision_model...`), which both
+    The weights have the names of the hub's llava-hf checkpoints (`vision_tower.vision_model...`), which both
     read; transformers' own new names are unknown to vLLM. Tokenizer, chat template and image processor are
     copied from `assets_from` byte for byte, so that their fingerprints stay the same.
 
     Args:
         model: its config and generation config are written too.
         assets_from: the model directory that the tokenizer and processor files come from.
-        out: made if need be; files of the same names are replaced.
-        state_dict: the whole weights where `model` itself holds only a part of them (ZeRO-3).
+        out: created if it does not exist; files of the same names are replaced.
+        state_dict: the whole weights if `model` itself holds only a part of them (ZeRO-3).
 
     Raises:
         ModelError: `assets_from` has no tokenizer.
@@ -182,12 +182,13 @@ def save_student(
     assets = [path for name in _ASSETS if (path := assets_from / name).is_file()]
     if not any(path.name.startswith("tokenizer") for path in assets):
         raise ModelError(f"{assets_from}: has no tokenizer files to go with the saved model; name its directory")
-    # Attached explicitly: otherwise the names depend on how this model object came to be.
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    # Attached explicitly, because otherwise the names depend on how this model object was created.
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = conversions  # noqa: SLF001 - transformers has no public way to choose the names
     try:
         weights = full_state_dict(model, state_dict, assets_from)
         if weights is not None:
-            # A tied layer's weight that was gathered apart is a copy, which transformers would store again.
+            # In a gathered state dict a tied weight is a copy, which transformers would store a second time.
             weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
         model.save_pretrained(out, state_dict=weights)
         full_config(model, assets_from).save_pretrained(out)
@@ -200,7 +201,7 @@ def save_student(
 
 @contextmanager
 def atomic_directory(out: Path) -> Iterator[Path]:
-    """Yield a new directory beside `out` that takes its name when the block ends well, and vanishes otherwise.
+    """Yields a new directory beside `out`; it is renamed to `out` at the end of the block, or removed after an error.
 
     Raises:
         StorageError: `out` exists and is not an empty directory, or its parent cannot be written.
@@ -209,7 +210,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         raise StorageError(f"{out}: exists and is not empty; choose a new directory or remove this one")
     staging = out.with_name(f".{out.name}.partial")
     try:
-        # Left behind by a killed process.
+        # A killed process may have left one.
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
@@ -221,7 +222,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
 
 
 def load_config(path: Path) -> PreTrainedConfig:
-    """The configuration of a model directory.
+    """Loads the configuration of a model directory.
 
     Raises:
         ModelError: there is none, or it cannot be read.
@@ -232,22 +233,22 @@ def load_config(path: Path) -> PreTrainedConfig:
 
 
 def load_component(auto_class: Any, path: Path, what: str) -> Any:
-    """What `auto_class` makes of a model directory; `what` names it in the error.
+    """Loads an object of one of transformers' auto classes from a model directory; errors name it `what`.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     try:
-        return auto_class.from_pretrained(path, **_SAFE)
+        return auto_class.from_pretrained(path, **_SAFE_OPTIONS)
     except LOAD_ERRORS as error:
         raise ModelError(f"{path}: the {what} cannot be loaded: {error}") from error
 
 
 def check_all_weights_loaded(path: Path, report: Mapping[str, Any]) -> None:
-    """Refuse what transformers reports but tolerates: it would leave weights random or drop trained ones.
+    """Checks transformers' loading report, because transformers tolerates weights that stay random or are dropped.
 
     Raises:
-        ModelError: names the first weights of each kind.
+        ModelError: names the first weights of each kind of problem.
     """
     kinds = {
         "missing_keys": "weights are missing and would be random",
@@ -265,7 +266,7 @@ def check_all_weights_loaded(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def groups_of(parameter_name: str) -> frozenset[str]:
-    """Which groups of `trainable` a parameter of this name belongs to."""
+    """Returns the groups (see `set_trainable`) of the parameter of this name."""
     name = f".{parameter_name}"
     if ".vision_tower." in name:
         return frozenset({"vision_tower"})

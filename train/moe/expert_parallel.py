@@ -1,10 +1,11 @@
 """Expert parallelism: each rank of a group of `run.expert_parallel_size` holds its share of every layer's experts.
 
-DeepSpeed's AutoEP does it: it replaces each sparse block by one of its own, which sends tokens to the ranks that hold
-their experts. Here is what it has to be told for a student, what it cannot do, and how the whole weights are put
-together again under the names that transformers gives them.
+DeepSpeed's AutoEP replaces each sparse block by one of its own, which sends tokens to the ranks that hold their
+experts. This module has AutoEP's settings for a student, checks its limits, and gathers the full weights under
+transformers' names.
 
-    model ── refuse_unsupported, expert_parallel_settings ──> DeepSpeed ── whole_weights ──> save_student
+    model ── check_expert_parallel_supported, expert_parallel_settings ──> DeepSpeed
+    DeepSpeed's model ── gather_full_state_dict ──> save_student
 
 Axes: E experts, I width of an expert, H hidden size.
 """
@@ -19,25 +20,29 @@ from transformers import PreTrainedModel
 from common.errors import ConfigError
 from train.model.student import groups_of, is_multimodal, text_config
 
-# DeepSpeed's names of a sparse block's parts, and transformers'. Experts are sliced and so not among them.
-_PARTS = {"router.gate.": "gate.", "shared_experts.": "shared_expert.", "shared_experts_gate.": "shared_expert_gate."}
+# DeepSpeed's names of a sparse block's parts, and transformers'. Experts are not among them, because they are sliced.
+_PREFIXES = {
+    "router.gate.": "gate.",
+    "shared_experts.": "shared_expert.",
+    "shared_experts_gate.": "shared_expert_gate.",
+}
 
 # The text models whose sparse blocks AutoEP computes as transformers does.
-_SUPPORTED = ("qwen2_moe", "qwen3_moe")
+_SUPPORTED_TEXT_MODELS = ("qwen2_moe", "qwen3_moe")
 
 
 def check_expert_parallel_supported(model: PreTrainedModel, size: int, *, num_ranks: int, zero_stage: int) -> None:
-    """Checks that AutoEP can divide the experts of a model, frozen as the stage wants it, among `size` ranks.
+    """Checks that AutoEP can divide a model's experts among `size` ranks; the stage's groups must be frozen already.
 
     Raises:
-        ConfigError: says what does not fit.
+        ConfigError: the model, the number of ranks or the ZeRO stage does not fit; the message names it.
     """
     key = f"run.expert_parallel_size {size}"
     config = text_config(model)
-    if config.model_type not in _SUPPORTED:
+    if config.model_type not in _SUPPORTED_TEXT_MODELS:
         raise ConfigError(
-            f"{key}: the student's text model is {config.model_type}, expected {' or '.join(_SUPPORTED)}: DeepSpeed "
-            "divides the experts of these; leave the key out, or upcycle the student with a [moe] table"
+            f"{key}: the student's text model is {config.model_type}, expected {' or '.join(_SUPPORTED_TEXT_MODELS)}: "
+            "DeepSpeed divides the experts of these; leave the key out, or upcycle the student with a [moe] table"
         )
     if zero_stage == 0:
         raise ConfigError(
@@ -52,26 +57,28 @@ def check_expert_parallel_supported(model: PreTrainedModel, size: int, *, num_ra
         raise ConfigError(f"{key}: this stage trains no expert, which DeepSpeed then cannot divide; leave the key out")
 
 
-def check_same_num_ranks(checkpoint: Path, written: int, now: int) -> None:
-    """A checkpoint of divided experts is continued on as many ranks as wrote it.
+def check_same_num_ranks(checkpoint: Path, num_saved_ranks: int, num_ranks: int) -> None:
+    """Checks that a checkpoint of divided experts is continued on as many ranks as wrote it.
 
     Raises:
-        ConfigError: always.
+        ConfigError: the numbers differ.
     """
-    raise ConfigError(
-        f"{checkpoint}: was written by {written} rank(s) with divided experts, this run has {now}; continue it on "
-        f"{written}, or train on from its weights, which are whole, as a new run with model.path = {checkpoint}"
-    )
+    if num_saved_ranks != num_ranks:
+        raise ConfigError(
+            f"{checkpoint}: was written by {num_saved_ranks} rank(s) with divided experts, this run has {num_ranks}; "
+            f"continue it on {num_saved_ranks}, or train on from its weights, which are whole, as a new run with "
+            f"model.path = {checkpoint}"
+        )
 
 
 def expert_parallel_settings(model: PreTrainedModel, size: int) -> dict[str, Any]:
-    """The section `expert_parallel` of DeepSpeed's configuration."""
+    """Returns the section `expert_parallel` of DeepSpeed's configuration."""
     config = text_config(model)
     decoder = r"model\.language_model" if is_multimodal(model) else "model"
     return {
         "enabled": True,
         "autoep_size": size,
-        # Its name for both of Qwen's architectures; a LLaVA's own config tells it neither this nor what follows.
+        # AutoEP's name for both of Qwen's architectures. It cannot read this and the following from a LLaVA's config.
         "preset_model": "qwen3_moe",
         "moe_layer_pattern": decoder + r"\.layers\.\d+\.mlp",
         "top_k": config.num_experts_per_tok,
@@ -81,59 +88,59 @@ def expert_parallel_settings(model: PreTrainedModel, size: int) -> dict[str, Any
 
 
 def split_experts(model: PreTrainedModel, groups: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-    """The optimiser's groups with the experts of each in one of its own, named as DeepSpeed wants it."""
+    """Splits each of the optimiser's groups into one without experts and one of experts, with DeepSpeed's names."""
     experts = {id(parameter) for name, parameter in model.named_parameters() if "experts" in groups_of(name)}
-    divided = []
+    split = []
     for group in groups:
-        divided.append({**group, "params": [p for p in group["params"] if id(p) not in experts]})
-        of_experts = [p for p in group["params"] if id(p) in experts]
-        divided.append({**group, "params": of_experts, "moe": True, "name": f"ep_size_{size}"})
-    return divided
+        split.append({**group, "params": [p for p in group["params"] if id(p) not in experts]})
+        expert_params = [p for p in group["params"] if id(p) in experts]
+        split.append({**group, "params": expert_params, "moe": True, "name": f"ep_size_{size}"})
+    return split
 
 
 def gather_full_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The state dict as if nothing were divided, on the CPU of the first rank; None on the others, which all call it.
+    """Gathers the undivided state dict on the CPU of the first rank; returns None on the others. All ranks call it.
 
-    The experts of one layer at a time are whole on every rank.
+    Every rank holds the full experts of one layer at a time.
     """
     import deepspeed.comm as dist
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from deepspeed.runtime.zero import GatheredParameters
 
-    main = dist.get_rank() == 0
+    is_main = dist.get_rank() == 0
     blocks = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
-    found: dict[str, Tensor] = {}
+    gathered: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         block = next((prefix for prefix in blocks if name.startswith(prefix)), "")
         if block and name.startswith(f"{block}experts."):
             continue
         with GatheredParameters([parameter]):
-            if main:
-                found[block + _renamed(name.removeprefix(block))] = parameter.detach().cpu().clone()
+            if is_main:
+                gathered[block + _to_transformers_name(name.removeprefix(block))] = parameter.detach().cpu().clone()
     for prefix, block in blocks.items():
         for name, stacked in _gather_experts(block).items():
-            if main:
-                found[f"{prefix}experts.{name}"] = stacked.cpu()
-    return found if main else None
+            if is_main:
+                gathered[f"{prefix}experts.{name}"] = stacked.cpu()
+    return gathered if is_main else None
 
 
 def _gather_experts(block: Any) -> dict[str, Tensor]:
-    """A layer's experts under transformers' names: [E, 2I, H] and [E, H, I]."""
+    """Gathers a layer's experts under transformers' names: [E, 2I, H] and [E, H, I]."""
     import deepspeed.comm as dist
     from deepspeed.runtime.zero import GatheredParameters
 
-    whole = []
+    stacks = []
     for part in (block.experts.w1, block.experts.w3, block.experts.w2):
         with GatheredParameters([part]):
             shares = [torch.empty_like(part.data) for _ in range(block.ep_size)]
             dist.all_gather(shares, part.detach().contiguous(), group=block.ep_group)
-        whole.append(torch.cat(shares))
-    gate_EIH, up_EIH, down_EHI = whole
+        stacks.append(torch.cat(shares))
+    gate_EIH, up_EIH, down_EHI = stacks
     return {"gate_up_proj": torch.cat([gate_EIH, up_EIH], 1), "down_proj": down_EHI}
 
 
-def _renamed(name: str) -> str:
-    for theirs, ours in _PARTS.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
+def _to_transformers_name(name: str) -> str:
+    for deepspeed_prefix, prefix in _PREFIXES.items():
+        if name.startswith(deepspeed_prefix):
+            return prefix + name.removeprefix(deepspeed_prefix)
     return name

@@ -1,12 +1,12 @@
-"""What the routers of a sparse student do: logits for the losses, tokens an expert, the gradient they get.
+"""Collects the router logits of a sparse student, counts tokens an expert, and measures the routers' gradient.
 
-    decoder ── RouterWatch.take ───> logits of each sparse layer ── train.loss.objective
-            ── RouterWatch.count ──> tokens by layer, expert and modality ─┬─ metrics, at each log
-                                                                           └─ ExpertLoad, with each checkpoint
-    routers ── hooks ──────────────> gradient of the step ───────────────── metrics
+    decoder ── RouterMonitor.take ───> logits of each sparse layer ── train.loss.objective
+            ── RouterMonitor.count ──> tokens by layer, expert and modality ─┬─ metrics, at each log
+                                                                             └─ ExpertLoad, with each checkpoint
+    routers ── hooks ────────────────> gradient of the step ───────────────── metrics
 
-Counted is which experts each layer really called, in the training passes alone; that every real token reached all of
-its experts is checked whenever counts are read. Counts stay on the device between two readings.
+The counts are of the experts that each layer really called, in training passes only. Whenever counts are read, it is
+checked that every real token reached all of its experts. Counts stay on the device between two readings.
 
 Axes: L sparse layers, N positions of a micro-batch (B * T), E experts, K experts a token, H hidden size,
 M modalities (text, image), S slots: the E experts, then the tokens themselves.
@@ -30,14 +30,14 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class RouterMonitor:
-    """Watches the routers of a model in training, by hooks; the model and its config stay as they are.
+    """Monitors the routers of a model in training by hooks; the model and its config stay unchanged.
 
     LLaVA's forward drops router logits, and a causal language model that is configured to return them adds its own
-    balance loss to the LM loss. So only the decoder is asked, and nothing is added to any loss.
+    balance loss to the LM loss. So the logits are requested from the decoder only, and nothing is added to any loss.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """The hooks are on when this returns.
+        """Registers the hooks.
 
         Raises:
             ModelError: the model has no router.
@@ -49,82 +49,83 @@ class RouterMonitor:
         self._num_experts: int = config.num_experts
         self._image_token_id: int | None = model.config.image_token_index if is_multimodal(model) else None
         self._decoder = language_model(model)
-        self._latest: tuple[Tensor, ...] | None = None
-        self._calls: list[Tensor] = []
+        self._router_logits: tuple[Tensor, ...] | None = None
+        # The experts that each layer called in the pass under way, [N, K] each.
+        self._selected: list[Tensor] = []
         self._selected_LNK: Tensor | None = None
         self._layers: list[int] = []
         self._routers: list[Tensor] = []
         self._gradients: dict[int, Tensor] = {}
-        self._since_log: Tensor | int = 0
-        self._since_checkpoint: Tensor | int = 0
+        self._counts_since_log: Tensor | int = 0
+        self._counts_since_checkpoint: Tensor | int = 0
         self._handles: list[Any] = [
-            self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self._decoder.register_forward_hook(self._end),
+            self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self._decoder.register_forward_hook(self._after_forward),
         ]
 
     # One forward pass
 
     def take(self) -> list[Tensor]:
-        """L tensors [N, E], float, before the softmax, rows in the order of the batch; each taken once.
+        """Returns and forgets the router logits of the latest pass: L tensors [N, E], float, before the softmax.
 
-        They are part of the graph wherever the router is trained.
+        Their rows are in the order of the batch. They are part of the graph if the routers are trained.
         """
-        assert self._latest is not None, "no forward pass since the last call"
-        taken, self._latest = list(self._latest), None
-        return taken
+        assert self._router_logits is not None, "no forward pass since the last call"
+        router_logits, self._router_logits = list(self._router_logits), None
+        return router_logits
 
     def count(self, batch: Batch) -> None:
-        """Adds the latest forward pass, which was that of `batch`, to the counts."""
+        """Adds the latest forward pass to the counts; `batch` was its input."""
         image_N = torch.zeros_like(batch.input_ids, dtype=torch.bool).flatten()
         if self._image_token_id is not None:
             image_N = (batch.input_ids == self._image_token_id).flatten()
         assert self._selected_LNK is not None, "no forward pass yet"
         counts_LSM = count_assignments(self._selected_LNK, image_N, batch.token_mask.flatten(), self._num_experts)
-        self._since_log = self._since_log + counts_LSM
-        self._since_checkpoint = self._since_checkpoint + counts_LSM
+        self._counts_since_log = self._counts_since_log + counts_LSM
+        self._counts_since_checkpoint = self._counts_since_checkpoint + counts_LSM
 
     def remove(self) -> None:
-        """Take the hooks off the model again."""
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
     # Readings, by all ranks together
 
     def begin_step(self) -> None:
-        """Forgets the gradient of the step before."""
+        """Forgets the gradient of the previous step."""
         self._gradients.clear()
 
     def metrics(self, reduce: Reduce, num_ranks: int) -> dict[str, float]:
-        """Metrics since the last call, over all ranks.
+        """Returns the metrics since the last call, over all ranks.
 
         router/largest_load, router/smallest_load    share of a layer's assignments that an expert got, times E (1 is
-                                                     even), of the expert with the most and the least of all layers
-        router/grad_norm                             of all routers' weights in the latest step, before clipping; absent
-                                                     where routers are frozen
+                                                     even), maximum and minimum over all experts of all layers
+        router/grad_norm                             norm of the gradient of all routers' weights in the latest step,
+                                                     before clipping; absent if the routers are frozen
 
         Raises:
             ModelError: a token did not reach all of its experts.
         """
         found: dict[str, float] = {}
-        if isinstance(self._since_log, Tensor):
-            counts_LSM, self._since_log = self._read(self._since_log, reduce), 0
+        if isinstance(self._counts_since_log, Tensor):
+            counts_LSM, self._counts_since_log = self._reduce_counts(self._counts_since_log, reduce), 0
             assigned_LE = counts_LSM[:, :-1].sum(2).double()
             load_LE = self._num_experts * assigned_LE / assigned_LE.sum(1, keepdim=True).clamp(min=1)
             found = {"router/largest_load": load_LE.max().item(), "router/smallest_load": load_LE.min().item()}
         if self._gradients:
-            # Losses are multiplied with the number of ranks, over which DeepSpeed then averages gradients.
+            # Losses are multiplied by the number of ranks, because DeepSpeed averages gradients over them.
             total_LEH = reduce(torch.stack([self._gradients[layer] for layer in self._layers])) / num_ranks
             found["router/grad_norm"] = total_LEH.norm().item()
         return found
 
     def pop_load(self, reduce: Reduce, step: int, since_step: int) -> ExpertLoad:
-        """The load of each expert since the last call, over all ranks: the tokens of steps `since_step` + 1 to `step`.
+        """Returns and forgets the counts since the last call, over all ranks: steps `since_step` + 1 to `step`.
 
         Raises:
             ModelError: a token did not reach all of its experts.
         """
-        assert isinstance(self._since_checkpoint, Tensor), "no training pass since the last call"
-        counts_LSM, self._since_checkpoint = self._read(self._since_checkpoint, reduce), 0
+        assert isinstance(self._counts_since_checkpoint, Tensor), "no training pass since the last call"
+        counts_LSM, self._counts_since_checkpoint = self._reduce_counts(self._counts_since_checkpoint, reduce), 0
         return ExpertLoad(
             step=step,
             since_step=since_step,
@@ -134,24 +135,24 @@ class RouterMonitor:
             image_LE=counts_LSM[:, :-1, 1].cpu().numpy(),
         )
 
-    def _read(self, counts_LSM: Tensor, reduce: Reduce) -> Tensor:
+    def _reduce_counts(self, counts_LSM: Tensor, reduce: Reduce) -> Tensor:
         total_LSM = reduce(counts_LSM)
         check_no_dropped_tokens(total_LSM, self.top_k, self._layers)
         return total_LSM
 
     # Hooks
 
-    def _begin(
+    def _before_forward(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not self._layers:
-            self._attach()
-        # Activation checkpointing calls experts again in the backward pass; those calls are dropped here.
-        self._calls.clear()
+            self._register_router_hooks()
+        # Activation checkpointing calls experts again in the backward pass; those calls must not be counted.
+        self._selected.clear()
         return args, {**kwargs, "output_router_logits": True}
 
-    def _end(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        self._selected_LNK = torch.stack(self._calls)
+    def _after_forward(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        self._selected_LNK = torch.stack(self._selected)
         logits: tuple[Tensor, ...] = output.router_logits
         trained = any(weight.requires_grad for weight in self._routers)
         if torch.is_grad_enabled() and trained and not all(layer.requires_grad for layer in logits):
@@ -159,43 +160,46 @@ class RouterMonitor:
                 f"{type(module).__name__}: the router logits carry no gradient, so the losses of routers would train "
                 "nothing; set gradient_checkpointing_kwargs = {'use_reentrant': False}"
             )
-        self._latest = logits
+        self._router_logits = logits
 
-    def _attach(self) -> None:
-        """At the first pass, since DeepSpeed may replace sparse blocks by its own before it."""
+    def _register_router_hooks(self) -> None:
+        """Registers the hooks of sparse blocks at the first pass, because DeepSpeed may replace blocks before it."""
         for number, layer in enumerate(self._decoder.layers):
             block = layer.mlp
             if not hasattr(block, "experts"):
                 continue
             self._layers.append(number)
             if hasattr(block, "router"):
-                # DeepSpeed's block: scores, experts and counts; its experts see the tokens of all ranks.
+                # DeepSpeed's router returns scores, experts and counts. Its experts get the tokens of all ranks, so
+                # that a hook on them would count too much.
                 weight = block.router.gate.weight
-                hook = block.router.register_forward_hook(lambda _module, _args, output: self._calls.append(output[1]))
+                hook = block.router.register_forward_hook(lambda _module, _args, out: self._selected.append(out[1]))
             else:
                 weight = block.gate.weight
-                hook = block.experts.register_forward_pre_hook(lambda _module, args: self._calls.append(args[1]))
+                hook = block.experts.register_forward_pre_hook(lambda _module, args: self._selected.append(args[1]))
             self._handles.append(hook)
             self._routers.append(weight)
             if weight.requires_grad:
-                self._handles.append(weight.register_hook(lambda g, n=number: self._note_gradient(n, g)))
+                self._handles.append(weight.register_hook(lambda g, n=number: self._add_gradient(n, g)))
 
-    def _note_gradient(self, layer: int, gradient_EH: Tensor) -> None:
-        # A copy: what autograd hands out becomes the parameter's gradient, which is reduced in place.
+    def _add_gradient(self, layer: int, gradient_EH: Tensor) -> None:
+        # A copy, because autograd's tensor becomes the parameter's gradient, which is reduced in place.
         self._gradients[layer] = self._gradients.get(layer, 0) + gradient_EH.to(torch.float32, copy=True)
 
 
 def count_assignments(selected_LNK: Tensor, image_N: Tensor, mask_N: Tensor, num_experts: int) -> Tensor:
-    """Counts how many tokens each expert got.
+    """Counts the tokens that each expert got.
 
     Args:
-        selected_LNK: int64 [L, N, K], the experts that were called for each position; what is no expert is not counted.
+        selected_LNK: int64 [L, N, K], the experts that were called for each position; numbers outside [0, E) are not
+            counted.
         image_N: bool [N], positions of image tokens.
-        mask_N: bool [N], positions of real tokens, neither padding nor stand-ins.
+        mask_N: bool [N], positions of real tokens, neither padding nor dummies.
         num_experts: E.
 
     Returns:
-        int64 [L, E + 1, 2]: text and image tokens that each expert got, and in the last slot all there are.
+        int64 [L, E + 1, 2]: text and image tokens that each expert got, and in the last slot the number of all
+        tokens.
     """
     counted_LNK = mask_N[:, None] & (selected_LNK >= 0) & (selected_LNK < num_experts)
     slots = torch.where(counted_LNK, 2 * selected_LNK + image_N[:, None], 2 * num_experts).flatten(1)
@@ -206,16 +210,19 @@ def count_assignments(selected_LNK: Tensor, image_N: Tensor, mask_N: Tensor, num
 
 
 def check_no_dropped_tokens(counts_LSM: Tensor, top_k: int, layers: list[int]) -> None:
-    """Checks the result of `count_assignments`, also added up: every token reached `top_k` experts in every layer.
+    """Checks that every token reached `top_k` experts in every layer.
+
+    Args:
+        counts_LSM: [L, E + 1, 2], a result of `count_assignments` or a sum of several.
 
     Raises:
-        ModelError: names the first layer where one did not.
+        ModelError: a token did not; names the first such layer.
     """
-    assigned_LM, wanted_LM = counts_LSM[:, :-1].sum(1), top_k * counts_LSM[:, -1]
-    for layer, assigned, wanted in zip(layers, assigned_LM.tolist(), wanted_LM.tolist(), strict=True):
-        if assigned != wanted:
+    assigned_LM, expected_LM = counts_LSM[:, :-1].sum(1), top_k * counts_LSM[:, -1]
+    for layer, assigned, expected in zip(layers, assigned_LM.tolist(), expected_LM.tolist(), strict=True):
+        if assigned != expected:
             raise ModelError(
                 f"layer {layer}: tokens were dropped: {assigned[0]:,} text and {assigned[1]:,} image assignments to "
-                f"experts, expected {wanted[0]:,} and {wanted[1]:,}, which is every token times top_k {top_k}; this "
-                "model's experts have a capacity or skip tokens: train it with a class that routes all of them"
+                f"experts, expected {expected[0]:,} and {expected[1]:,}, which is every token times top_k {top_k}; "
+                "this model's experts have a capacity or skip tokens: train it with a class that routes all of them"
             )

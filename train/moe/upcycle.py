@@ -1,8 +1,8 @@
-"""Sparse upcycling of a dense student (arXiv 2212.05055).
+"""Upcycles a dense student to a sparse one (sparse upcycling, arXiv 2212.05055).
 
 Every chosen feed-forward network is copied into E experts under a fresh router. The router's top-k weights are
-normalised to sum to one, so that equal experts give exactly what the dense network gave: the sparse student
-starts where the dense one stopped.
+normalised to sum to one, so that equal experts compute exactly what the dense network computes, and the sparse student
+starts with the dense one's logits.
 
 | dense         | sparse     | beside the experts                                                            |
 | ------------- | ---------- | ----------------------------------------------------------------------------- |
@@ -10,9 +10,9 @@ starts where the dense one stopped.
 | Llama/Mistral | Qwen2-MoE  | the same, and zero biases in q, k and v, which vLLM's class always reads       |
 | Qwen3         | Qwen3-MoE  | nothing                                                                       |
 
-Noise between the copies is a choice, and none is the default: Qwen2's mixture of experts was made with half of each
-expert drawn anew (arXiv 2407.10671), while OLMoE found no gain from such noise (arXiv 2409.02060). Every copy gets it:
-an exact one among noisy ones would start as the best expert, which routers would learn first.
+Noise between the copies is optional, and off by default: Qwen2's mixture of experts was made with half of each expert
+drawn anew (arXiv 2407.10671), while OLMoE found no gain from such noise (arXiv 2409.02060). Every copy gets it, because
+an exact one among noisy ones would start as the best expert, and routers would learn that first.
 
 Axes: E experts, H hidden size, I width of a feed-forward network.
 """
@@ -50,10 +50,10 @@ from train.model.student import (
 
 ROUTER_STD = 0.02
 
-# Noise is drawn from a stream of its own, so that a seed's routers are the same with and without it.
+# Noise has a random stream of its own, so that a seed's routers are the same with and without it.
 _NOISE_STREAM = 0x6E6F697365
 
-# vLLM refuses a shared expert of width 0; 32 suits the kernels of both engines and costs next to nothing.
+# vLLM rejects a shared expert of width 0; 32 suits the kernels of both engines and costs almost nothing.
 _SHARED_EXPERT_WIDTH = 32
 
 _QWEN2_MOE_SOURCES = ("qwen2", "llama", "mistral")
@@ -62,8 +62,8 @@ _QWEN3_MOE_SOURCES = ("qwen3",)
 # Rotary embeddings that transformers and vLLM both compute from `rope_parameters` alone, whatever the length.
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3")
 
-# Carried over unchanged; every other field is either checked by `_check_exact_upcycling` or without effect on logits.
-_CARRIED = (
+# Copied unchanged; every other field is either checked by `_check_exact_upcycling` or without effect on logits.
+_COPIED_SETTINGS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -89,7 +89,7 @@ _QKV_WEIGHT = re.compile(r"(?P<linear>.*\.self_attn\.[qkv]_proj)\.weight")
 
 
 def sparse_layers(pattern: SparsePattern | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """The indices of the sparse layers among `num_layers`, ascending.
+    """Returns the indices of the sparse layers among `num_layers`, ascending.
 
     "every-second" is 1, 3, 5, ..., as `decoder_sparse_step=2` means in Qwen2-MoE; the halves split at
     num_layers // 2.
@@ -120,16 +120,16 @@ def sparse_layers(pattern: SparsePattern | tuple[int, ...], num_layers: int) -> 
 
 
 def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedModel:
-    """A new sparse model with the logits of the dense one (float32: to 1e-5); the dense one is left as it is.
+    """Returns a new sparse model with the logits of the dense one (in float32 to 1e-5), which stays unchanged.
 
     Routers are drawn from normal(0, 0.02) in the order of the layers. Adapter and vision tower are copied. With
-    `moe.noise` each expert's three matrices get independent Gaussian noise of that many standard deviations of the
-    dense matrix they are copies of, and the logits differ accordingly.
+    `moe.noise` each expert's three matrices get independent Gaussian noise whose standard deviation is `moe.noise`
+    times that of the dense matrix they are copies of, and the logits differ accordingly.
 
     Args:
-        model: dense, whole (not partitioned by ZeRO-3); a LLaVA or a causal language model.
+        model: a dense LLaVA or causal language model, not partitioned by ZeRO-3.
         moe: number of experts, experts a token is sent to, sparse layers (see `sparse_layers`), noise.
-        seed: of the routers and the noise.
+        seed: seed of the routers and the noise.
 
     Raises:
         ModelError: the text model's architecture is not in this module's table, or a setting of it has no exact
@@ -157,17 +157,17 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
     upcycled.tie_weights()
     weights = _sparse_weights(model.state_dict(), frozenset(layers), moe, seed)
     if sparse.model_type == "qwen2_moe":
-        weights |= _zeros_for_the_rest(upcycled.state_dict(), weights)
+        weights |= _zero_weights(upcycled.state_dict(), weights)
     upcycled.load_state_dict(weights, strict=True)
     upcycled.generation_config = copy.deepcopy(model.generation_config)
     return upcycled.train(model.training)
 
 
 def upcycle_directory(dense: Path, out: Path, moe: MoEConfig, *, seed: int) -> int:
-    """`upcycle` from one student directory to another, in the dtype of the first; returns the number of parameters.
+    """Upcycles a student directory into a new one of the same dtype, and returns the number of parameters.
 
     Raises:
-        ModelError, ConfigError: see `load_student` and `upcycle`; `out` is not made.
+        ModelError, ConfigError: see `load_student` and `upcycle`; `out` is not created.
         StorageError: `out` is not empty or cannot be written.
     """
     with atomic_directory(out) as staging:
@@ -177,12 +177,12 @@ def upcycle_directory(dense: Path, out: Path, moe: MoEConfig, *, seed: int) -> i
 
 
 def is_sparse(model: PreTrainedModel) -> bool:
-    """Whether the text model has routers."""
+    """Returns True if the text model has routers."""
     return getattr(text_config(model), "num_experts", None) is not None
 
 
 def _sparse_config(dense: PreTrainedConfig, moe: MoEConfig, layers: tuple[int, ...]) -> PreTrainedConfig:
-    settings = {name: copy.deepcopy(getattr(dense, name)) for name in _CARRIED}
+    settings = {name: copy.deepcopy(getattr(dense, name)) for name in _COPIED_SETTINGS}
     settings |= {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
@@ -205,9 +205,9 @@ def _sparse_config(dense: PreTrainedConfig, moe: MoEConfig, layers: tuple[int, .
 def _sparse_weights(
     dense: Mapping[str, Tensor], layers: frozenset[int], moe: MoEConfig, seed: int
 ) -> dict[str, Tensor]:
-    """The dense weights, the chosen FFNs replaced by expert stacks [E, 2I, H] and [E, H, I] and routers [E, H].
+    """Returns the dense weights with the chosen FFNs replaced by experts [E, 2I, H] and [E, H, I] and routers [E, H].
 
-    Without noise the stacks are views of the dense weights; they are copied when they are loaded.
+    Without noise the experts are views of the dense weights; they are copied when they are loaded.
     """
     routers = torch.Generator().manual_seed(seed)
     noise = torch.Generator().manual_seed(seed ^ _NOISE_STREAM)
@@ -217,17 +217,17 @@ def _sparse_weights(
         if ffn is None or int(ffn["index"]) not in layers:
             weights[name] = tensor
         elif ffn["part"] == "gate":
-            both = (tensor, dense[f"{ffn['layer']}.up_proj.weight"])
-            weights[f"{ffn['layer']}.experts.gate_up_proj"] = _experts(both, moe, noise)
+            gate_up = (tensor, dense[f"{ffn['layer']}.up_proj.weight"])
+            weights[f"{ffn['layer']}.experts.gate_up_proj"] = _copy_into_experts(gate_up, moe, noise)
             router = torch.empty(moe.num_experts, tensor.shape[1])
             weights[f"{ffn['layer']}.gate.weight"] = nn.init.normal_(router, std=ROUTER_STD, generator=routers)
         elif ffn["part"] == "down":
-            weights[f"{ffn['layer']}.experts.down_proj"] = _experts((tensor,), moe, noise)
+            weights[f"{ffn['layer']}.experts.down_proj"] = _copy_into_experts((tensor,), moe, noise)
     return weights
 
 
-def _experts(matrices: tuple[Tensor, ...], moe: MoEConfig, generator: torch.Generator) -> Tensor:
-    """E copies of the matrices, which are stacked along their rows, each with noise of its own."""
+def _copy_into_experts(matrices: tuple[Tensor, ...], moe: MoEConfig, generator: torch.Generator) -> Tensor:
+    """Returns E copies of the matrices, stacked along their rows, each with noise of its own."""
     if not moe.noise:
         return torch.cat(matrices).expand(moe.num_experts, -1, -1)
     copies = []
@@ -239,15 +239,19 @@ def _experts(matrices: tuple[Tensor, ...], moe: MoEConfig, generator: torch.Gene
     return torch.cat(copies).unflatten(0, (moe.num_experts, -1))
 
 
-def _zeros_for_the_rest(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros for the shared experts and for absent q, k and v biases; anything else is left missing."""
-    absent = {f"{qkv['linear']}.bias" for name in found if (qkv := _QKV_WEIGHT.fullmatch(name))}
-    absent |= {name for name in wanted if ".mlp.shared_expert" in name}
-    return {name: torch.zeros_like(wanted[name]) for name in absent if name in wanted and name not in found}
+def _zero_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns zeros for shared experts and for missing q, k and v biases; anything else that is missing stays so."""
+    names = {f"{qkv['linear']}.bias" for name in weights if (qkv := _QKV_WEIGHT.fullmatch(name))}
+    names |= {name for name in expected if ".mlp.shared_expert" in name}
+    return {name: torch.zeros_like(expected[name]) for name in names if name in expected and name not in weights}
 
 
 def _check_exact_upcycling(dense: PreTrainedConfig) -> None:
-    """Refuse a text model whose sparse counterpart would not compute the same in transformers and in vLLM."""
+    """Checks that a text model's sparse counterpart computes the same in transformers and in vLLM.
+
+    Raises:
+        ModelError: it would not; names every setting without an exact counterpart.
+    """
     kind = dense.model_type
     if kind not in _QWEN2_MOE_SOURCES + _QWEN3_MOE_SOURCES:
         known = ", ".join(_QWEN2_MOE_SOURCES + _QWEN3_MOE_SOURCES)
@@ -256,7 +260,7 @@ def _check_exact_upcycling(dense: PreTrainedConfig) -> None:
     partial = rope.get("partial_rotary_factor", getattr(dense, "partial_rotary_factor", None))
     window = getattr(dense, "sliding_window", None)
     layer_types = getattr(dense, "layer_types", None) or ()
-    # Llama's and Qwen3's bias is also in the output projection, where the sparse classes have none.
+    # Llama's and Qwen3's bias is also one of the output projection, where the sparse classes have none.
     attention_bias = getattr(dense, "attention_bias", False)
     mlp_bias = getattr(dense, "mlp_bias", False)
     # vLLM's Qwen2-MoE divides the hidden size by the heads, whatever the config says.

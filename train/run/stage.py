@@ -28,7 +28,7 @@ from common.errors import ConfigError, StorageError
 from train.config import LossConfig, TrainConfig
 from train.data.feature_source import FeatureSource, open_feature_source
 from train.model.packing import check_packing_supported
-from train.model.student import is_multimodal, load_student, set_trainable, text_config
+from train.model.student import load_student, set_trainable, text_config
 from train.moe.expert_parallel import check_expert_parallel_supported, check_same_num_ranks, expert_parallel_settings
 from train.moe.router_monitor import RouterMonitor
 from train.moe.upcycle import is_sparse, upcycle
@@ -242,7 +242,7 @@ def _build_trainer(
     shutdown: GracefulShutdown,
 ) -> StudentTrainer:
     config = run.config
-    collator = build_collator(config, run.encoder, features, multimodal=is_multimodal(model))
+    collator = build_collator(config, run.encoder, features)
     trainer = StudentTrainer(
         model,
         args,

@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import AutoImageProcessor
 
 from common.data.chat_encoding import ChatEncoder
-from common.data.images import ImageSpec
 from common.errors import ConfigError
 from train.config import DataConfig, LossConfig, SetConfig, TrainConfig
-from train.data.collator import Collator
+from train.data.collator import Collator, StudentInputs
 from train.data.feature_source import FeatureSource
+from train.data.image_cache import ImageCache
 from train.data.sampling import GlobalBatchSampler, SampleSet, split_validation
 from train.data.sources import ExampleSource, MixtureSource, ShardSource, open_source
 
@@ -96,22 +95,16 @@ def choose_tail(config: TrainConfig, splits: DataSplits) -> LossConfig:
     return loss.model_copy(update={"tail": tail})
 
 
-def build_collator(
-    config: TrainConfig, encoder: ChatEncoder, features: FeatureSource | None, *, multimodal: bool
-) -> Collator:
-    """Builds the collator of a stage; only a multimodal student has an image processor."""
-    path, data = config.model.path, config.data
+def build_collator(config: TrainConfig, encoder: ChatEncoder, features: FeatureSource | None) -> Collator:
+    """Builds the collator of a stage, with cached features in place of images if there are any."""
+    data = config.data
+    images = features or ImageCache.load(config.model.path, data.image_aspect_ratio)
     return Collator(
+        StudentInputs(images, encoder.image_token_id, encoder.tokenizer.pad_token_id or 0),
         kind=config.loss.sample_kind,
-        image_spec=ImageSpec.load(path) if multimodal else None,
-        image_processor=AutoImageProcessor.from_pretrained(path, local_files_only=True) if multimodal else None,
-        image_token_id=encoder.image_token_id,
         image_root=data.image_root,
-        aspect_ratio=data.image_aspect_ratio,
         max_tokens=data.max_tokens,
-        pad_token_id=encoder.tokenizer.pad_token_id or 0,
         packed=data.batching == "packed",
-        features=features,
     )
 
 

@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoImageProcessor
 
 from common.data.chat_encoding import ChatEncoder
-from common.data.images import ImageSpec
 from precompute.features.run import FeatureSettings, run_features
 from tests.support.models import tiny_llava
 from tests.support.training import (
@@ -22,7 +20,8 @@ from tests.support.training import (
     write_mixed_dataset,
 )
 from train.config import MoEConfig
-from train.data.collator import Collator
+from train.data.collator import Collator, StudentInputs
+from train.data.image_cache import ImageCache
 from train.data.sampling import GlobalBatchSampler, SampleSet
 from train.data.sources import DatasetSource
 from train.model.student import load_student, save_student
@@ -152,16 +151,8 @@ def test_losses_from_cached_features_differ_by_rounding_only(case: Path) -> None
 def test_the_runs_contain_micro_batches_without_an_image_and_experts_without_a_token(root: Path) -> None:
     path = root / "sparse"
     encoder = ChatEncoder.load(path)
-    collator = Collator(
-        kind="kd",
-        image_spec=ImageSpec.load(path),
-        image_processor=AutoImageProcessor.from_pretrained(path),
-        image_token_id=encoder.image_token_id,
-        image_root=root / "data",
-        aspect_ratio="pad",
-        max_tokens=2048,
-        pad_token_id=0,
-    )
+    student = StudentInputs(ImageCache.load(path, "pad"), encoder.image_token_id, pad_token_id=0)
+    collator = Collator(student, kind="kd", image_root=root / "data", max_tokens=2048)
     source = DatasetSource(root / "data" / "kd.json", "kd", encoder)
     plan = GlobalBatchSampler([SampleSet(range(len(source)))], 8, 2, 0, 8192)
     model = load_student(path, dtype=torch.float32)

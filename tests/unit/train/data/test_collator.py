@@ -1,4 +1,4 @@
-"""What a batch holds, against the sequences it was made of."""
+"""Tests of batches against the sequences that they were made of."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor
 
 from common.data.chat_encoding import ChatEncoder
-from common.data.images import ImageSpec
+from common.data.samples import Kind
 from common.errors import DataError
 from tests.support.fused_rows import row_logits
 from tests.support.models import tiny_llava
 from tests.support.training import LiveTeacher, write_mixed_dataset
 from train.config import LossConfig
-from train.data.collator import Batch, Collator
+from train.data.collator import Batch, Collator, StudentInputs
+from train.data.image_cache import ImageCache
 from train.data.sources import DatasetSource, ShardSource
 from train.loss.objective import Term, compute_terms, step_loss, unit_counts
 
@@ -25,32 +25,26 @@ from train.loss.objective import Term, compute_terms, step_loss, unit_counts
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("batch")
     tiny_llava(root / "model", num_layers=2)
-    for kind, name in (("kd", "kd"), ("dpo", "dpo")):
-        dataset = write_mixed_dataset(root / "data", 8, kind)  # type: ignore[arg-type]
-        LiveTeacher(root / "model", root / "data").write_output(root / name, dataset, kind, top_k=5)  # type: ignore[arg-type]
+    kinds: tuple[Kind, ...] = ("kd", "dpo")
+    for kind in kinds:
+        dataset = write_mixed_dataset(root / "data", 8, kind)
+        LiveTeacher(root / "model", root / "data").write_output(root / kind, dataset, kind, top_k=5)
     return root
 
 
-def collator(root: Path, **changes: Any) -> Collator:
+def make_collator(root: Path, *, images: bool = True, **changes: Any) -> Collator:
     encoder = ChatEncoder.load(root / "model")
-    settings: dict[str, Any] = {
-        "kind": "kd",
-        "image_spec": ImageSpec.load(root / "model"),
-        "image_processor": AutoImageProcessor.from_pretrained(root / "model"),
-        "image_token_id": encoder.image_token_id,
-        "image_root": root / "data",
-        "aspect_ratio": "pad",
-        "max_tokens": 512,
-        "pad_token_id": encoder.tokenizer.pad_token_id,
-    }
-    return Collator(**{**settings, **changes})
+    cache = ImageCache.load(root / "model", "pad") if images else None
+    student = StudentInputs(cache, encoder.image_token_id, encoder.tokenizer.pad_token_id)
+    settings: dict[str, Any] = {"kind": "kd", "image_root": root / "data", "max_tokens": 512}
+    return Collator(student, **{**settings, **changes})
 
 
-def source(root: Path, kind: str) -> ShardSource:
+def open_shards(root: Path, kind: Kind) -> ShardSource:
     return ShardSource(root / kind, ChatEncoder.load(root / "model"), "pad", 4)
 
 
-def logits(root: Path, batch: Batch) -> torch.Tensor:
+def teacher_logits(root: Path, batch: Batch) -> torch.Tensor:
     model = LiveTeacher(root / "model", None).model
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
@@ -58,109 +52,114 @@ def logits(root: Path, batch: Batch) -> torch.Tensor:
     return out.flatten(0, 1)[batch.rows]
 
 
-def terms_of(logits_RV: torch.Tensor, batch: Batch, config: LossConfig, vocab_size: int) -> dict[str, Term]:
-    kept = (batch.topk_ids, batch.topk_logprobs > -torch.inf) if config.distillation else ()  # type: ignore[operator]
-    rows = row_logits(logits_RV, batch.targets, *kept, vocab_size=vocab_size)
+def terms_from_logits(logits_RV: torch.Tensor, batch: Batch, config: LossConfig, vocab_size: int) -> dict[str, Term]:
+    ids_RK, filled_RK = None, None
+    if config.distillation:
+        assert batch.topk_logprobs is not None
+        ids_RK, filled_RK = batch.topk_ids, batch.topk_logprobs > -torch.inf
+    rows = row_logits(logits_RV, batch.targets, ids_RK, filled_RK, vocab_size=vocab_size)
     return compute_terms(rows, batch, config, vocab_size=vocab_size)
 
 
 def test_each_row_stands_right_before_its_token(root: Path) -> None:
-    examples = [source(root, "kd")[i] for i in range(8)]
-    batch = collator(root)(examples)
+    examples = [open_shards(root, "kd")[i] for i in range(8)]
+    batch = make_collator(root)(examples)
     assert torch.equal(batch.input_ids.flatten()[batch.rows + 1], batch.targets)
     expected = np.concatenate([example.conversations[0].response_ids for example in examples])
     assert batch.targets.tolist() == expected.tolist()
     assert batch.pixel_values is not None
     assert len(batch.pixel_values) == 4
+    assert batch.attention_mask is not None
     assert batch.num_tokens == int(batch.attention_mask.sum())
 
 
 def test_the_padded_batch_gives_each_sample_the_scores_it_has_alone(root: Path) -> None:
-    examples = [source(root, "kd")[i] for i in range(8)]
-    batch = collator(root)(examples)
-    own = logits(root, batch).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    examples = [open_shards(root, "kd")[i] for i in range(8)]
+    batch = make_collator(root)(examples)
+    own = teacher_logits(root, batch).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     alone = torch.from_numpy(np.concatenate([e.scores[0].own_logprobs for e in examples if e.scores]))
     assert torch.allclose(own, alone, atol=2e-5)
 
 
 def test_the_student_that_is_the_teacher_has_no_distillation_loss(root: Path) -> None:
-    batch = collator(root)([source(root, "kd")[i] for i in range(8)])
+    batch = make_collator(root)([open_shards(root, "kd")[i] for i in range(8)])
     vocab_size = ChatEncoder.load(root / "model").vocab_size
     config = LossConfig(distillation=1.0, cross_entropy=0.5)
-    # The teacher's padding rows hold mass that the student's masked ones do not: a small constant remains.
-    terms = terms_of(logits(root, batch), batch, config, vocab_size=vocab_size)
-    unpadded = logits(root, batch).clone()
+    # A small constant remains, because the teacher's padding rows hold mass that the student's masked ones do not.
+    terms = terms_from_logits(teacher_logits(root, batch), batch, config, vocab_size=vocab_size)
+    unpadded = teacher_logits(root, batch).clone()
     unpadded[:, vocab_size:] = -1e9
-    masked = terms_of(unpadded, batch, config, vocab_size=vocab_size)
+    masked = terms_from_logits(unpadded, batch, config, vocab_size=vocab_size)
     assert float(terms["distillation"].total) == pytest.approx(float(masked["distillation"].total), rel=1e-4)
-    other = terms_of(logits(root, batch).roll(1, 0), batch, config, vocab_size=vocab_size)
+    other = terms_from_logits(teacher_logits(root, batch).roll(1, 0), batch, config, vocab_size=vocab_size)
     assert float(terms["distillation"].total) < 0.02 * float(other["distillation"].total)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 3, 5])
-def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(root: Path, cut: int) -> None:
-    examples = [source(root, "kd")[i] for i in range(8)]
+def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches(root: Path, cut: int) -> None:
+    examples = [open_shards(root, "kd")[i] for i in range(8)]
     config = LossConfig(distillation=1.0, cross_entropy=1.0)
 
-    def parts(*groups: Any) -> list[Batch]:
-        return [collator(root)(group) for group in groups]
+    def collate(*groups: Any) -> list[Batch]:
+        return [make_collator(root)(group) for group in groups]
 
     def loss(batches: list[Batch]) -> float:
         counts = {unit: sum(unit_counts(batch)[unit] for batch in batches) for unit in ("rows", "pairs", "tokens")}
-        terms = [terms_of(logits(root, batch), batch, config, vocab_size=293) for batch in batches]
+        terms = [terms_from_logits(teacher_logits(root, batch), batch, config, vocab_size=293) for batch in batches]
         return sum(float(step_loss(t, counts)) for t in terms)
 
-    assert loss(parts(examples[:cut], examples[cut:], [])) == pytest.approx(loss(parts(examples)), rel=1e-6)
+    assert loss(collate(examples[:cut], examples[cut:], [])) == pytest.approx(loss(collate(examples)), rel=1e-6)
 
 
-def test_stand_ins_count_nothing(root: Path) -> None:
-    make = collator(root)
-    text_only = make([source(root, "kd")[1]])
+def test_dummies_have_no_scored_row_and_no_real_token(root: Path) -> None:
+    make = make_collator(root)
+    text_only = make([open_shards(root, "kd")[1]])
     assert text_only.pixel_values is not None
     assert text_only.num_sequences == 2
     assert not text_only.token_mask[1].any()
+    assert text_only.num_padding == text_only.input_ids.numel() - text_only.num_tokens - 16
     empty = make([])
     assert unit_counts(empty) == {"rows": 0, "pairs": 0, "tokens": 0, "positions": 16}
     assert empty.num_sequences == 1
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "kto_pair"])
-def test_a_rank_without_a_pair_has_the_same_terms_and_a_graph(root: Path, loss_type: str) -> None:
-    make = collator(root, kind="dpo")
-    config = LossConfig(preference=1.0, preference_type=loss_type)  # type: ignore[arg-type]
-    full, empty = make([source(root, "dpo")[0]]), make([])
+def test_a_rank_without_a_pair_has_the_same_terms_and_a_graph(root: Path, loss_type: Any) -> None:
+    make = make_collator(root, kind="dpo")
+    config = LossConfig(preference=1.0, preference_type=loss_type)
+    full, empty = make([open_shards(root, "dpo")[0]]), make([])
     logits_RV = torch.randn(0, 306, requires_grad=True)
-    terms = terms_of(logits_RV, empty, config, vocab_size=293)
-    assert terms.keys() == terms_of(logits(root, full), full, config, vocab_size=293).keys()
+    terms = terms_from_logits(logits_RV, empty, config, vocab_size=293)
+    assert terms.keys() == terms_from_logits(teacher_logits(root, full), full, config, vocab_size=293).keys()
     loss = step_loss(terms, {"rows": 4, "pairs": 2, "tokens": 9})
     assert float(loss) == 0.0
     loss.backward()
     assert logits_RV.grad is not None
 
 
-def test_preference_terms_are_those_of_the_summed_log_probs(root: Path) -> None:
-    examples = [source(root, "dpo")[i] for i in range(8)]
-    batch = collator(root, kind="dpo")(examples)
+def test_preference_terms_come_from_the_summed_log_probs(root: Path) -> None:
+    examples = [open_shards(root, "dpo")[i] for i in range(8)]
+    batch = make_collator(root, kind="dpo")(examples)
     assert batch.num_pairs == 8
     assert batch.reference_logprobs is not None
     config = LossConfig(preference=1.0, beta=0.3)
-    terms = terms_of(logits(root, batch), batch, config, vocab_size=293 + 13)
-    # Policy and reference are one model, so every reward is 0 and the loss is log 2.
+    terms = terms_from_logits(teacher_logits(root, batch), batch, config, vocab_size=293 + 13)
+    # Policy and reference are the same model, so every reward is 0 and the loss is log 2.
     assert float(terms["preference"].total) == pytest.approx(8 * np.log(2), rel=1e-5)
     assert float(terms["rewards/margins"].total) == pytest.approx(0.0, abs=1e-3)
     shifted = replace(batch, reference_logprobs=batch.reference_logprobs - torch.tensor([1.0] * 8 + [0.0] * 8))
-    terms = terms_of(logits(root, shifted), shifted, config, vocab_size=293 + 13)
+    terms = terms_from_logits(teacher_logits(root, shifted), shifted, config, vocab_size=293 + 13)
     assert float(terms["rewards/chosen"].total) == pytest.approx(8 * 0.3, rel=1e-4)
     assert float(terms["preference"].total) == pytest.approx(8 * np.log1p(np.exp(-0.3)), rel=1e-4)
     assert float(terms["rewards/accuracies"].total) == 8
 
 
-def test_too_long_and_imageless_students_name_the_sample(root: Path) -> None:
+def test_errors_of_length_and_images_name_the_sample(root: Path) -> None:
     example = DatasetSource(root / "data" / "kd.json", "kd", ChatEncoder.load(root / "model"))[0]
     with pytest.raises(DataError, match=r"sample 's0'.* tokens for this student.*max_tokens is 20"):
-        collator(root, max_tokens=20)([example])
+        make_collator(root, max_tokens=20)([example])
     with pytest.raises(DataError, match="sample 's0': has images, but the student has no vision tower"):
-        collator(root, image_spec=None)([example])
+        make_collator(root, images=False)([example])
     with pytest.raises(DataError, match=r"does not exist; check image_root"):
-        collator(root, image_root=root)([example])
+        make_collator(root, image_root=root)([example])

@@ -1,4 +1,4 @@
-"""What training reads of a feature cache, what it refuses, and the student without its vision tower."""
+"""Tests of feature caches in training, and of the student whose vision tower they replace."""
 
 import hashlib
 import json
@@ -24,6 +24,7 @@ from tests.support.outputs import flip
 from tests.support.training import ROOT, environment, stage, write_mixed_dataset
 from train.config import MoEConfig, TrainConfig
 from train.data.feature_source import FeatureSource, open_feature_source
+from train.data.image_cache import ImageRequest
 from train.memory_estimate import estimate_training_memory
 from train.model.student import load_student, save_student
 from train.moe.upcycle import upcycle
@@ -53,27 +54,27 @@ def config(root: Path, student: Path | None = None, **changes: Any) -> TrainConf
     return TrainConfig.model_validate(settings)
 
 
-def wanted(root: Path, *names: str, image_root: Path | None = None) -> list[Any]:
-    return [(ImageRef(name), image_root, f"sample {name!r}") for name in names]
+def requests(*names: str, image_root: Path | None = None) -> list[ImageRequest]:
+    return [ImageRequest(ImageRef(name), image_root, f"sample {name!r}") for name in names]
 
 
-def cached(root: Path) -> FeatureSource:
-    found = open_feature_source(config(root))
-    assert found is not None
-    return found
+def open_features(root: Path, **changes: Any) -> FeatureSource:
+    features = open_feature_source(config(root, **changes))
+    assert features is not None
+    return features
 
 
-# What a step reads
+# Reading features
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_features_take_the_place_of_pixels(root: Path, dtype: torch.dtype) -> None:
-    live, towerless = (load_student(root / "student", dtype=dtype, tower=tower) for tower in (True, False))
+def test_features_replace_pixels(root: Path, dtype: torch.dtype) -> None:
+    live, cached = (load_student(root / "student", dtype=dtype, tower=tower) for tower in (True, False))
     cache = FeatureCache(root / "bf16")
-    features = FeatureSource({None: [cache]}, dtype).pixels(wanted(root, "4.png", "0.png", "4.png"))
+    features = FeatureSource({None: [cache]}, dtype).pixels(requests("4.png", "0.png", "4.png"))
     assert (features.shape, features.dtype) == ((3, 16, 64), dtype)
     seen: list[torch.Tensor] = []
-    for model in (live, towerless):
+    for model in (live, cached):
         model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     from transformers import AutoImageProcessor
 
@@ -84,8 +85,8 @@ def test_features_take_the_place_of_pixels(root: Path, dtype: torch.dtype) -> No
     images = [load_image(ImageRef(f"{n}.png"), root / "data", "pad", spec.mean_rgb, "") for n in (4, 0, 4)]
     with torch.no_grad():
         expected = live.get_image_features(processor(images=images, return_tensors="pt")["pixel_values"])
-        found = towerless.get_image_features(features)
-    # The projector's product takes another path, and rounds otherwise, where memory is laid out in another way.
+        found = cached.get_image_features(features)
+    # With another memory layout the projector's product would take another path and round differently.
     assert seen[0].stride() == seen[1].stride()
     if dtype == BF16:
         assert torch.equal(seen[0], seen[1])
@@ -94,58 +95,60 @@ def test_features_take_the_place_of_pixels(root: Path, dtype: torch.dtype) -> No
         assert 0 < (seen[0] - seen[1]).norm() < 0.02 * seen[0].norm()
 
 
-def test_a_stand_in_gets_zeros_of_the_same_shape(root: Path) -> None:
-    blank = cached(root).blank()
-    assert (blank.shape, blank.dtype, blank.any()) == ((1, 16, 64), F32, torch.tensor(False))
+def test_a_dummy_image_is_zeros_of_the_same_shape(root: Path) -> None:
+    features = open_features(root)
+    dummy = features.dummy()
+    assert (dummy.shape, dummy.dtype, dummy.any()) == ((1, 16, 64), F32, torch.tensor(False))
+    assert features.tokens_per_image == 16
 
 
 def test_images_whose_files_a_sample_holds_are_found_by_content(root: Path) -> None:
-    features = cached(root)
+    features = open_features(root)
     data = (root / "data" / "6.png").read_bytes()
-    by_content = features.pixels([(ImageRef("another/name.png", data), None, "")])
-    assert torch.equal(by_content, features.pixels(wanted(root, "6.png")))
+    by_content = features.pixels([ImageRequest(ImageRef("another/name.png", data), None, "")])
+    assert torch.equal(by_content, features.pixels(requests("6.png")))
     changed = (root / "data" / "8.png").read_bytes()
     with pytest.raises(
         DataError, match=f"sample 'a': image 6.png .SHA-256 {hashlib.sha256(b'x').hexdigest()}"
     ) as caught:
-        features.pixels([(ImageRef("6.png", b"x"), None, "sample 'a'")])
+        features.pixels([ImageRequest(ImageRef("6.png", b"x"), None, "sample 'a'")])
     assert "there it is another file" in str(caught.value)
-    assert torch.equal(
-        features.pixels([(ImageRef("6.png", changed), None, "")]), features.pixels(wanted(root, "8.png"))
-    )
+    by_changed_content = features.pixels([ImageRequest(ImageRef("6.png", changed), None, "")])
+    assert torch.equal(by_changed_content, features.pixels(requests("8.png")))
 
 
 def test_an_image_that_is_in_no_cache_names_its_sample_and_what_to_run(root: Path) -> None:
     with pytest.raises(DataError, match=r"sample 'new\.png': image new\.png is in no feature cache") as caught:
-        cached(root).pixels(wanted(root, "0.png", "new.png"))
+        open_features(root).pixels(requests("0.png", "new.png"))
     assert "decant precompute-features --model STUDENT" in str(caught.value)
     # The same path below another root is another image.
     with pytest.raises(DataError, match="is in no feature cache"):
-        cached(root).pixels(wanted(root, "0.png", image_root=root))
+        open_features(root).pixels(requests("0.png", image_root=root))
 
 
-def test_only_so_much_is_kept_in_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = cached(root).pixels(wanted(root, "0.png", "2.png", "8.png", "0.png"))
-    monkeypatch.setattr("train.data.feature_source._KEPT_BYTES", 2 * 16 * 64 * 4)
-    features = cached(root)
+def test_the_features_in_memory_are_limited(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = open_features(root).pixels(requests("0.png", "2.png", "8.png", "0.png"))
+    monkeypatch.setattr("train.data.feature_source._MAX_CACHED_BYTES", 2 * 16 * 64 * 4)
+    features = open_features(root)
     for _ in range(2):
-        assert torch.equal(features.pixels(wanted(root, "0.png", "2.png", "8.png", "0.png")), expected)
-        assert len(features._kept) == 2
-        assert features._kept_bytes == sum(kept.nbytes for kept in features._kept.values())
+        assert torch.equal(features.pixels(requests("0.png", "2.png", "8.png", "0.png")), expected)
+        cached = features._cached  # noqa: SLF001 - memory use cannot be seen from outside
+        assert len(cached) == 2
+        assert features._cached_bytes == sum(each.nbytes for each in cached.values())  # noqa: SLF001 - the same
 
 
 def test_a_damaged_shard_is_named(root: Path, tmp_path: Path) -> None:
     output = shutil.copytree(root / "bf16", tmp_path / "bf16")
-    size = shard_path(output, 0).stat().st_size
-    for position in range(4, size // 2, 8):
-        flip(shard_path(output, 0), position)
+    damaged = Path(shard_path(output, 0))
+    for position in range(4, damaged.stat().st_size // 2, 8):
+        flip(damaged, position)
     features = FeatureSource({None: [FeatureCache(output)]}, F32)
     with pytest.raises(ShardError, match=r"shard-00000\.parquet: cannot be read"):
-        features.pixels(wanted(root, "0.png"))
-    assert features.pixels(wanted(root, "8.png")).isfinite().all()
+        features.pixels(requests("0.png"))
+    assert features.pixels(requests("8.png")).isfinite().all()
 
 
-# What may be asked for
+# Checks of a configuration
 
 
 def test_features_of_another_encoder_are_refused_naming_both_sides(root: Path, tmp_path: Path) -> None:
@@ -157,12 +160,12 @@ def test_features_of_another_encoder_are_refused_naming_both_sides(root: Path, t
 
 
 def test_a_student_that_was_trained_keeps_its_cache(root: Path, tmp_path: Path) -> None:
-    """A stage in bf16 leaves a directory in bfloat16, whose tower computes the same."""
+    """A stage in bf16 saves its student in bfloat16, in which the tower computes the same."""
     save_student(load_student(root / "student", dtype=BF16), root / "student", tmp_path / "next")
     assert open_feature_source(config(root, tmp_path / "next")) is not None
 
 
-def test_what_cannot_be_trained_from_features_is_refused(root: Path, tmp_path: Path) -> None:
+def test_stages_that_features_cannot_train_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="the vision tower cannot be trained"):
         config(root, trainable=["vision_tower", "adapter"])
     text = tiny_causal_lm(tmp_path / "text", num_layers=1)
@@ -180,19 +183,16 @@ def test_each_set_has_the_caches_of_its_own_images(root: Path, tmp_path: Path) -
     own = {"dataset": dataset, "image_root": str(other_data)}
     with pytest.raises(ValidationError, match="set 2 has no features"):
         config(root, data={"dataset": None, "mix": [{"dataset": dataset}, own]})
-    features = open_feature_source(
-        config(root, data={"dataset": None, "mix": [{"dataset": dataset}, own | {"features": str(tmp_path / "other")}]})
-    )
-    assert features is not None
-    first, second = (features.pixels(wanted(root, "0.png", image_root=at)) for at in (None, other_data))
+    mix = [{"dataset": dataset}, own | {"features": str(tmp_path / "other")}]
+    features = open_features(root, data={"dataset": None, "mix": mix})
+    first, second = (features.pixels(requests("0.png", image_root=at)) for at in (None, other_data))
     assert not torch.equal(first, second)
-    assert torch.equal(second, features.pixels(wanted(root, "2.png")))
-    both = open_feature_source(config(root, data={"features": [str(tmp_path / "other"), str(root / "bf16")]}))
-    assert both is not None
-    assert torch.equal(both.pixels(wanted(root, "0.png")), second)
+    assert torch.equal(second, features.pixels(requests("2.png")))
+    both = open_features(root, data={"features": [str(tmp_path / "other"), str(root / "bf16")]})
+    assert torch.equal(both.pixels(requests("0.png")), second)
 
 
-def test_the_plan_counts_no_tower(root: Path) -> None:
+def test_the_memory_estimate_counts_no_tower(root: Path) -> None:
     live = config(root, data={"features": []})
     whole, without = (estimate_training_memory(root / "student", 10, config=each) for each in (live, config(root)))
     tower = sum(w.numel() for name, w in load_file(root / "student" / "model.safetensors").items() if "vision" in name)
@@ -200,7 +200,7 @@ def test_the_plan_counts_no_tower(root: Path) -> None:
     assert counts[0] - counts[1] == tower
 
 
-# The student without its tower
+# The student without its vision tower
 
 
 def test_the_model_is_the_vanilla_class_and_has_no_tower(root: Path) -> None:
@@ -227,7 +227,7 @@ def test_any_other_weight_that_is_missing_is_still_refused(root: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_what_is_saved_is_what_the_whole_model_would_have_saved(
+def test_the_student_is_saved_as_with_a_live_tower(
     root: Path, tmp_path: Path, dtype: torch.dtype, sparse: bool
 ) -> None:
     for tower in (True, False):

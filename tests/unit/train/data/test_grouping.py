@@ -1,4 +1,4 @@
-"""Samples dealt to micro-batches by length: the same steps, less padding, and lengths that are true."""
+"""Tests of samples dealt to micro-batches by length: the same steps, less padding, and correct lengths."""
 
 import itertools
 from pathlib import Path
@@ -9,17 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoImageProcessor
 
 from common.data.chat_encoding import ChatEncoder
-from common.data.images import ImageSpec
 from common.data.samples import Kind
 from common.errors import ShardError
 from common.shards.manifest import shard_path
+from common.shards.score_shard import ShardFile
 from tests.support.models import TOKENS_PER_IMAGE, tiny_llava
 from tests.support.training import LiveTeacher, stage, write_mixed_dataset
 from train.config import TrainConfig
-from train.data.collator import Collator
+from train.data.collator import Collator, StudentInputs
+from train.data.image_cache import ImageCache
 from train.data.loader import MicroBatchDataset, MicroBatchLoader
 from train.data.sampling import GlobalBatchSampler, SampleSet
 from train.data.sources import DatasetSource, ExampleSource, MixtureSource, ShardSource
@@ -28,8 +28,8 @@ from train.run.training_data import open_data_splits
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=150)
 
 
-def plans(lengths: list[int], seed: int, micro: int) -> tuple[GlobalBatchSampler, GlobalBatchSampler]:
-    """In the order of the disk, and by length."""
+def make_samplers(lengths: list[int], seed: int, micro: int) -> tuple[GlobalBatchSampler, GlobalBatchSampler]:
+    """Returns a sampler that deals in the order of the disk, and one that deals by length."""
     half = len(lengths) // 2
     sets = [SampleSet(range(half)), SampleSet(range(half, len(lengths)))] if half else [SampleSet(range(len(lengths)))]
     return GlobalBatchSampler(sets, 16, micro, seed, 64), GlobalBatchSampler(
@@ -37,8 +37,8 @@ def plans(lengths: list[int], seed: int, micro: int) -> tuple[GlobalBatchSampler
     )
 
 
-def micro_batches(plan: GlobalBatchSampler, step: int) -> list[list[int]]:
-    return [plan.micro_batch(step, number).tolist() for number in range(plan.micro_batches_per_step)]
+def micro_batches(sampler: GlobalBatchSampler, step: int) -> list[list[int]]:
+    return [sampler.micro_batch(step, number).tolist() for number in range(sampler.micro_batches_per_step)]
 
 
 def padded_size(lengths: list[int], parts: list[list[int]]) -> int:
@@ -48,17 +48,17 @@ def padded_size(lengths: list[int], parts: list[list[int]]) -> int:
 @settings(max_examples=80, deadline=None)
 @given(lengths=LENGTHS, seed=st.integers(0, 5), micro=st.sampled_from([1, 2, 4, 8]))
 def test_a_step_keeps_its_samples_and_is_padded_no_more(lengths: list[int], seed: int, micro: int) -> None:
-    plain, grouped = plans(lengths, seed, micro)
+    plain, grouped = make_samplers(lengths, seed, micro)
     assert grouped.steps_per_epoch == plain.steps_per_epoch
     for step in range(2 * plain.steps_per_epoch):
         before, after = micro_batches(plain, step), micro_batches(grouped, step)
         assert sorted(itertools.chain(*after)) == sorted(itertools.chain(*before))
         assert list(map(len, after)) == list(map(len, before))
-        # In a short last micro-batch the longest sample may take less room.
+        # A short last micro-batch is left out, because the longest sample may be in it and then causes less padding.
         if all(len(part) in (0, micro) for part in after):
             assert padded_size(lengths, after) <= padded_size(lengths, before)
-        # Asked for alone, as after a resume, it is the same.
-        assert micro_batches(plans(lengths, seed, micro)[1], step) == after
+        # A new sampler, as after a resume, deals the same.
+        assert micro_batches(make_samplers(lengths, seed, micro)[1], step) == after
 
 
 @settings(max_examples=80, deadline=None)
@@ -66,13 +66,13 @@ def test_a_step_keeps_its_samples_and_is_padded_no_more(lengths: list[int], seed
 def test_ranks_share_the_micro_batches_and_work_on_neighbouring_lengths(
     lengths: list[int], seed: int, num_ranks: int, grouped: bool
 ) -> None:
-    plan = plans(lengths, seed, 2)[grouped]
-    for step in range(plan.steps_per_epoch):
+    sampler = make_samplers(lengths, seed, 2)[grouped]
+    for step in range(sampler.steps_per_epoch):
         at_once = [
-            [plan.of_rank(step, rank, num_ranks, position).tolist() for rank in range(num_ranks)]
+            [sampler.rank_micro_batch(step, rank, num_ranks, position).tolist() for rank in range(num_ranks)]
             for position in range(8 // num_ranks)
         ]
-        assert sorted(itertools.chain(*at_once)) == sorted(micro_batches(plan, step))
+        assert sorted(itertools.chain(*at_once)) == sorted(micro_batches(sampler, step))
         if grouped:
             sizes = [[lengths[i] for i in itertools.chain(*parts)] for parts in at_once]
             assert all(min(a) >= max(b) for a, b in itertools.pairwise(filter(None, sizes)))
@@ -82,32 +82,25 @@ def test_ranks_share_the_micro_batches_and_work_on_neighbouring_lengths(
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("grouping")
     tiny_llava(root / "model", num_layers=1)
+    kinds: tuple[Kind, ...] = ("kd", "dpo")
     for name, number in (("a", 40), ("b", 12)):
-        for kind in ("kd", "dpo"):
-            dataset = write_mixed_dataset(root / name, number, kind)  # type: ignore[arg-type]
+        for kind in kinds:
+            dataset = write_mixed_dataset(root / name, number, kind)
             teacher = LiveTeacher(root / "model", root / name)
-            teacher.write_output(root / f"{name}-{kind}", dataset, kind, top_k=3)  # type: ignore[arg-type]
+            teacher.write_output(root / f"{name}-{kind}", dataset, kind, top_k=3)
     return root
 
 
-def collator(root: Path, kind: Kind, name: str = "a") -> Collator:
-    return Collator(
-        kind=kind,
-        image_spec=ImageSpec.load(root / "model"),
-        image_processor=AutoImageProcessor.from_pretrained(root / "model"),
-        image_token_id=ChatEncoder.load(root / "model").image_token_id,
-        image_root=root / name,
-        aspect_ratio="pad",
-        max_tokens=2048,
-        pad_token_id=0,
-        packed=True,
-    )
+def make_collator(root: Path, kind: Kind) -> Collator:
+    image_token_id = ChatEncoder.load(root / "model").image_token_id
+    student = StudentInputs(ImageCache.load(root / "model", "pad"), image_token_id, pad_token_id=0)
+    return Collator(student, kind=kind, image_root=root / "a", max_tokens=2048, packed=True)
 
 
-def true_lengths(root: Path, source: ExampleSource, kind: Kind) -> list[int]:
-    """What the collator makes of each sample, without stand-ins; of a pair the longer one."""
+def collated_lengths(root: Path, source: ExampleSource, kind: Kind) -> list[int]:
+    """Returns the length of each sample in the collator's batch, without dummies; of a pair the longer one."""
     found = []
-    make = collator(root, kind)
+    make = make_collator(root, kind)
     for index in range(len(source)):
         batch = make([source[index]])
         assert batch.position_ids is not None
@@ -118,13 +111,16 @@ def true_lengths(root: Path, source: ExampleSource, kind: Kind) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
-def test_lengths_of_shards_are_those_of_the_batch(root: Path, kind: Kind) -> None:
+def test_lengths_of_shards_are_those_of_the_batch_and_decode_no_row(
+    root: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = ChatEncoder.load(root / "model")
     source = ShardSource(root / f"a-{kind}", encoder, "pad")
-    found = [source.length(i, TOKENS_PER_IMAGE) for i in range(len(source))]
+    with monkeypatch.context() as patch:
+        patch.delattr(ShardFile, "read_group")
+        found = [source.length(i, TOKENS_PER_IMAGE) for i in range(len(source))]
     # The template ends with a newline, which is not scored.
-    assert not source._cache, "rows were decoded"
-    assert found == [length - 1 for length in true_lengths(root, source, kind)]
+    assert found == [length - 1 for length in collated_lengths(root, source, kind)]
     assert len(set(found)) > 10
     other = ShardSource(root / f"b-{kind}", encoder, "pad")
     mixed = MixtureSource([other, source], [None, None])
@@ -132,20 +128,21 @@ def test_lengths_of_shards_are_those_of_the_batch(root: Path, kind: Kind) -> Non
 
 
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
-def test_lengths_of_dataset_files_are_estimated_in_their_order(root: Path, kind: Kind) -> None:
+def test_estimated_lengths_of_dataset_files_have_the_order_of_the_real_ones(root: Path, kind: Kind) -> None:
     source = DatasetSource(root / "a" / f"{kind}.json", kind, ChatEncoder.load(root / "model"))
-    # An image counts for itself; the tiny tokenizer's tokens are single characters, so each kind is compared alone.
+    # The tiny tokenizer's tokens are single characters, so that text and images are not in proportion, and samples with
+    # and without an image are compared apart.
     estimated = np.array([source.length(i, TOKENS_PER_IMAGE) for i in range(40)])
-    actual = np.array(true_lengths(root, source, kind))
+    actual = np.array(collated_lengths(root, source, kind))
     for samples in (slice(0, None, 2), slice(1, None, 2)):
-        ranks = [values[samples].argsort().argsort() for values in (estimated, actual)]
-        assert np.corrcoef(*ranks)[0, 1] > 0.9
+        estimated_ranks, actual_ranks = (values[samples].argsort().argsort() for values in (estimated, actual))
+        assert np.corrcoef(estimated_ranks, actual_ranks)[0, 1] > 0.9
     assert source.length(0, 100) - source.length(0, 1) == 99
     assert source.length(1, 100) == source.length(1, 1)
 
 
-def spans_of(shard: Path) -> int:
-    """Where in the file the last page of the column stands that lengths are read from."""
+def position_in_length_column(shard: Path) -> int:
+    """Returns a position in the file within the last page of the column that lengths are read from."""
     group = pq.read_metadata(shard).row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     found = columns["response_spans.list.element.stop"]
@@ -162,11 +159,11 @@ def grouped_loader(root: Path, shards: Path, **data: Any) -> MicroBatchDataset:
     )
     encoder = ChatEncoder.load(root / "model")
     train = open_data_splits(TrainConfig.model_validate(settings), encoder, num_ranks=1).train
-    return MicroBatchDataset(train.source, train.sampler, collator(root, "kd"), 0, 1, accumulation=4)
+    return MicroBatchDataset(train.source, train.sampler, make_collator(root, "kd"), 0, 1, accumulation=4)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_step_comes_longest_first_from_any_number_of_workers(
+def test_a_step_is_read_longest_first_with_any_number_of_workers(
     root: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -183,15 +180,15 @@ def test_a_step_comes_longest_first_from_any_number_of_workers(
     assert len({name for batch in batches for name in batch.sample_ids}) == 32
 
 
-def test_a_shard_whose_lengths_cannot_be_read_is_named_in_the_place_of_the_batch(
+def test_a_shard_whose_lengths_cannot_be_read_is_named_at_the_batch(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     for path in (root / "a-kd").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    damaged = shard_path(tmp_path, 1)
+    damaged = Path(shard_path(tmp_path, 1))
     data = bytearray(damaged.read_bytes())
-    data[spans_of(damaged)] ^= 1
+    data[position_in_length_column(damaged)] ^= 1
     damaged.write_bytes(data)
     with pytest.raises(ShardError, match="shard-00001"):
         next(iter(MicroBatchLoader(grouped_loader(root, tmp_path), range(4), 0)))

@@ -1,4 +1,4 @@
-"""Batches made ahead of training: the same ones, in the same order, and errors in their place."""
+"""Tests of batches made ahead of training: the same ones, in the same order, and errors at their batch."""
 
 import itertools
 import multiprocessing
@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoImageProcessor
 
 from common.data.chat_encoding import ChatEncoder
-from common.data.images import ImageSpec
 from common.errors import DataError
 from tests.support.models import tiny_llava
 from tests.support.training import write_mixed_dataset
-from train.data.collator import Batch, Collator
+from train.data.collator import Batch, Collator, StudentInputs
+from train.data.image_cache import ImageCache
 from train.data.loader import FlatBatch, MicroBatchDataset, MicroBatchLoader
 from train.data.sampling import GlobalBatchSampler, SampleSet
 from train.data.sources import DatasetSource
@@ -31,41 +30,35 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def make_sampler() -> GlobalBatchSampler:
+    return GlobalBatchSampler([SampleSet(range(NUM_SAMPLES))], 8, 2, 0, 64)
+
+
 def micro_batches(root: Path, rank: int = 0, num_ranks: int = 1, *, packed: bool = False) -> MicroBatchDataset:
     encoder = ChatEncoder.load(root / "model")
-    collator = Collator(
-        kind="kd",
-        image_spec=ImageSpec.load(root / "model"),
-        image_processor=AutoImageProcessor.from_pretrained(root / "model"),
-        image_token_id=encoder.image_token_id,
-        image_root=root / "data",
-        aspect_ratio="pad",
-        max_tokens=2048,
-        pad_token_id=0,
-        packed=packed,
-    )
+    student = StudentInputs(ImageCache.load(root / "model", "pad"), encoder.image_token_id, pad_token_id=0)
+    collator = Collator(student, kind="kd", image_root=root / "data", max_tokens=2048, packed=packed)
     source = DatasetSource(root / "data" / "kd.json", "kd", encoder)
-    plan = GlobalBatchSampler([SampleSet(range(len(source)))], 8, 2, 0, 64)
-    return MicroBatchDataset(source, plan, collator, rank, num_ranks, accumulation=4 // num_ranks)
+    return MicroBatchDataset(source, make_sampler(), collator, rank, num_ranks, accumulation=4 // num_ranks)
 
 
-def same(a: Batch, b: Batch) -> bool:
+def is_same(a: Batch, b: Batch) -> bool:
     def equal(x: Any, y: Any) -> bool:
-        return torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else x == y
+        return torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else bool(x == y)
 
     return all(equal(value, getattr(b, name)) for name, value in vars(a).items())
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_batch_comes_out_of_one_piece_of_memory_as_it_went_in(root: Path, packed: bool) -> None:
-    # The last step holds 6 of 8 samples, so that one micro-batch is empty.
+def test_a_batch_is_unpacked_from_one_buffer_as_it_was_packed(root: Path, packed: bool) -> None:
+    # The last step has 6 of 8 samples, so that one micro-batch is empty.
     for item in (0, 10, 11):
-        piece = micro_batches(root, packed=packed)[item]
-        assert isinstance(piece, FlatBatch)
-        batch = piece.unpack()
+        flat = micro_batches(root, packed=packed)[item]
+        assert isinstance(flat, FlatBatch)
+        batch = flat.unpack()
         assert (batch.attention_mask is None) == packed == (batch.position_ids is not None)
         assert batch.num_rows == 0 if item == 11 else batch.num_rows > 0
-        assert same(FlatBatch.pack(batch).unpack(), batch)
+        assert is_same(FlatBatch.pack(batch).unpack(), batch)
         starts = [value.data_ptr() for value in vars(batch).values() if isinstance(value, torch.Tensor)]
         assert all(start % 8 == 0 for start in starts)
 
@@ -75,7 +68,7 @@ def test_a_resumed_stream_is_the_rest_of_the_whole_one(root: Path, num_workers: 
     whole = list(MicroBatchLoader(micro_batches(root), range(16), 0))
     rest = list(MicroBatchLoader(micro_batches(root), range(5, 16), num_workers))
     assert len(rest) == 11
-    assert all(same(a, b) for a, b in zip(whole[5:], rest, strict=True))
+    assert all(is_same(a, b) for a, b in zip(whole[5:], rest, strict=True))
 
 
 def test_two_ranks_share_the_micro_batches_of_one(root: Path) -> None:
@@ -87,24 +80,22 @@ def test_two_ranks_share_the_micro_batches_of_one(root: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_comes_in_the_place_of_its_batch(
-    root: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_is_raised_at_its_batch(root: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = micro_batches(root)
-    bad = int(dataset._plan.micro_batch(1, 2)[0])
+    bad = int(make_sampler().micro_batch(1, 2)[0])
     read = DatasetSource.__getitem__
 
-    def broken(self: DatasetSource, index: int) -> Any:
+    def read_or_fail(self: DatasetSource, index: int) -> Any:
         if index == bad:
             raise DataError("sample 'bad' cannot be read")
         return read(self, index)
 
-    monkeypatch.setattr(DatasetSource, "__getitem__", broken)
+    monkeypatch.setattr(DatasetSource, "__getitem__", read_or_fail)
     batches = iter(MicroBatchLoader(dataset, range(12), num_workers))
     assert len(list(itertools.islice(batches, 6))) == 6
     with pytest.raises(DataError, match=r"^sample 'bad' cannot be read$"):
         next(batches)
-    # Its worker has ended, though the error's traceback is still there.
+    # The worker has ended, although the error's traceback still exists.
     assert not multiprocessing.active_children()
 
 

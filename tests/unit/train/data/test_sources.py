@@ -1,4 +1,4 @@
-"""The order of training, and what the door refuses."""
+"""Tests of the order of training, of reading examples, and of outputs that are refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from common.shards.manifest import GenerateSettings, open_output, read_manifest,
 from common.shards.score_shard import ScoredConversation, ShardFile, ShardRow, write_shard
 from common.shards.scores import scores_from_topk
 from tests.support.models import tiny_causal_lm, tiny_llava, tiny_tokenizer
+from tests.support.outputs import flip
 from tests.support.training import LiveTeacher, write_mixed_dataset
 from train.config import SetConfig
 from train.data.sampling import GlobalBatchSampler, SampleSet, shuffled_order, split_validation
@@ -20,7 +21,7 @@ from train.data.sources import DatasetSource, ShardSource, open_source
 
 
 @pytest.mark.parametrize(("num_samples", "window"), [(1, 8), (64, 1), (1000, 128), (1000, 10_000)])
-def test_an_epoch_is_a_permutation_that_seed_and_epoch_alone_decide(num_samples: int, window: int) -> None:
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone(num_samples: int, window: int) -> None:
     order = shuffled_order(num_samples, 3, 5, window)
     assert sorted(order.tolist()) == list(range(num_samples))
     assert np.array_equal(order, shuffled_order(num_samples, 3, 5, window))
@@ -37,8 +38,10 @@ def test_a_window_touches_few_row_groups() -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_every_number_of_ranks_sees_each_sample_once_an_epoch_in_the_same_steps(num_ranks: int) -> None:
-    plan = GlobalBatchSampler([SampleSet(range(100, 203))], global_batch_size=16, micro_batch_size=2, seed=1, window=32)
-    assert plan.steps_per_epoch == 7
+    sampler = GlobalBatchSampler(
+        [SampleSet(range(100, 203))], global_batch_size=16, micro_batch_size=2, seed=1, window=32
+    )
+    assert sampler.steps_per_epoch == 7
     for epoch in range(2):
         seen: list[int] = []
         for step in range(epoch * 7, epoch * 7 + 7):
@@ -46,9 +49,9 @@ def test_every_number_of_ranks_sees_each_sample_once_an_epoch_in_the_same_steps(
                 int(i)
                 for rank in range(num_ranks)
                 for position in range(8 // num_ranks)
-                for i in plan.micro_batch(step, position * num_ranks + rank)
+                for i in sampler.micro_batch(step, position * num_ranks + rank)
             ]
-            expected = [int(i) for number in range(8) for i in plan.micro_batch(step, number)]
+            expected = [int(i) for number in range(8) for i in sampler.micro_batch(step, number)]
             assert sorted(in_step) == sorted(expected)
             seen += in_step
         assert sorted(seen) == list(range(100, 203))
@@ -61,7 +64,7 @@ def test_held_out_samples_are_not_trained_on() -> None:
     assert split_validation(5, 0.0) == ([0, 1, 2, 3, 4], [])
 
 
-def test_nothing_left_to_train_on_and_uneven_batches_are_refused() -> None:
+def test_empty_sets_and_uneven_batches_are_refused() -> None:
     with pytest.raises(DataError, match="no sample is left"):
         GlobalBatchSampler([SampleSet([])], 8, 2, 0, 8)
     with pytest.raises(ConfigError, match="not a multiple of micro_batch_size 3"):
@@ -80,7 +83,7 @@ def encoder(output: Path) -> ChatEncoder:
     return ChatEncoder.load(output.parent / "teacher")
 
 
-def test_examples_come_back_in_dataset_order_with_their_scores(output: Path) -> None:
+def test_examples_are_read_in_dataset_order_with_their_scores(output: Path) -> None:
     source = ShardSource(output, encoder(output), "pad", cached_groups=1)
     assert [source[i].sample.id for i in range(len(source))] == [f"s{i}" for i in range(40)]
     example = source[33]
@@ -89,7 +92,7 @@ def test_examples_come_back_in_dataset_order_with_their_scores(output: Path) -> 
     assert set(example.scores[0].counts) == {4}
 
 
-def test_an_incomplete_output_is_refused_by_name(output: Path, tmp_path: Path) -> None:
+def test_an_incomplete_output_is_refused_with_its_first_missing_shard(output: Path, tmp_path: Path) -> None:
     copy = copy_output(output, tmp_path / "copy")
     receipt_path(copy, 1).unlink()
     with pytest.raises(ShardError, match="1 of 3 shards are missing, the first is 00001"):
@@ -98,10 +101,7 @@ def test_an_incomplete_output_is_refused_by_name(output: Path, tmp_path: Path) -
 
 def test_a_damaged_shard_stops_training_and_is_named(output: Path, tmp_path: Path) -> None:
     copy = copy_output(output, tmp_path / "copy")
-    path = shard_path(copy, 2)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 1
-    path.write_bytes(data)
+    flip(Path(shard_path(copy, 2)), shard_path(copy, 2).stat().st_size // 3)
 
     def read_all() -> None:
         source = ShardSource(copy, encoder(output), "pad", 1)
@@ -120,7 +120,7 @@ def test_another_tokenizer_and_another_image_treatment_are_refused_together(outp
     assert "image_aspect_ratio: teacher 'pad', student 'keep'" in str(caught.value)
 
 
-def test_another_chat_template_is_refused_by_the_response_it_would_train(output: Path, tmp_path: Path) -> None:
+def test_another_chat_template_is_refused_at_the_first_response_that_differs(output: Path, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     own = encoder(output).tokenizer.chat_template
     template.write_text(own.replace("message['content']", "message['content'] | replace('then', 'now')"))
@@ -153,8 +153,8 @@ def test_a_text_student_reads_text_shards(tmp_path: Path) -> None:
     assert len(source) == 1
 
 
-def generated(output: Path, to: Path, prefix: list[int] | None = None) -> Path:
-    """The output with two responses to each sample, whose tokens are not those of their text encoded again.
+def write_generated(output: Path, to: Path, prefix: list[int] | None = None) -> Path:
+    """Writes the output with two responses to each sample, whose tokens differ from those of their encoded text.
 
     `prefix` replaces the first tokens of the prompt.
     """
@@ -181,25 +181,25 @@ def generated(output: Path, to: Path, prefix: list[int] | None = None) -> Path:
     return to
 
 
-def test_generated_responses_come_in_the_tokens_that_the_teacher_wrote(output: Path, tmp_path: Path) -> None:
-    source = ShardSource(generated(output, tmp_path / "generated"), encoder(output), "pad", 4)
+def test_generated_responses_have_the_tokens_that_the_teacher_generated(output: Path, tmp_path: Path) -> None:
+    source = ShardSource(write_generated(output, tmp_path / "generated"), encoder(output), "pad", 4)
     assert [source[i].sample.id for i in range(len(source))] == [f"s{i // 2}#{i % 2}" for i in range(80)]
     for index, text in ((0, "the digit"), (79, "a the")):
         example = source[index]
         response = example.conversations[0].response_ids
         assert encoder(output).tokenizer.decode(response) == text + "<|im_end|>"
-        again = encoder(output).encode_sample(example.sample)[0]
+        reencoded = encoder(output).encode_sample(example.sample)[0]
         assert len(response) == len(text) + 1
-        assert len(example.conversations[0].input_ids) > len(again.input_ids)
+        assert len(example.conversations[0].input_ids) > len(reencoded.input_ids)
 
 
 def test_a_generated_response_to_another_prompt_is_refused(output: Path, tmp_path: Path) -> None:
-    source = ShardSource(generated(output, tmp_path / "generated", prefix=[1, 2]), encoder(output), "pad", 4)
+    source = ShardSource(write_generated(output, tmp_path / "generated", prefix=[1, 2]), encoder(output), "pad", 4)
     with pytest.raises(ProvenanceError, match=r"'s0#0'.* is not the one that the teacher answered; use the chat templ"):
         source[0]
 
 
-def test_a_source_says_whether_its_entries_were_drawn(output: Path, tmp_path: Path) -> None:
+def test_a_source_knows_if_its_entries_were_drawn(output: Path, tmp_path: Path) -> None:
     assert not ShardSource(output, encoder(output), "pad", 1).sampled
     dataset = output.parent / "data" / "kd.json"
     assert not DatasetSource(dataset, "kd", encoder(output)).sampled

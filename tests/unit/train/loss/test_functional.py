@@ -1,6 +1,7 @@
-"""Axes as in train/loss/functional.py."""
+"""Tests of the distillation loss, log-probabilities and router losses. Axes as in train/loss/functional.py."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,8 +42,8 @@ def random_rows(
     return logits_RV, probs_RV, ids_RK, logprobs_RK.to(teacher_dtype), rest_R.to(teacher_dtype)
 
 
-def emptied(ids_RK: Tensor, logprobs_RK: Tensor, rest_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same rows with the last r slots of row r emptied, up to all of them."""
+def empty_slots(ids_RK: Tensor, logprobs_RK: Tensor, rest_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the same rows with the last r slots of row r emptied, up to all of them."""
     slots_K = torch.arange(ids_RK.shape[1])
     empty_RK = slots_K >= ids_RK.shape[1] - torch.arange(ids_RK.shape[0])[:, None]
     dropped_R = (logprobs_RK.exp() * empty_RK).sum(1)
@@ -58,9 +59,9 @@ def test_distillation_agrees_with_the_float64_reference(
     dtype: torch.dtype, divergence: str, tail: str, temperature: float
 ) -> None:
     logits_RV, _, *teacher = random_rows(dtype=dtype)
-    teacher = emptied(*teacher)
-    form = {"divergence": divergence, "tail": tail, "temperature": temperature}
-    expected_R = reference.distillation(logits_RV.double(), *teacher, VOCAB, **form)
+    teacher = [*empty_slots(*teacher)]
+    form: dict[str, Any] = {"divergence": divergence, "tail": tail, "temperature": temperature}
+    expected_R = reference.distillation(logits_RV.double(), *teacher, vocab_size=VOCAB, **form)
     loss_R = distillation_loss(logits_RV, *teacher, vocab_size=VOCAB, **form)
     assert_accumulated(loss_R, expected_R, dtype)
 
@@ -72,7 +73,7 @@ def test_distillation_gradient_agrees_with_finite_differences(
     divergence: str, tail: str, temperature: float, num_kept: int
 ) -> None:
     logits_RV, _, *teacher = random_rows(num_kept=num_kept, dtype=torch.float64)
-    teacher = emptied(*teacher)
+    teacher = [*empty_slots(*teacher)]
     logits_RV.requires_grad_()
     form = {"divergence": divergence, "tail": tail, "temperature": temperature}
     assert torch.autograd.gradcheck(lambda z_RV: distillation_loss(z_RV, *teacher, vocab_size=VOCAB, **form), logits_RV)
@@ -80,7 +81,7 @@ def test_distillation_gradient_agrees_with_finite_differences(
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon", "total_variation"])
 @pytest.mark.parametrize("tail", TAILS[:2])
-def test_the_student_that_equals_the_teacher_has_no_loss_of_any_form(divergence: str, tail: str) -> None:
+def test_the_student_that_equals_the_teacher_has_no_loss_by_any_divergence(divergence: str, tail: str) -> None:
     _, probs_RV, *teacher = random_rows(dtype=torch.float64)
     loss_R = distillation_loss(probs_RV.log() + 3.0, *teacher, vocab_size=VOCAB, tail=tail, divergence=divergence)
     torch.testing.assert_close(loss_R, torch.zeros_like(loss_R), rtol=0, atol=1e-14)
@@ -97,12 +98,12 @@ def test_with_every_id_kept_a_temperature_is_that_of_both_softmaxes(temperature:
 
 
 def test_a_reverse_kl_against_a_teacher_without_rest_is_finite() -> None:
-    """Its rest counts as 2e-6, the least that is stored as other than 0."""
+    """The teacher's rest counts as 2e-6, because captures store a smaller one as 0."""
     logits_RV, _, ids_RK, logprobs_RK, rest_R = random_rows(dtype=torch.float64)
     logprobs_RK = logprobs_RK.log_softmax(1)
     loss_R = distillation_loss(logits_RV, ids_RK, logprobs_RK, rest_R * 0, vocab_size=VOCAB, divergence="reverse_kl")
     expected_R = reference.distillation(
-        logits_RV, ids_RK, logprobs_RK, rest_R * 0 + 2e-6, VOCAB, "bucket", divergence="reverse_kl"
+        logits_RV, ids_RK, logprobs_RK, rest_R * 0 + 2e-6, vocab_size=VOCAB, tail="bucket", divergence="reverse_kl"
     )
     np.testing.assert_allclose(loss_R, expected_R, rtol=1e-12)
 
@@ -118,18 +119,19 @@ def test_with_every_id_kept_each_tail_is_the_full_kl(tail: str) -> None:
 
 @pytest.mark.parametrize(("num_kept", "rest"), [(VOCAB, 0.0), (VOCAB, 1e-7), (KEPT, 0.0), (KEPT, -1e-7)])
 def test_rest_mass_left_by_rounding_adds_nothing(num_kept: int, rest: float) -> None:
-    """With every id kept any rest is rounding; otherwise only a negative one is."""
-    logits_RV, _, *kept, rest_R = random_rows(num_kept=num_kept)
+    """If every id is kept, any rest is rounding; otherwise only a negative rest is."""
+    logits_RV, _, ids_RK, logprobs_RK, rest_R = random_rows(num_kept=num_kept)
     logits_RV.requires_grad_()
-    loss_R = distillation_loss(logits_RV, *kept, torch.full_like(rest_R, rest), vocab_size=VOCAB)
-    exact_R = distillation_loss(logits_RV, *kept, rest_R, vocab_size=VOCAB, tail="ignore")
+    rounded_R = torch.full_like(rest_R, rest)
+    loss_R = distillation_loss(logits_RV, ids_RK, logprobs_RK, rounded_R, vocab_size=VOCAB)
+    exact_R = distillation_loss(logits_RV, ids_RK, logprobs_RK, rest_R, vocab_size=VOCAB, tail="ignore")
     torch.testing.assert_close(loss_R, exact_R)
     gradients = [torch.autograd.grad(loss.sum(), logits_RV) for loss in (loss_R, exact_R)]
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_padding_mass_of_the_teacher_is_divided_out_where_every_id_is_kept() -> None:
-    """Else a student that agrees on every real token would have a loss below zero."""
+    """Otherwise a student that agrees on every real token would have a loss below zero."""
     logits_RV, _, *_ = random_rows()
     student_RV = logits_RV[:, :VOCAB].double().log_softmax(1).float()
     ids_RK = torch.arange(VOCAB).expand(NUM_ROWS, VOCAB)
@@ -142,13 +144,13 @@ def test_padding_mass_of_the_teacher_is_divided_out_where_every_id_is_kept() -> 
 @pytest.mark.parametrize(("teacher_0", "student_0"), [(0.0, 4.0), (0.0, -1e4), (0.9, 4.0)])
 @pytest.mark.parametrize("tail", TAILS)
 def test_empty_slots_contribute_nothing(tail: str, teacher_0: float, student_0: float) -> None:
-    """Their id is 0, which here is dropped or kept by the teacher, and sought or forbidden by the student."""
+    """Empty slots have the id 0, here one that the teacher keeps or not, with a high or a low logit of the student."""
     logits_RV, probs_RV, *_ = random_rows()
     probs_RV[:, 0] = teacher_0
     teacher = teacher_topk(probs_RV / probs_RV.sum(1, keepdim=True), KEPT)
     logits_RV[:, 0] = student_0
-    ids_RK, logprobs_RK, rest_R = emptied(*teacher)
-    expected_R = reference.distillation(logits_RV, ids_RK, logprobs_RK, rest_R, VOCAB, tail)
+    ids_RK, logprobs_RK, rest_R = empty_slots(*teacher)
+    expected_R = reference.distillation(logits_RV, ids_RK, logprobs_RK, rest_R, vocab_size=VOCAB, tail=tail)
     logits_RV.requires_grad_()
     loss_R = distillation_loss(logits_RV, ids_RK, logprobs_RK, rest_R, vocab_size=VOCAB, tail=tail)
     np.testing.assert_allclose(loss_R.detach(), expected_R, rtol=2e-6, atol=1e-6)
@@ -180,6 +182,7 @@ def test_padding_of_the_output_layer_takes_no_part(tail: str) -> None:
     unpadded_R = distillation_loss(logits_RV[:, :VOCAB], *teacher, vocab_size=VOCAB, tail=tail)
     torch.testing.assert_close(loss_R, unpadded_R, rtol=0, atol=0)
     loss_R.sum().backward()
+    assert logits_RV.grad is not None
     assert (logits_RV.grad[:, VOCAB:] == 0).all()
     assert (logits_RV.grad[:, :VOCAB] != 0).any()
 
@@ -231,7 +234,7 @@ def test_an_output_layer_smaller_than_the_tokenizer_is_refused() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_own_logprobs_agree_with_the_float64_reference(dtype: torch.dtype) -> None:
     logits_RV, _, ids_RK, _, _ = random_rows(dtype=dtype)
-    logits_RV[:, VOCAB:] = 50.0  # padding that must not be seen
+    logits_RV[:, VOCAB:] = 50.0  # padding, which must take no part
     ids_R = ids_RK[:, 2]
     logprobs_R = own_logprobs(logits_RV, ids_R, vocab_size=VOCAB)
     assert_accumulated(logprobs_R, reference.own_logprobs(logits_RV.double(), ids_R, VOCAB), dtype)
@@ -244,7 +247,7 @@ def test_own_logprobs_gradient_agrees_with_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda z_RV: own_logprobs(z_RV, ids_R, vocab_size=VOCAB), logits_RV)
 
 
-def test_tokens_are_summed_into_their_own_sequence_in_any_order() -> None:
+def test_tokens_in_any_order_are_summed_by_sequence() -> None:
     logprobs_R = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0], requires_grad=True)
     sums_B = sequence_logprobs(logprobs_R, torch.tensor([3, 0, 3, 1, 0]), 4)
     assert sums_B.tolist() == [-18.0, -8.0, 0.0, -5.0]
@@ -303,7 +306,7 @@ def test_even_routing_costs_top_k_and_collapse_costs_the_number_of_experts(top_k
 
 
 def test_load_balancing_counts_the_layers_together() -> None:
-    """Two layers that collapse onto different experts of two are even together: 2 (1/4 + 1/4) = 1."""
+    """Two layers that collapse onto different ones of two experts are even together: 2 (1/4 + 1/4) = 1."""
     left, right = torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])
     assert load_balancing_loss([left, right], torch.ones(1), top_k=1).item() == pytest.approx(1.0)
     assert load_balancing_loss([left, left], torch.ones(1), top_k=1).item() == pytest.approx(2.0)

@@ -1,4 +1,4 @@
-"""The fused pass against autograd on whole logits. Axes as in train/loss/fused_output.py."""
+"""Tests of the fused pass against autograd on whole logits. Axes as in train/loss/fused_output.py."""
 
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ VOCAB, OUTPUT, HIDDEN, ROWS, KEPT = 37, 41, 12, 9, 5
 
 
 class Layer:
-    """Operands of the fused pass: float64 leaves, picks of distinct ids of which some are struck."""
+    """Operands of the fused pass: float64 leaves, and distinct ids of which some are masked."""
 
     def __init__(
-        self, rows: int = ROWS, hidden: int = HIDDEN, vocab: int = VOCAB, kept: int = KEPT, seed: int = 0
+        self, rows: int = ROWS, hidden: int = HIDDEN, *, vocab: int = VOCAB, kept: int = KEPT, seed: int = 0
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -45,16 +45,18 @@ class Layer:
         self.vocab = vocab
 
     def leaves(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-        made = (each.to(dtype).requires_grad_() for each in (self.hidden_RH, self.weight_VH, self.bias_V))
-        return tuple(made)  # type: ignore[return-value]
+        hidden, weight, bias = (
+            each.to(dtype).requires_grad_() for each in (self.hidden_RH, self.weight_VH, self.bias_V)
+        )
+        return hidden, weight, bias
 
-    def fused(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int | None = 7) -> Tensor:
-        picks = self.ids_RJ, self.masked_RJ
-        return gather_logits(hidden, weight, bias, *picks, vocab_size=self.vocab, chunk_ids=chunk)
+    def fused(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, chunk: int | None = 7) -> Tensor:
+        ids = self.ids_RJ, self.masked_RJ
+        return gather_logits(hidden, weight, bias, *ids, vocab_size=self.vocab, chunk_ids=chunk)
 
     def unfused(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits_RV = nn.functional.linear(hidden, weight, bias)
-        return unfused.picked(logits_RV, self.ids_RJ, self.masked_RJ, self.vocab)
+        return unfused.gather_logits(logits_RV, self.ids_RJ, self.masked_RJ, self.vocab)
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,17 +67,17 @@ class Layer:
     chunk=st.integers(1, 30),
     data=st.data(),
 )
-def test_values_and_gradients_are_those_of_whole_logits_however_they_are_cut(
+def test_values_and_gradients_are_those_of_whole_logits_for_any_chunks(
     rows: int, hidden: int, vocab: int, chunk: int, data: st.DataObject
 ) -> None:
-    layer = Layer(rows, hidden, vocab, kept=data.draw(st.integers(0, vocab)), seed=data.draw(st.integers(0, 99)))
+    layer = Layer(rows, hidden, vocab=vocab, kept=data.draw(st.integers(0, vocab)), seed=data.draw(st.integers(0, 99)))
     leaves = layer.leaves()
-    found, expected = layer.fused(*leaves, chunk), layer.unfused(*leaves)
-    # All ids struck leave about -1e30, which is neither compared nor differentiated.
-    sure_RJ1 = expected > -1e29
-    torch.testing.assert_close(found[sure_RJ1], expected[sure_RJ1])
-    assert (found[~sure_RJ1] < -1e29).all()
-    cotangent_RJ1 = layer.cotangent_RJ1 * sure_RJ1
+    found, expected = layer.fused(*leaves, chunk=chunk), layer.unfused(*leaves)
+    # The logsumexp is about -1e30 if all ids are masked, and is then neither compared nor differentiated.
+    is_finite_RJ1 = expected > -1e29
+    torch.testing.assert_close(found[is_finite_RJ1], expected[is_finite_RJ1])
+    assert (found[~is_finite_RJ1] < -1e29).all()
+    cotangent_RJ1 = layer.cotangent_RJ1 * is_finite_RJ1
     for f, e in zip(
         torch.autograd.grad(found, leaves, cotangent_RJ1),
         torch.autograd.grad(expected, leaves, cotangent_RJ1),
@@ -87,7 +89,7 @@ def test_values_and_gradients_are_those_of_whole_logits_however_they_are_cut(
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_gradients_agree_with_finite_differences(chunk: int) -> None:
     layer = Layer(rows=3, hidden=4, vocab=11, kept=3)
-    assert torch.autograd.gradcheck(lambda *leaves: layer.fused(*leaves, chunk), layer.leaves())
+    assert torch.autograd.gradcheck(lambda *leaves: layer.fused(*leaves, chunk=chunk), layer.leaves())
 
 
 def test_padding_of_the_output_layer_takes_no_part() -> None:
@@ -98,11 +100,12 @@ def test_padding_of_the_output_layer_takes_no_part() -> None:
     found = layer.fused(hidden, weight, None)
     torch.testing.assert_close(found, layer.fused(hidden, weight[:VOCAB], None), rtol=0, atol=0)
     found.sum().backward()
+    assert weight.grad is not None
     assert not weight.grad[VOCAB:].any()
     assert weight.grad[:VOCAB].any()
 
 
-def test_only_what_trains_gets_a_gradient() -> None:
+def test_only_trained_operands_get_a_gradient() -> None:
     layer = Layer()
     hidden, weight, bias = layer.leaves()
     layer.fused(hidden, weight.detach(), bias.detach()).sum().backward()
@@ -116,32 +119,35 @@ def test_only_what_trains_gets_a_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gradients_are_no_further_from_float64_than_those_of_whole_logits(dtype: torch.dtype) -> None:
-    """Of the bucketed KL and the scored token's cross-entropy together."""
+    """The loss is the bucketed KL and the scored token's cross-entropy together."""
     layer = Layer(rows=64, hidden=48, vocab=997, kept=16)
     layer.masked_RJ[:, :-1] = True
     narrow = [leaf.detach().to(dtype) for leaf in (layer.hidden_RH, layer.weight_VH / 7)]
     teacher_RK = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)).log_softmax(1) - 0.3
     rest_R = 1 - teacher_RK.exp().sum(1)
 
-    def gradients(of_dtype: torch.dtype, fused: bool) -> tuple[Tensor, ...]:
-        leaves = [each.to(of_dtype).requires_grad_() for each in narrow]
+    def gradients(of_dtype: torch.dtype, *, fused: bool) -> tuple[Tensor, ...]:
+        hidden, weight = (each.to(of_dtype).requires_grad_() for each in narrow)
         if fused:
-            rows = to_row_logits(layer.fused(*leaves, None, 100), layer.masked_RJ)  # type: ignore[arg-type, misc]
+            rows = to_row_logits(layer.fused(hidden, weight, None, chunk=100), layer.masked_RJ)
             kl_R = distillation_loss(rows, teacher_RK, rest_R, vocab_size=layer.vocab)
             own_R = rows.own_logprobs
         else:
-            logits_RV = leaves[0] @ leaves[1].T
+            logits_RV = hidden @ weight.T
             kept = layer.ids_RJ[:, :-1], teacher_RK, rest_R
             kl_R = unfused.distillation_loss(logits_RV, *kept, vocab_size=layer.vocab)
             own_R = unfused.own_logprobs(logits_RV, layer.ids_RJ[:, -1], vocab_size=layer.vocab)
-        return torch.autograd.grad((kl_R - own_R).mean(), leaves)
+        hidden_gradient, weight_gradient = torch.autograd.grad((kl_R - own_R).mean(), (hidden, weight))
+        return hidden_gradient, weight_gradient
 
     exact = gradients(torch.float64, fused=False)
-    for found, twin, truth in zip(gradients(dtype, True), gradients(dtype, False), exact, strict=True):
+    for found, unfused_found, truth in zip(
+        gradients(dtype, fused=True), gradients(dtype, fused=False), exact, strict=True
+    ):
         assert found.dtype == dtype
-        off, twin_off = ((each.double() - truth).norm() / truth.norm() for each in (found, twin))
-        # In float32 both are rounding and differ by their order of adding.
-        assert off <= (twin_off if dtype == torch.bfloat16 else 2 * twin_off)
+        error, unfused_error = ((each.double() - truth).norm() / truth.norm() for each in (found, unfused_found))
+        # In float32 both errors are rounding, and the order of the sums decides which is larger.
+        assert error <= (unfused_error if dtype == torch.bfloat16 else 2 * unfused_error)
 
 
 def test_autocast_does_not_narrow_the_pass() -> None:
@@ -156,26 +162,26 @@ def test_autocast_does_not_narrow_the_pass() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation makes."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for each in made if isinstance(made, tuple | list) else [made]:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
             if isinstance(each, Tensor):
                 self.largest = max(self.largest, each.numel())
-        return made
+        return result
 
 
-def test_no_tensor_of_tokens_by_vocabulary_is_ever_made() -> None:
+def test_no_operation_makes_a_tensor_of_tokens_by_vocabulary() -> None:
     layer = Layer(rows=300, hidden=8, vocab=1000)
     leaves = layer.leaves(torch.bfloat16)
     with LargestTensor() as fused:
-        layer.fused(*leaves, 64).sum().backward()
-    with LargestTensor() as whole:
+        layer.fused(*leaves, chunk=64).sum().backward()
+    with LargestTensor() as unfused_pass:
         layer.unfused(*leaves).sum().backward()
-    assert whole.largest >= 300 * 1000
+    assert unfused_pass.largest >= 300 * 1000
     assert fused.largest == 300 * 64
 
 
@@ -184,15 +190,15 @@ def test_the_default_chunk_bounds_logits_and_weight(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("train.loss.fused_output._MIN_CHUNK_IDS", 2)
     for rows, hidden in ((300, 8), (8, 300)):
         layer = Layer(rows, hidden, vocab=1000, kept=1)
-        picks = layer.ids_RJ, layer.masked_RJ
+        ids = layer.ids_RJ, layer.masked_RJ
         hidden_RH, weight_VH = layer.hidden_RH.float(), layer.weight_VH.bfloat16()
         with LargestTensor() as fused:
-            gather_logits(hidden_RH, weight_VH, None, *picks, vocab_size=1000)
+            gather_logits(hidden_RH, weight_VH, None, *ids, vocab_size=1000)
         assert fused.largest == max(6000, rows * hidden)
 
 
 @pytest.mark.slow  # tracing
-def test_a_compiled_caller_gets_the_same() -> None:
+def test_a_compiled_caller_gets_the_same_values_and_gradients() -> None:
     layer = Layer()
     leaves = layer.leaves(torch.float32)
     expected = layer.fused(*leaves)
@@ -206,7 +212,7 @@ def test_a_compiled_caller_gets_the_same() -> None:
 
 
 def make_batch(vocab_size: int, num_pairs: int = 0) -> Batch:
-    """Four text sequences of 10 tokens; rows, kept entries and references drawn at random."""
+    """Returns four text sequences of 10 tokens; rows are given, ids and kept entries are drawn at random."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocab_size, (4, 10), generator=generator)
     rows = torch.tensor([2, 3, 4, 11, 12, 25, 26, 27, 28, 33, 38])
@@ -243,7 +249,7 @@ OBJECTIVES = [
 @pytest.mark.parametrize("config", OBJECTIVES, ids=range(len(OBJECTIVES)))
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_gets_the_gradient_of_whole_logits(tmp_path: Path, tied: bool, config: LossConfig) -> None:
-    """Through the hooked model, its layers recomputed in the backward pass, its output layer tied or not."""
+    """The model's layers are recomputed in the backward pass, and its output layer is tied or not."""
     model = load_student(tiny_llava(tmp_path, num_layers=2, tied=tied), dtype=torch.float32)
     model.train()
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
@@ -261,7 +267,7 @@ def test_every_parameter_gets_the_gradient_of_whole_logits(tmp_path: Path, tied:
 
     ids_RJ, masked_RJ = ids_to_gather(batch, kept=kept)
     whole_RV = model(**inputs).logits.flatten(0, 1)[batch.rows]
-    expected = gradients(to_row_logits(unfused.picked(whole_RV, ids_RJ, masked_RJ, vocab_size), masked_RJ))
+    expected = gradients(to_row_logits(unfused.gather_logits(whole_RV, ids_RJ, masked_RJ, vocab_size), masked_RJ))
     output = FusedOutput(model, vocab_size)
     with output.scoring(batch, kept=kept):
         rows = output.read(model(**inputs).logits)
@@ -272,7 +278,7 @@ def test_every_parameter_gets_the_gradient_of_whole_logits(tmp_path: Path, tied:
         torch.testing.assert_close(found[name], gradient, rtol=2e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_outside_of_scoring_the_output_layer_is_what_it_was(tmp_path: Path) -> None:
+def test_outside_of_scoring_the_output_layer_is_unchanged(tmp_path: Path) -> None:
     model = load_student(tiny_llava(tmp_path, num_layers=2), dtype=torch.float32)
     input_ids = torch.arange(10, 18)[None]
     names = list(model.state_dict())
@@ -312,7 +318,7 @@ def test_settings_without_a_meaning_are_refused(table: dict[str, Any], message: 
         LossConfig.model_validate(table)
 
 
-def test_settings_with_a_meaning_are_taken() -> None:
+def test_settings_with_a_meaning_are_accepted() -> None:
     LossConfig.model_validate({"distillation": 1.0, "temperature": 2.0, "tail": "renormalise"})
     LossConfig.model_validate({"distillation": 1.0, "divergence": "total_variation", "tail": "bucket"})
     LossConfig.model_validate({"preference": 1.0, "label_smoothing": 0.1, "length_normalised": True})

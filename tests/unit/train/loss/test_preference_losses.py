@@ -1,8 +1,9 @@
-"""Axes as in train/loss/functional.py."""
+"""Tests of the preference losses and their metrics. Axes as in train/loss/functional.py."""
 
 import math
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +30,21 @@ def random_pairs(shift: float = 0.0, num_pairs: int = 7) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize(("loss_type", "label_smoothing"), PREFERENCES)
 def test_preference_losses_agree_with_the_float64_reference(
-    loss_type: str, label_smoothing: float, shift: float
+    loss_type: Any, label_smoothing: float, shift: float
 ) -> None:
     pairs = [values_P.float() for values_P in random_pairs(shift)]
-    expected = reference.preference(*pairs, loss_type, 0.1, label_smoothing)
+    chosen_P, rejected_P, reference_chosen_P, reference_rejected_P = (values_P.numpy() for values_P in pairs)
+    expected = reference.preference(
+        chosen_P,
+        rejected_P,
+        reference_chosen_P,
+        reference_rejected_P,
+        loss_type=loss_type,
+        beta=0.1,
+        label_smoothing=label_smoothing,
+    )
     if loss_type == "kto_pair":
-        expected = expected.reshape(2, -1).mean(0)  # so that the mean over pairs is the one over both halves
+        expected = expected.reshape(2, -1).mean(0)  # so that the mean over pairs is the mean over both halves
     loss_P = preference_loss(*pairs, loss_type=loss_type, beta=0.1, label_smoothing=label_smoothing)
     assert loss_P.dtype == torch.float32
     np.testing.assert_allclose(loss_P, expected, rtol=2e-6, atol=1e-6)
@@ -43,7 +53,7 @@ def test_preference_losses_agree_with_the_float64_reference(
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize(("loss_type", "label_smoothing"), PREFERENCES)
 def test_preference_gradients_agree_with_finite_differences(
-    loss_type: str, label_smoothing: float, shift: float
+    loss_type: Any, label_smoothing: float, shift: float
 ) -> None:
     """For the paired KTO form this includes the gradient through the means that estimate the KL."""
     chosen_P, rejected_P, *references = random_pairs(shift)
@@ -59,14 +69,14 @@ def test_preference_gradients_agree_with_finite_differences(
 @pytest.mark.parametrize(
     ("loss_type", "expected"), [("sigmoid", math.log(2)), ("ipo", 25.0), ("hinge", 1.0), ("kto_pair", 0.5)]
 )
-def test_the_policy_that_equals_the_reference_has_the_known_loss(loss_type: str, expected: float) -> None:
+def test_the_policy_that_equals_the_reference_has_the_known_loss(loss_type: Any, expected: float) -> None:
     chosen_P, rejected_P, _, _ = random_pairs()
     loss_P = preference_loss(chosen_P, rejected_P, chosen_P, rejected_P, loss_type=loss_type, beta=0.1)
     torch.testing.assert_close(loss_P, torch.full_like(chosen_P, expected))
 
 
 def test_bf16_sequence_logprobs_are_subtracted_in_float32() -> None:
-    """-1000 + 0.25 is not a bf16 number: subtracting in bf16 would lose the quarter."""
+    """-1000 + 0.25 is not a bf16 number, so that subtracting in bf16 would lose the quarter."""
     policy_P, reference_P = torch.tensor([-1000.0]).bfloat16(), torch.tensor([-0.25]).bfloat16()
     loss_P = preference_loss(policy_P, reference_P, reference_P, reference_P, loss_type="hinge", beta=1.0)
     assert loss_P.tolist() == [1000.75]
@@ -83,16 +93,17 @@ def test_bf16_sequence_logprobs_are_subtracted_in_float32() -> None:
         ("sigmoid", math.nan),
     ],
 )
-def test_label_smoothing_without_a_meaning_is_refused(loss_type: str, label_smoothing: float) -> None:
+def test_label_smoothing_without_a_meaning_is_refused(loss_type: Any, label_smoothing: float) -> None:
     with pytest.raises(ValueError, match=f"label_smoothing is {label_smoothing}"):
         preference_loss(*random_pairs(), loss_type=loss_type, beta=0.1, label_smoothing=label_smoothing)
 
 
 def trl_preference(
-    policy_logps_2PT: Tensor, reference_2P: Tensor, completion_mask_2PT: Tensor, loss_type: str, beta: float
+    policy_logps_2PT: Tensor, reference_2P: Tensor, completion_mask_2PT: Tensor, loss_type: Any, beta: float
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """The loss and the logged metrics of TRL's own DPOTrainer, from the log-probs that a model would give."""
+    """Returns the loss and the logged metrics of TRL's own DPOTrainer for the given log-probs."""
     trl = pytest.importorskip("trl")
+    metrics: dict[str, list[float]] = defaultdict(list)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(
@@ -107,7 +118,7 @@ def trl_preference(
         beta=beta,
         label_smoothing=0.0,
         use_weighting=False,
-        _metrics={"train": defaultdict(list)},
+        _metrics={"train": metrics},
         _total_train_tokens=0,
         _tp_size=1,
     )
@@ -122,8 +133,8 @@ def trl_preference(
         "ref_chosen_logps": ref_chosen_P,
         "ref_rejected_logps": ref_rejected_P,
     }
-    loss = trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
-    return loss, trainer._metrics["train"]
+    compute_loss = trl.DPOTrainer._compute_loss  # noqa: SLF001 - the public method needs a whole trainer
+    return compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False), metrics
 
 
 @pytest.mark.slow  # importing trl
@@ -139,7 +150,7 @@ def trl_preference(
 )
 @pytest.mark.parametrize("num_pairs", [1, 5])
 def test_preference_losses_and_metrics_agree_with_trl(
-    loss_type: str, trl_type: str, length_normalised: bool, num_pairs: int
+    loss_type: Any, trl_type: str, length_normalised: bool, num_pairs: int
 ) -> None:
     generator = torch.Generator().manual_seed(2)
     num_tokens, prompt_tokens, beta = 12, 3, 0.2
@@ -150,12 +161,7 @@ def test_preference_losses_and_metrics_agree_with_trl(
     reference_2P = (logps_2PT * mask_2PT).sum(1) + 6 * torch.randn(2 * num_pairs, generator=generator)
     expected, metrics = trl_preference(logps_2PT, reference_2P, mask_2PT, trl_type, beta)
 
-    config = LossConfig(
-        preference=1.0,
-        preference_type=loss_type,
-        beta=beta,
-        length_normalised=length_normalised,  # type: ignore[arg-type]
-    )
+    config = LossConfig(preference=1.0, preference_type=loss_type, beta=beta, length_normalised=length_normalised)
     terms = compute_terms(*scored_pairs(logps_2PT, mask_2PT, reference_2P), config, vocab_size=9)
     found = {name: term.total.item() / num_pairs for name, term in terms.items()}
     assert found.pop("preference") == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
@@ -165,7 +171,7 @@ def test_preference_losses_and_metrics_agree_with_trl(
 
 
 def scored_pairs(logps_BT: Tensor, mask_BT: Tensor, reference_B: Tensor) -> tuple[RowLogits, Batch]:
-    """What a student that gives these log-probs hands to the objective, the masked tokens being those scored."""
+    """Returns the inputs of the objective for a student with these log-probs; tokens with a mask of 1 are scored."""
     rows_R = mask_BT.flatten().nonzero().flatten()
     own_R = logps_BT.flatten()[rows_R]
     batch = Batch(

@@ -1,14 +1,16 @@
-"""Draws from the teacher's distribution train as the whole distribution does, on average.
+"""Tests that draws from the teacher's distribution give the gradient of the whole distribution on average.
 
-Axes as in train/loss/functional.py; D: draws of one row.
+Axes as in train/loss/functional.py; D draws of one row.
 """
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.shards.scores import TeacherScores, scores_from_draws, scores_from_topk
@@ -19,10 +21,12 @@ from tests.support.fused_rows import distillation_loss
 VOCAB, TEACHER_OUTPUT, STUDENT_OUTPUT = 23, 26, 29
 NUM_DRAWS, NUM_TRIALS = 12, 40_000
 
+Array = NDArray[Any]
+
 
 @pytest.fixture(scope="module")
-def teacher_V() -> np.ndarray:
-    """One distribution over the teacher's padded output layer, float64; half of it lies outside its best four."""
+def teacher_V() -> Array:
+    """One distribution over the teacher's padded output layer, float64; half of its mass is outside its best four."""
     return reference.softmax(1.5 * np.random.default_rng(0).normal(size=TEACHER_OUTPUT))
 
 
@@ -32,12 +36,12 @@ def student_V() -> Tensor:
     return torch.from_numpy(1.5 * np.random.default_rng(1).normal(size=STUDENT_OUTPUT))
 
 
-def drawn(probs_V: np.ndarray, num_rows: int) -> np.ndarray:
+def draw_ids(probs_V: Array, num_rows: int) -> Array:
     return np.random.default_rng(2).choice(len(probs_V), (num_rows, NUM_DRAWS), p=probs_V)
 
 
-def gradients(student_V: Tensor, scores: TeacherScores, tail: str) -> np.ndarray:
-    """Gradient of each row's loss in the same student logits, float64 [R, VOCAB]."""
+def gradients(student_V: Tensor, scores: TeacherScores, tail: str) -> Array:
+    """Returns the gradient of each row's loss with respect to the same student logits, float64 [R, VOCAB]."""
     logits_RV = student_V.repeat(scores.num_rows, 1).requires_grad_()
     ids_RK, logprobs_RK = (torch.from_numpy(array) for array in scores.topk())
     rest_R = torch.from_numpy(scores.rest_mass)
@@ -47,25 +51,25 @@ def gradients(student_V: Tensor, scores: TeacherScores, tail: str) -> np.ndarray
     return logits_RV.grad[:, :VOCAB].numpy()
 
 
-def standard_errors_off(samples_RV: np.ndarray, expected_V: np.ndarray) -> float:
-    """How many standard errors the coordinate farthest off has its mean from what is expected."""
+def max_standard_errors(samples_RV: Array, expected_V: Array) -> float:
+    """Returns the largest distance of a coordinate's mean from the expected value, in standard errors."""
     error_V = samples_RV.std(axis=0, ddof=1) / math.sqrt(len(samples_RV))
     assert error_V.max() < 1e-3
     return float((np.abs(samples_RV.mean(axis=0) - expected_V) / error_V).max())
 
 
-def test_the_gradient_of_draws_is_on_average_that_of_the_full_kl(teacher_V: np.ndarray, student_V: Tensor) -> None:
-    """Padding ids of the teacher included: the student lacks them, and the draws that fell on them are left out."""
-    scores = scores_from_draws(np.zeros(NUM_TRIALS), drawn(teacher_V, NUM_TRIALS), vocab_size=VOCAB)
+def test_the_gradient_of_draws_is_on_average_that_of_the_full_kl(teacher_V: Array, student_V: Tensor) -> None:
+    """The teacher has padding ids, which the student lacks; draws of these are left out."""
+    scores = scores_from_draws(np.zeros(NUM_TRIALS), draw_ids(teacher_V, NUM_TRIALS), vocab_size=VOCAB)
     assert scores.rest_mass.max() > 0
     expected_V = reference.kl_gradient(teacher_V[:VOCAB], student_V[:VOCAB])
-    assert standard_errors_off(gradients(student_V, scores, "ignore"), expected_V) < 4.5
+    assert max_standard_errors(gradients(student_V, scores, "ignore"), expected_V) < 4.5
 
 
 def test_the_gradient_of_multinomial_counts_is_on_average_that_of_the_full_kl(
-    teacher_V: np.ndarray, student_V: Tensor
+    teacher_V: Array, student_V: Tensor
 ) -> None:
-    """The same, with counts that another generator drew and shares that this test computed."""
+    """The counts come from another generator, and the test computes the shares itself."""
     probs_V = teacher_V[:VOCAB] / teacher_V[:VOCAB].sum()
     counts_RV = np.random.default_rng(3).multinomial(NUM_DRAWS, probs_V, NUM_TRIALS)
     with np.errstate(divide="ignore"):
@@ -76,15 +80,17 @@ def test_the_gradient_of_multinomial_counts_is_on_average_that_of_the_full_kl(
     distillation_loss(logits_RV, ids_RV, logprobs_RV, rest_R, vocab_size=VOCAB, tail="ignore").sum().backward()
     assert logits_RV.grad is not None
     expected_V = reference.kl_gradient(probs_V, student_V[:VOCAB])
-    assert standard_errors_off(logits_RV.grad[:, :VOCAB].numpy(), expected_V) < 4.5
+    assert max_standard_errors(logits_RV.grad[:, :VOCAB].numpy(), expected_V) < 4.5
 
 
 @pytest.mark.parametrize("tail", ["ignore", "renormalise"])
 def test_the_gradient_of_the_best_entries_is_not_that_of_the_full_kl(
-    teacher_V: np.ndarray, student_V: Tensor, tail: str
+    teacher_V: Array, student_V: Tensor, tail: str
 ) -> None:
-    """Which is why entries are drawn: with as many of the best ones as are drawn on average the error stays."""
-    num_kept = round(float(np.mean(scores_from_draws(np.zeros(500), drawn(teacher_V, 500), vocab_size=VOCAB).counts)))
+    """With as many best entries as are drawn on average the gradient is biased, which is why entries are drawn."""
+    num_kept = round(
+        float(np.mean(scores_from_draws(np.zeros(500), draw_ids(teacher_V, 500), vocab_size=VOCAB).counts))
+    )
     order_K = np.argsort(-teacher_V[:VOCAB])[:num_kept]
     scores = scores_from_topk(np.zeros(1), order_K[None], np.log(teacher_V[order_K])[None])
     (gradient_V,) = gradients(student_V, scores, tail)
@@ -93,16 +99,16 @@ def test_the_gradient_of_the_best_entries_is_not_that_of_the_full_kl(
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
-def test_other_tails_bias_the_gradient_of_draws(teacher_V: np.ndarray, student_V: Tensor, tail: str) -> None:
-    """The bucket through the draws on padding, which say nothing of the ids that were not drawn."""
-    scores = scores_from_draws(np.zeros(NUM_TRIALS), drawn(teacher_V, NUM_TRIALS), vocab_size=VOCAB)
+def test_other_tails_bias_the_gradient_of_draws(teacher_V: Array, student_V: Tensor, tail: str) -> None:
+    """The rest of the bucket is the share of draws of padding ids, not the mass of the ids that were not drawn."""
+    scores = scores_from_draws(np.zeros(NUM_TRIALS), draw_ids(teacher_V, NUM_TRIALS), vocab_size=VOCAB)
     expected_V = reference.kl_gradient(teacher_V[:VOCAB], student_V[:VOCAB])
-    assert standard_errors_off(gradients(student_V, scores, tail), expected_V) > 9
+    assert max_standard_errors(gradients(student_V, scores, tail), expected_V) > 9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_loss_of_draws_agrees_with_the_float64_reference(teacher_V: np.ndarray, dtype: torch.dtype) -> None:
-    drawn_RD = drawn(teacher_V, 8)
+def test_the_loss_of_draws_agrees_with_the_float64_reference(teacher_V: Array, dtype: torch.dtype) -> None:
+    drawn_RD = draw_ids(teacher_V, 8)
     scores = scores_from_draws(np.zeros(8), drawn_RD, vocab_size=VOCAB)
     logits_RV = torch.randn(8, STUDENT_OUTPUT, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits_RV = logits_RV.mul(2).to(dtype)

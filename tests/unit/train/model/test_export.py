@@ -1,3 +1,5 @@
+"""Tests of exported students: every weight, the names that vLLM reads, and directories that are refused."""
+
 import json
 import os
 import shutil
@@ -24,11 +26,11 @@ F32 = torch.float32
 
 
 def sparse_student(directory: Path, text: TextFamily = "qwen2", tied: bool = True) -> Path:
-    """A sparse LLaVA whose experts and routers all differ, as after training."""
+    """Writes a sparse LLaVA whose experts and routers all differ, as after training."""
     dense = tiny_llava(directory / "dense", text, tied=tied)
     model = upcycle(load_student(dense, dtype=F32), MoEConfig(), seed=0)
-    moved = [(n, p) for n, p in model.named_parameters() if ".mlp.experts." in n or ".mlp.gate." in n]
-    randomise(moved, seed=1)
+    redrawn = [(n, p) for n, p in model.named_parameters() if ".mlp.experts." in n or ".mlp.gate." in n]
+    randomise(redrawn, seed=1)
     save_student(model, dense, directory / "sparse")
     return directory / "sparse"
 
@@ -40,7 +42,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(student: Path, tmp_path: Path) -> Path:
-    """A trainer's checkpoint directory: the model one level down, beside states of the optimizer."""
+    """A trainer's checkpoint directory: the model in a subdirectory, beside states of the optimizer."""
     shutil.copytree(student, tmp_path / "checkpoint-7" / "model")
     (tmp_path / "checkpoint-7" / "global_step7").mkdir()
     (tmp_path / "checkpoint-7" / "global_step7" / "zero_pp_rank_0.pt").write_bytes(b"state")
@@ -97,7 +99,7 @@ def test_weights_carry_the_names_that_vllm_reads(student: Path, tmp_path: Path) 
 
 
 def test_a_checkpoint_in_transformers_own_key_names_is_exported_too(student: Path, tmp_path: Path) -> None:
-    """The trainer may save a model that never knew the older names."""
+    """The trainer may save a model that was not loaded under the older names."""
     model = load_student(student, dtype=F32)
     save_student(model, student, tmp_path / "new")
     weights = model.state_dict()
@@ -152,14 +154,14 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_several_models_are_not_chosen_among(student: Path, tmp_path: Path) -> None:
+def test_a_directory_with_several_models_is_refused(student: Path, tmp_path: Path) -> None:
     for name in ("checkpoint-1", "checkpoint-2"):
         shutil.copytree(student, tmp_path / "run" / name)
     with pytest.raises(ModelError, match="found 2 model directories \\(checkpoint-1, checkpoint-2\\)"):
         export_student(tmp_path / "run", tmp_path / "out")
 
 
-def test_of_a_stages_output_the_final_model_is_exported(student: Path, tmp_path: Path) -> None:
+def test_the_final_model_of_a_stages_output_is_exported(student: Path, tmp_path: Path) -> None:
     for name in ("checkpoint-1", "final"):
         shutil.copytree(student, tmp_path / "stage" / name)
     (tmp_path / "stage" / "config.json").write_text('{"config": {}}')
@@ -171,7 +173,7 @@ def test_of_a_stages_output_the_final_model_is_exported(student: Path, tmp_path:
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
 
-def test_an_output_with_something_in_it_is_left_alone(student: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_not_empty_is_left_unchanged(student: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(StorageError, match="is not empty"):
         export_student(student, tmp_path)
@@ -184,16 +186,16 @@ def test_an_empty_output_directory_is_used(student: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_a_tensor_that_reads_back_otherwise_stops_the_export(
+def test_a_tensor_that_reads_back_differently_stops_the_export(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_with_a_flipped_bit(model: torch.nn.Module, assets_from: Path, out: Path) -> None:
+    def save_with_a_changed_weight(model: torch.nn.Module, assets_from: Path, out: Path) -> None:
         save_student(model, assets_from, out)
         weights = load_file(out / "model.safetensors")
         weights["multi_modal_projector.linear_1.bias"][0] += 1e-6
         save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(export_module, "save_student", save_with_a_flipped_bit)
+    monkeypatch.setattr(export_module, "save_student", save_with_a_changed_weight)
     with pytest.raises(StorageError, match=r"1 tensors read back otherwise.*linear_1\.bias"):
         export_student(student, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -204,7 +206,7 @@ PROMPTS = (
     "<|im_start|>user\nthe image is a digit<|im_end|>\n<|im_start|>assistant\n",
 )
 
-# In a process of its own: an engine leaves global state behind.
+# In a process of its own, because an engine leaves global state behind.
 GENERATE = """
 import json, sys
 from PIL import Image
@@ -225,7 +227,7 @@ print("FOUND" + json.dumps(found))
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_vllm_continues_as_transformers_does(tmp_path: Path) -> None:
-    """Llama's student is the hardest: zero biases, a zero shared expert, experts that all differ."""
+    """Llama's student tests the most: zero biases, a zero shared expert, experts that all differ."""
     export_student(sparse_student(tmp_path, "llama", tied=False), tmp_path / "out")
     pixels = np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")

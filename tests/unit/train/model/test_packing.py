@@ -1,4 +1,4 @@
-"""Samples packed into one sequence: what each gets is what it gets alone, and what training gets of a padded batch."""
+"""Tests of packed samples: each has the outputs that it has alone, and training equals that of padded batches."""
 
 import collections
 import functools
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -18,14 +17,15 @@ from transformers import (
 )
 
 from common.data.chat_encoding import ChatEncoder
-from common.data.images import ImageSpec
+from common.data.samples import Kind
 from common.errors import ConfigError
 from tests.integration.training.test_parallel import make_sparse
-from tests.support.models import randomise, tiny_causal_lm, tiny_llava
+from tests.support.models import TextFamily, randomise, tiny_causal_lm, tiny_llava
 from tests.support.training import LiveTeacher, largest_difference, run_stages, stage, weights, write_mixed_dataset
-from tests.support.training import losses as losses_of
+from tests.support.training import losses as logged_losses
 from train.config import LossConfig, MoEConfig, TrainConfig
-from train.data.collator import Batch, Collator
+from train.data.collator import Batch, Collator, StudentInputs
+from train.data.image_cache import ImageCache
 from train.data.sources import Example, ShardSource
 from train.loss.fused_output import FusedOutput
 from train.loss.objective import compute_terms, step_loss, unit_counts
@@ -38,8 +38,8 @@ from train.run.stage import prepare_student
 # Sequences of one token at the start, in the middle and at the end, several of them in a row, and one sequence alone.
 LENGTHS = [[5], [1], [1, 4, 3], [4, 1, 1, 6, 1]]
 
-# Text models by their type and what else is special.
-STUDENTS = {
+# Family and settings of each text model.
+STUDENTS: dict[str, tuple[TextFamily, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {}),
     "mistral, window": ("mistral", {"sliding_window": 3}),
@@ -54,18 +54,18 @@ STUDENTS = {
 @pytest.fixture(scope="module")
 def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedModel]:
     root = tmp_path_factory.mktemp("students")
-    made = {}
+    models = {}
     for name, (family, settings) in STUDENTS.items():
-        path = tiny_causal_lm(root / name, family, num_layers=2, **settings)  # type: ignore[arg-type]
+        path = tiny_causal_lm(root / name, family, num_layers=2, **settings)
         model = load_student(path, dtype=torch.float32)
         if name.endswith("_moe"):
             model = upcycle(model, MoEConfig(layers="all"), seed=0)
             randomise(((n, p) for n, p in model.named_parameters() if ".mlp.experts." in n or ".gate." in n), 1, 0.3)
-        made[name] = model
-    return made
+        models[name] = model
+    return models
 
 
-def packed(sequences: list[Tensor]) -> dict[str, Any]:
+def packed_inputs(sequences: list[Tensor]) -> dict[str, Any]:
     return {
         "input_ids": torch.cat(sequences)[None],
         "position_ids": torch.cat([torch.arange(len(each)) for each in sequences])[None],
@@ -75,32 +75,31 @@ def packed(sequences: list[Tensor]) -> dict[str, Any]:
 
 
 def plain_attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of one sequence, written out."""
+    """Returns the causal attention of one sequence, written out."""
     groups = q_NHD.shape[1] // k_NHD.shape[1]
     k_NHD, v_NHD = k_NHD.repeat_interleave(groups, 1), v_NHD.repeat_interleave(groups, 1)
     scores_HNN = torch.einsum("qhd,khd->hqk", q_NHD, k_NHD) * scale
-    ahead_NN = torch.arange(len(q_NHD))[:, None] - torch.arange(len(q_NHD))
-    seen_NN = (ahead_NN >= 0) & (ahead_NN < (len(q_NHD) if window is None else window))
-    return torch.einsum("hqk,khd->qhd", scores_HNN.masked_fill(~seen_NN, -torch.inf).softmax(-1), v_NHD)
+    distance_NN = torch.arange(len(q_NHD))[:, None] - torch.arange(len(q_NHD))
+    visible_NN = (distance_NN >= 0) & (distance_NN < (len(q_NHD) if window is None else window))
+    return torch.einsum("hqk,khd->qhd", scores_HNN.masked_fill(~visible_NN, -torch.inf).softmax(-1), v_NHD)
 
 
-class Kernels:
-    """Stands for flash-attn, which needs a GPU: its two functions as its documentation tells them, and their calls."""
+class FakeFlashAttention:
+    """Replaces flash-attn, which needs a GPU: its two functions as documented, and the lengths of their calls."""
 
     def __init__(self) -> None:
         self.lengths: list[list[int]] = []
 
     def __call__(self, _name: str | None) -> tuple[Any, Any]:
         supports = collections.defaultdict(bool, window_size=True, max_seqlen_q=True, max_seqlen_k=True)
-        settings = functools.partial(
-            modeling_flash_attention_utils._process_flash_attention_kwargs, supports_mapping=supports
-        )
+        process = modeling_flash_attention_utils._process_flash_attention_kwargs  # noqa: SLF001 - what it replaces uses it
+        settings = functools.partial(process, supports_mapping=supports)
         return (self.whole, self.varlen, None, None, None), (settings, None)
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
         return torch.stack([self._attend(*one, **settings) for one in zip(q, k, v, strict=True)])
 
-    def varlen(
+    def varlen(  # noqa: PLR0913 - flash-attn's signature
         self,
         q: Tensor,
         k: Tensor,
@@ -120,7 +119,7 @@ class Kernels:
         return torch.cat([self._attend(*part, **settings) for part in parts])
 
     @staticmethod
-    def _attend(
+    def _attend(  # noqa: PLR0913 - flash-attn's signature
         q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float, window_size: tuple[int, int] = (-1, -1)
     ) -> Tensor:
         assert causal
@@ -128,17 +127,21 @@ class Kernels:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    found = Kernels()
-    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", found)
-    return found
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> FakeFlashAttention:
+    fake = FakeFlashAttention()
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", fake)
+    return fake
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", STUDENTS)
 def test_packed_sequences_have_the_logits_that_each_has_alone(
-    students: dict[str, PreTrainedModel], name: str, attention: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+    students: dict[str, PreTrainedModel],
+    name: str,
+    attention: str,
+    flash_attention: FakeFlashAttention,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = students[name]
     generator = torch.Generator().manual_seed(0)
@@ -149,32 +152,32 @@ def test_packed_sequences_have_the_logits_that_each_has_alone(
             with monkeypatch.context() as patch:
                 patch.setattr(model.config, "_attn_implementation_internal", attention)
                 check_packing_supported(model)
-                together = model(**packed(sequences)).logits[0].split(lengths)
+                together = model(**packed_inputs(sequences)).logits[0].split(lengths)
                 for number, expected in enumerate(alone):
                     assert (together[number] - expected).abs().max() < 1e-5
                     changed = [each.clone() for each in sequences]
                     changed[number][0] += 1
-                    for other, found in enumerate(model(**packed(changed)).logits[0].split(lengths)):
+                    for other, found in enumerate(model(**packed_inputs(changed)).logits[0].split(lengths)):
                         difference = (found - together[other]).abs().max()
                         assert difference > 0.01 if other == number else difference < 1e-5
         if attention == "flash_attention_2" and len(lengths) > 1:
-            assert kernels.lengths[-1] == lengths
+            assert flash_attention.lengths[-1] == lengths
 
 
-@pytest.mark.parametrize("spoilt", [{"attention_mask": True}, {"use_cache": True}])
+@pytest.mark.parametrize("change", [{"attention_mask": True}, {"use_cache": True}])
 def test_with_a_mask_or_a_cache_the_same_comparison_fails(
-    students: dict[str, PreTrainedModel], spoilt: dict[str, bool]
+    students: dict[str, PreTrainedModel], change: dict[str, bool]
 ) -> None:
     sequences = list(torch.arange(12).split([5, 7]))
-    inputs = packed(sequences) | spoilt
-    if spoilt.get("attention_mask"):
+    inputs = packed_inputs(sequences) | change
+    if change.get("attention_mask"):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with torch.no_grad():
         alone = students["qwen2"](input_ids=sequences[1][None]).logits[0]
         assert (students["qwen2"](**inputs).logits[0, 5:] - alone).abs().max() > 0.1
 
 
-def test_every_text_model_that_is_taken_was_compared(students: dict[str, PreTrainedModel]) -> None:
+def test_every_accepted_text_model_was_compared(students: dict[str, PreTrainedModel]) -> None:
     assert {text_config(model).model_type for model in students.values()} == set(TEXT_MODELS)
 
 
@@ -202,44 +205,40 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llava(root / "dense", num_layers=2)
     tiny_llava(root / "other", num_layers=2, seed=1)
     make_sparse(root / "dense", root / "sparse")
-    for kind in ("kd", "dpo"):
-        dataset = write_mixed_dataset(root / "data", 22, kind)  # type: ignore[arg-type]
-        LiveTeacher(root / "dense", root / "data").write_output(root / kind, dataset, kind, top_k=5)  # type: ignore[arg-type]
+    kinds: tuple[Kind, ...] = ("kd", "dpo")
+    for kind in kinds:
+        dataset = write_mixed_dataset(root / "data", 22, kind)
+        LiveTeacher(root / "dense", root / "data").write_output(root / kind, dataset, kind, top_k=5)
     return root
 
 
-def examples(root: Path, kind: str, numbers: range | list[int]) -> list[Example]:
+def read_examples(root: Path, kind: Kind, numbers: range | list[int]) -> list[Example]:
     source = ShardSource(root / kind, ChatEncoder.load(root / "dense"), "pad", 4)
     return [source[i] for i in numbers]
 
 
-def both(root: Path, kind: str, numbers: range | list[int]) -> tuple[Batch, Batch]:
-    """The same samples padded and packed."""
+def padded_and_packed(root: Path, kind: Kind, numbers: range | list[int]) -> tuple[Batch, Batch]:
+    """Returns the batch of the same samples, padded and packed."""
     encoder = ChatEncoder.load(root / "dense")
-    settings: dict[str, Any] = {
-        "kind": kind,
-        "image_spec": ImageSpec.load(root / "dense"),
-        "image_processor": AutoImageProcessor.from_pretrained(root / "dense"),
-        "image_token_id": encoder.image_token_id,
-        "image_root": root / "data",
-        "aspect_ratio": "pad",
-        "max_tokens": 512,
-        "pad_token_id": encoder.tokenizer.pad_token_id,
-    }
-    chosen = examples(root, kind, numbers)
-    return Collator(**settings)(chosen), Collator(**settings, packed=True)(chosen)
+    images = ImageCache.load(root / "dense", "pad")
+    student = StudentInputs(images, encoder.image_token_id, encoder.tokenizer.pad_token_id)
+    settings: dict[str, Any] = {"kind": kind, "image_root": root / "data", "max_tokens": 512}
+    examples = read_examples(root, kind, numbers)
+    return Collator(student, **settings)(examples), Collator(student, **settings, packed=True)(examples)
 
 
-# Images and none, one image for several, text alone (a stand-in comes behind it), nothing (only a stand-in).
+# Samples with and without an image, one image in several samples, text alone (with a dummy at the end), and no sample
+# (only a dummy).
 BATCHES: list[list[int]] = [[0, 1, 2, 3, 4], [1, 3, 0, 5], [1, 3], [0], []]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", BATCHES)
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
-def test_a_packed_batch_is_the_padded_one_without_its_padding(root: Path, kind: str, numbers: list[int]) -> None:
-    padded, found = both(root, kind, numbers)
-    filled = padded.attention_mask.bool()  # type: ignore[union-attr]
+def test_a_packed_batch_is_the_padded_one_without_its_padding(root: Path, kind: Kind, numbers: list[int]) -> None:
+    padded, found = padded_and_packed(root, kind, numbers)
+    assert padded.attention_mask is not None
+    filled = padded.attention_mask.bool()
     assert found.attention_mask is None
     assert found.position_ids is not None
     assert found.input_ids.shape == found.position_ids.shape == found.token_mask.shape == (1, int(filled.sum()))
@@ -249,8 +248,8 @@ def test_a_packed_batch_is_the_padded_one_without_its_padding(root: Path, kind: 
     assert torch.equal(found.position_ids[0], positions[filled])
     assert (found.position_ids == 0).sum() == found.num_sequences == padded.num_sequences == len(padded.input_ids)
     assert torch.equal(found.input_ids[0, found.rows + 1], found.targets)
-    same = ("targets", "row_sequence", "pixel_values", "topk_ids", "topk_logprobs", "rest_mass", "reference_logprobs")
-    for name in same:
+    names = ("targets", "row_sequence", "pixel_values", "topk_ids", "topk_logprobs", "rest_mass", "reference_logprobs")
+    for name in names:
         assert torch.equal(getattr(found, name), getattr(padded, name)), name
     assert found.num_padding == 0
     assert padded.num_padding == (~filled).sum()
@@ -259,13 +258,13 @@ def test_a_packed_batch_is_the_padded_one_without_its_padding(root: Path, kind: 
 
 
 @pytest.mark.parametrize("numbers", BATCHES[:4])
-def test_images_and_stand_ins_stay_within_their_segment(root: Path, numbers: list[int]) -> None:
+def test_images_and_dummies_stay_within_their_segment(root: Path, numbers: list[int]) -> None:
     model = LiveTeacher(root / "dense", root / "data")
-    _, batch = both(root, "kd", numbers)
+    _, batch = padded_and_packed(root, "kd", numbers)
     with torch.no_grad():
         logits = model.model(**batch.sequence_inputs, pixel_values=batch.pixel_values).logits[0, batch.rows]
     start = 0
-    for example in examples(root, "kd", numbers):
+    for example in read_examples(root, "kd", numbers):
         encoded, alone = model.logprobs(example.sample, 0)
         stop = start + len(encoded.response_ids)
         assert (logits[start:stop].log_softmax(-1) - alone).abs().max() < 1e-5
@@ -273,7 +272,7 @@ def test_images_and_stand_ins_stay_within_their_segment(root: Path, numbers: lis
     assert start == batch.num_rows
 
 
-LOSSES = {
+LOSSES: dict[str, tuple[str, Kind, LossConfig]] = {
     "distilled": ("other", "kd", LossConfig(distillation=1.0, cross_entropy=0.5)),
     "distilled, sparse": ("sparse", "kd", LossConfig(distillation=1.0, balance=0.1, router_z=0.1)),
     "preferred": ("other", "dpo", LossConfig(preference=1.0)),
@@ -283,7 +282,7 @@ LOSSES = {
 
 
 def terms_and_gradient(model: PreTrainedModel, batch: Batch, config: LossConfig) -> tuple[dict[str, float], Tensor]:
-    """Each term that is trained on, the loss, and the gradient of all parameters in one."""
+    """Returns the loss with each of its terms, and the gradient of all parameters in one tensor."""
     output = FusedOutput(model, vocab_size=293)
     router = RouterMonitor(model) if is_sparse(model) else None
     with output.scoring(batch, kept=config.distillation > 0):
@@ -304,7 +303,7 @@ def terms_and_gradient(model: PreTrainedModel, batch: Batch, config: LossConfig)
 def test_terms_and_gradient_are_those_of_the_padded_batch(root: Path, name: str, checkpointing: bool) -> None:
     student, kind, config = LOSSES[name]
     results = []
-    for batch in both(root, kind, range(6)):
+    for batch in padded_and_packed(root, kind, range(6)):
         model = load_student(root / student, dtype=torch.float32).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -338,7 +337,7 @@ def runs(root: Path) -> Path:
                 root / "sparse",
                 trainable=["adapter", "language_model"],
                 data={"shards": str(root / name.split("-")[0]), "image_root": str(root / "data"), **data},
-                # Not the balance loss: it depends on which samples share a micro-batch.
+                # Without the balance loss, because it depends on which samples share a micro-batch.
                 loss={"preference" if name.startswith("dpo") else "distillation": 1.0, "router_z": 0.01},
                 optim={"max_steps": 3},
                 run={"zero_stage": 2, "activation_checkpointing": name.startswith("kd")},
@@ -349,7 +348,7 @@ def runs(root: Path) -> Path:
     return root
 
 
-def padding_of(output: Path) -> list[float]:
+def padding_fractions(output: Path) -> list[float]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["padding_fraction"] for line in lines if "loss" in line]
 
@@ -357,19 +356,19 @@ def padding_of(output: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_ends_with_the_same_weights_however_its_batches_are_made(runs: Path, name: str, num_ranks: int) -> None:
+def test_a_run_ends_with_the_same_weights_for_any_batching(runs: Path, name: str, num_ranks: int) -> None:
     reference, found = runs / f"{name.split('-')[0]}-padded-1", runs / f"{name}-{num_ranks}"
-    assert losses_of(found) == pytest.approx(losses_of(reference), rel=2e-6)
-    # Of steps of 1e-3.
+    assert logged_losses(found) == pytest.approx(logged_losses(reference), rel=2e-6)
+    # The steps are of 1e-3.
     assert largest_difference(weights(found), weights(reference)) < 5e-6
-    padding = padding_of(found)
+    padding = padding_fractions(found)
     assert len(padding) == 3
     if name.endswith("packed"):
         assert padding == [0, 0, 0]
     elif name.endswith("grouped"):
-        assert 0 < sum(padding) < 0.9 * sum(padding_of(reference))
+        assert 0 < sum(padding) < 0.9 * sum(padding_fractions(reference))
     else:
-        assert padding == pytest.approx(padding_of(reference)) and min(padding) > 0.1
+        assert padding == pytest.approx(padding_fractions(reference)) and min(padding) > 0.1
 
 
 def test_a_student_that_would_leak_is_refused_before_training(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+"""Tests of students: loading, composing, freezing and saving them, and damaged directories."""
+
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def student(llava: Path) -> PreTrainedModel:
-    """For tests that change nothing but what trains."""
+    """A student for tests that change nothing but which parameters are trainable."""
     return load_student(llava, dtype=F32)
 
 
@@ -168,7 +170,7 @@ def test_a_composed_student_has_the_parts_of_its_parents(llava: Path, lm: Path, 
 
 
 def test_a_composed_student_computes_its_parents_functions(llava: Path, lm: Path, tmp_path: Path) -> None:
-    """Tower, adapter and text model are joined by hand, and must give the student's logits."""
+    """The test joins tower, adapter and text model itself and compares the logits."""
     made = compose_student(llava, lm, tmp_path / "student", seed=3)
     student = load_student(tmp_path / "student", dtype=F32)
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
@@ -201,7 +203,7 @@ def test_the_adapter_depends_on_the_seed_alone(llava: Path, lm: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("image_token", "padded_rows", "row"), [(True, 0, "had"), (False, 13, "padding"), (False, 0, "resized")]
 )
-def test_the_image_token_finds_a_row(
+def test_the_image_token_gets_a_row_of_the_embedding(
     llava: Path, tmp_path: Path, image_token: bool, padded_rows: int, row: str
 ) -> None:
     text = tiny_causal_lm(tmp_path / "lm", image_token=image_token, padded_rows=padded_rows)
@@ -224,7 +226,7 @@ def test_an_unchanged_tokenizer_is_copied_byte_for_byte(llava: Path, tmp_path: P
         assert (tmp_path / "student" / name).read_bytes() == (text / name).read_bytes()
 
 
-def test_the_processor_of_a_composed_student_makes_what_the_student_takes(
+def test_the_processor_of_a_composed_student_makes_inputs_for_the_student(
     llava: Path, lm: Path, tmp_path: Path
 ) -> None:
     compose_student(llava, lm, tmp_path / "student", seed=0)
@@ -266,13 +268,13 @@ def test_an_image_processor_of_another_size_is_refused(broken: Path, lm: Path, t
     assert not (tmp_path / "student").exists()
 
 
-def test_a_text_model_has_no_vision_tower_to_give(lm: Path, tmp_path: Path) -> None:
+def test_composing_from_a_text_model_without_a_vision_tower_is_refused(lm: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="expected 'llava' or 'clip'"):
         compose_student(lm, lm, tmp_path / "student", seed=0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_with_something_in_it_is_left_alone(llava: Path, lm: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_not_empty_is_left_unchanged(llava: Path, lm: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(StorageError, match="is not empty"):
         compose_student(llava, lm, tmp_path, seed=0)

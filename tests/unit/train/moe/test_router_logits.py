@@ -1,4 +1,4 @@
-"""Router logits come from the model's own forward pass, with their gradient, and change nothing else."""
+"""Tests that router logits are those of the model's own forward pass, with their gradient, without side effects."""
 
 from pathlib import Path
 
@@ -30,8 +30,8 @@ def dense_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def perturbed(path: Path) -> PreTrainedModel:
     sparse = upcycle(load_student(path, dtype=F32), MoEConfig(), seed=0)
-    moved = [(n, p) for n, p in sparse.named_parameters() if ".mlp.experts." in n or ".mlp.gate." in n]
-    randomise(moved, seed=1)
+    redrawn = [(n, p) for n, p in sparse.named_parameters() if ".mlp.experts." in n or ".mlp.gate." in n]
+    randomise(redrawn, seed=1)
     return sparse
 
 
@@ -39,9 +39,9 @@ def test_router_logits_are_those_that_transformers_returns(dense_lm: Path) -> No
     sparse = perturbed(dense_lm)
     with torch.no_grad():
         expected = sparse(**inputs(sparse), output_router_logits=True).router_logits
-    router_logits = RouterMonitor(sparse)
+    monitor = RouterMonitor(sparse)
     logits(sparse)
-    found = router_logits.take()
+    found = monitor.take()
     assert len(found) == len(expected) == 2
     for layer, expected_layer in zip(found, expected, strict=True):
         assert layer.shape == (2 * 40, 4)
@@ -50,27 +50,27 @@ def test_router_logits_are_those_that_transformers_returns(dense_lm: Path) -> No
 
 def test_router_logits_of_a_llava_come_from_the_input_of_each_router(dense_llava: Path) -> None:
     sparse = perturbed(dense_llava)
-    router_logits = RouterMonitor(sparse)
+    monitor = RouterMonitor(sparse)
     seen: list[Tensor] = []
     for layer in (1, 3):
         gate = language_model(sparse).layers[layer].mlp.gate
         gate.register_forward_pre_hook(lambda module, args: seen.append(args[0] @ module.weight.T))
     logits(sparse)
-    for found, expected in zip(router_logits.take(), seen, strict=True):
+    for found, expected in zip(monitor.take(), seen, strict=True):
         torch.testing.assert_close(found, expected)
 
 
 def test_nothing_is_added_to_the_language_model_loss(dense_lm: Path) -> None:
     sparse = perturbed(dense_lm)
-    router_logits = RouterMonitor(sparse)
+    monitor = RouterMonitor(sparse)
     ids = inputs(sparse)["input_ids"]
     output = sparse(input_ids=ids, labels=ids)
     expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
-    assert len(router_logits.take()) == 2
+    assert len(monitor.take()) == 2
 
 
-def test_the_saved_config_does_not_know_of_the_hook(dense_llava: Path, tmp_path: Path) -> None:
+def test_the_saved_config_is_that_without_the_hook(dense_llava: Path, tmp_path: Path) -> None:
     sparse = perturbed(dense_llava)
     RouterMonitor(sparse)
     save_student(sparse, dense_llava, tmp_path)
@@ -87,11 +87,11 @@ def test_router_logits_have_the_same_gradient_under_activation_checkpointing(
         set_trainable(sparse, frozenset(groups))
         if checkpointing:
             sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        router_logits = RouterMonitor(sparse)
+        monitor = RouterMonitor(sparse)
         lm_loss = sparse(**inputs(sparse), use_cache=False).logits.logsumexp(-1).mean()
-        taken = router_logits.take()
-        assert len(taken) == 2
-        (lm_loss + sum(layer.softmax(-1).square().mean() for layer in taken)).backward()
+        layers = monitor.take()
+        assert len(layers) == 2
+        (lm_loss + sum(layer.softmax(-1).square().mean() for layer in layers)).backward()
         gradients.append({n: p.grad for n, p in sparse.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -100,7 +100,7 @@ def test_router_logits_have_the_same_gradient_under_activation_checkpointing(
         torch.testing.assert_close(gradient, gradients[1][name])
 
 
-def test_checkpointing_that_cuts_the_router_off_is_refused(dense_llava: Path) -> None:
+def test_checkpointing_that_detaches_router_logits_is_refused(dense_llava: Path) -> None:
     sparse = perturbed(dense_llava).train()
     set_trainable(sparse, frozenset({"router", "adapter"}))
     sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -111,11 +111,11 @@ def test_checkpointing_that_cuts_the_router_off_is_refused(dense_llava: Path) ->
 
 def test_removed_hooks_collect_nothing(dense_lm: Path) -> None:
     sparse = perturbed(dense_lm)
-    router_logits = RouterMonitor(sparse)
-    router_logits.remove()
+    monitor = RouterMonitor(sparse)
+    monitor.remove()
     logits(sparse)
     with pytest.raises(AssertionError, match="no forward pass"):
-        router_logits.take()
+        monitor.take()
 
 
 def test_a_dense_model_has_no_router_logits(dense_lm: Path) -> None:

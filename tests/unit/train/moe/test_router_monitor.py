@@ -1,4 +1,4 @@
-"""Losses, counts and gradients of routers, each against another way to get the number."""
+"""Tests of the losses, counts and gradients of routers, each against another way to compute the number."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from tests.support.models import TOKENS_PER_IMAGE, randomise, tiny_causal_lm, ti
 from train.config import LossConfig, MoEConfig
 from train.data.collator import Batch
 from train.loss.functional import RowLogits, router_entropy, router_z_loss
-from train.loss.objective import compute_terms, step_loss
+from train.loss.objective import Term, compute_terms, step_loss
 from train.model.student import language_model, load_student, set_trainable
 from train.moe.router_monitor import RouterMonitor, check_no_dropped_tokens, count_assignments
 from train.moe.upcycle import upcycle
@@ -41,7 +41,7 @@ def test_the_z_loss_agrees_with_the_float64_reference(dtype: torch.dtype) -> Non
 
 
 def test_the_z_loss_has_its_gradient_in_closed_form() -> None:
-    """Of the square of the logsumexp z: 2 z softmax, over the number of layers."""
+    """The gradient of the squared logsumexp z is 2 z softmax; the mean over layers divides it by their number."""
     router = [layer.double().requires_grad_() for layer in random_logits()]
     gradients = torch.autograd.grad(router_z_loss(router).sum(), router)
     for layer, gradient in zip(router, gradients, strict=True):
@@ -61,15 +61,15 @@ def test_the_entropy_agrees_with_the_float64_reference(dtype: torch.dtype) -> No
     assert_accumulated(router_entropy(router), expected, dtype)
 
 
-def test_the_entropy_runs_from_log_of_the_experts_down_to_nothing() -> None:
+def test_the_entropy_is_between_zero_and_the_log_of_the_number_of_experts() -> None:
     even, sure = torch.full((1, 8), 7.0), torch.tensor([[500.0] + 7 * [0.0]])
     assert router_entropy([even]).item() == pytest.approx(math.log(8))
     assert router_entropy([sure]).item() == 0.0
     assert router_entropy([even, sure]).item() == pytest.approx(math.log(8) / 2)
 
 
-def batch_of(input_ids: Tensor, token_mask: Tensor) -> Batch:
-    """A batch of which only routers see something."""
+def make_batch(input_ids: Tensor, token_mask: Tensor) -> Batch:
+    """Returns a batch without scored rows, whose tokens only routers use."""
     nothing = torch.zeros(0, dtype=torch.int64)
     return Batch(
         sample_ids=(),
@@ -84,22 +84,22 @@ def batch_of(input_ids: Tensor, token_mask: Tensor) -> Batch:
     )
 
 
-def z_term(router: list[Tensor], token_mask: Tensor) -> Any:
+def router_terms(router: list[Tensor], token_mask: Tensor) -> dict[str, Term]:
     empty = torch.zeros(0)
-    batch = batch_of(torch.zeros_like(token_mask, dtype=torch.int64), token_mask)
+    batch = make_batch(torch.zeros_like(token_mask, dtype=torch.int64), token_mask)
     logits = RowLogits(torch.zeros(0, 0), empty, empty)
     config = LossConfig(cross_entropy=1.0, router_z=0.5)
     return compute_terms(logits, batch, config, vocab_size=1, router_logits=router, router_top_k=2)
 
 
-def test_the_z_loss_of_a_step_is_the_mean_over_its_real_tokens_however_it_is_cut() -> None:
+def test_the_z_loss_of_a_step_is_the_mean_over_its_real_tokens_for_any_micro_batches() -> None:
     router = random_logits(num_tokens=12)
     mask = torch.tensor([1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 1, 0]).bool()
     expected = 0.5 * reference.router_z([layer.double().numpy() for layer in router])[mask.numpy()].mean()
     for cuts in ([12], [3, 9], [4, 2, 6]):
         counts = {"rows": 1, "pairs": 0, "tokens": 7}
         parts = zip(zip(*(layer.split(cuts) for layer in router), strict=True), mask.split(cuts), strict=True)
-        terms = [z_term(list(layers), part[None]) for layers, part in parts]
+        terms = [router_terms(list(layers), part[None]) for layers, part in parts]
         found = sum(step_loss({"router_z": each["router_z"]}, counts) for each in terms)
         assert float(found) == pytest.approx(expected, rel=1e-6)
         entropy = sum(float(each["router/entropy"].total) for each in terms) / 7
@@ -111,7 +111,7 @@ def test_the_z_loss_of_a_step_is_the_mean_over_its_real_tokens_however_it_is_cut
 # Counts
 
 
-def test_assignments_are_counted_as_by_hand() -> None:
+def test_assignments_are_counted_by_layer_expert_and_modality() -> None:
     generator = torch.Generator().manual_seed(0)
     selected = torch.stack([torch.rand(40, 6, generator=generator).topk(2).indices for _ in range(3)])
     image, mask = torch.rand(2, 40, generator=generator) > 0.4
@@ -127,10 +127,10 @@ def test_assignments_are_counted_as_by_hand() -> None:
     check_no_dropped_tokens(found, 2, [1, 3, 5])
 
 
-@pytest.mark.parametrize("nowhere", [-1, 6])
-def test_a_token_that_an_expert_did_not_get_is_named_by_layer(nowhere: int) -> None:
+@pytest.mark.parametrize("no_expert", [-1, 6])
+def test_the_layer_of_a_dropped_token_is_named(no_expert: int) -> None:
     selected = torch.tensor([[0, 1], [2, 3], [4, 5]]).repeat(2, 1, 1)
-    selected[1, 2, 1] = nowhere
+    selected[1, 2, 1] = no_expert
     counts = count_assignments(selected, torch.tensor([False, False, True]), torch.ones(3).bool(), 6)
     with pytest.raises(ModelError, match=r"layer 7: tokens were dropped: 4 text and 1 image .* expected 4 and 2"):
         check_no_dropped_tokens(counts, 2, [5, 7])
@@ -148,18 +148,18 @@ def sparse(path: Path) -> PreTrainedModel:
 
 
 def mixed_batch(model: PreTrainedModel) -> tuple[Batch, Tensor]:
-    """A sequence with an image and padding, one of text, and a stand-in with a blank image; and the images."""
+    """Returns a sequence with an image and padding, one of text, and a dummy with a dummy image; and the images."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 280, (3, 40), generator=generator)
     token_mask = torch.ones(3, 40, dtype=torch.bool)
     ids[0, 3 : 3 + TOKENS_PER_IMAGE] = ids[2, :TOKENS_PER_IMAGE] = model.config.image_token_index
     token_mask[0, 30:] = False
     token_mask[2] = False
-    return batch_of(ids, token_mask), torch.randn(2, 3, 56, 56, generator=generator)
+    return make_batch(ids, token_mask), torch.randn(2, 3, 56, 56, generator=generator)
 
 
-def count_by_hand(model: PreTrainedModel, batch: Batch, pixels: Tensor) -> np.ndarray[Any, Any]:
-    """[L, E, 2] from the inputs of the routers: the two largest products with their weights."""
+def count_from_router_inputs(model: PreTrainedModel, batch: Batch, pixels: Tensor) -> np.ndarray[Any, Any]:
+    """Returns the counts [L, E, 2] of the two experts with the largest products of router inputs and weights."""
     inputs: list[Tensor] = []
     blocks = [layer.mlp for layer in language_model(model).layers if hasattr(layer.mlp, "gate")]
     handles = [b.gate.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])) for b in blocks]
@@ -183,20 +183,20 @@ def test_a_training_pass_counts_the_experts_that_its_real_tokens_were_sent_to(de
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch, pixels = mixed_batch(model)
-    expected = count_by_hand(model, batch, pixels)
-    watch = RouterMonitor(model)
+    expected = count_from_router_inputs(model, batch, pixels)
+    monitor = RouterMonitor(model)
     for _ in range(2):
         output = model(**batch.sequence_inputs, pixel_values=pixels)
-        watch.take()
-        # Validation takes its logits, but is not counted.
+        monitor.take()
+        # As in validation, whose logits are read but not counted.
         model(**batch.sequence_inputs, pixel_values=pixels)
-        watch.take()
+        monitor.take()
         model(**batch.sequence_inputs, pixel_values=pixels)
-        watch.take()
-        watch.count(batch)
+        monitor.take()
+        monitor.count(batch)
         output.logits.sum().backward()
-    metrics = watch.metrics(lambda t: t, 1)
-    load = watch.pop_load(lambda t: t, 7, 5)
+    metrics = monitor.metrics(lambda t: t, 1)
+    load = monitor.pop_load(lambda t: t, 7, 5)
     assert load.layers == (1, 3)
     assert np.array_equal(np.stack([load.text_LE, load.image_LE], 2), 2 * expected)
     assert load.image_LE.sum() == 2 * 2 * 2 * TOKENS_PER_IMAGE
@@ -213,35 +213,35 @@ def test_a_model_that_drops_a_token_stops_the_run(dense: Path) -> None:
 
     def without_the_first(_module: Any, _args: Any, output: Any) -> Any:
         selected = output[2].clone()
-        # A slot past the experts is how transformers says that no expert here is to see it.
+        # In transformers a number past the experts means that no expert of this rank gets the token.
         selected[0, 0] = 4
         return *output[:2], selected
 
     language_model(model).layers[3].mlp.gate.register_forward_hook(without_the_first)
     language_model(model).set_experts_implementation("eager")
-    watch = RouterMonitor(model)
+    monitor = RouterMonitor(model)
     with torch.no_grad():
         model(**batch.sequence_inputs, pixel_values=pixels)
-    watch.count(batch)
+    monitor.count(batch)
     with pytest.raises(ModelError, match="layer 3: tokens were dropped"):
-        watch.metrics(lambda t: t, 1)
+        monitor.metrics(lambda t: t, 1)
     with pytest.raises(ModelError, match="layer 3: tokens were dropped"):
-        watch.pop_load(lambda t: t, 1, 0)
+        monitor.pop_load(lambda t: t, 1, 0)
 
 
 # Gradients
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_routers_gradient_is_that_of_the_whole_step_alone(dense: Path, checkpointing: bool) -> None:
+def test_the_routers_gradient_is_that_of_the_latest_step(dense: Path, checkpointing: bool) -> None:
     model = sparse(dense).train()
     set_trainable(model, frozenset({"router", "adapter"}))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch, pixels = mixed_batch(model)
-    watch = RouterMonitor(model)
+    monitor = RouterMonitor(model)
     for _ in range(3):
-        watch.begin_step()
+        monitor.begin_step()
         model.zero_grad()
         for scale in (1.0, 2.0):
             output = model(**batch.sequence_inputs, pixel_values=scale * pixels)
@@ -249,27 +249,27 @@ def test_the_routers_gradient_is_that_of_the_whole_step_alone(dense: Path, check
     routers = [p.grad for n, p in model.named_parameters() if ".mlp.gate." in n]
     expected = math.sqrt(sum(float(grad.double().square().sum()) for grad in routers))
     assert expected > 0
-    assert watch.metrics(lambda t: t, 1)["router/grad_norm"] == pytest.approx(expected, rel=1e-5)
-    # Two ranks with the same batch: the sum over ranks is divided by their number.
-    assert watch.metrics(lambda t: 2 * t, 2)["router/grad_norm"] == pytest.approx(expected, rel=1e-5)
+    assert monitor.metrics(lambda t: t, 1)["router/grad_norm"] == pytest.approx(expected, rel=1e-5)
+    # With the same batch on two ranks: the sum over ranks is divided by their number.
+    assert monitor.metrics(lambda t: 2 * t, 2)["router/grad_norm"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_frozen_routers_have_no_gradient_to_tell(dense: Path) -> None:
+def test_frozen_routers_have_no_gradient_metric(dense: Path) -> None:
     model = sparse(dense).train()
     set_trainable(model, frozenset({"adapter"}))
     batch, pixels = mixed_batch(model)
-    watch = RouterMonitor(model)
+    monitor = RouterMonitor(model)
     model(**batch.sequence_inputs, pixel_values=pixels).logits.sum().backward()
-    watch.count(batch)
-    assert watch.metrics(lambda t: t, 1).keys() == {"router/largest_load", "router/smallest_load"}
+    monitor.count(batch)
+    assert monitor.metrics(lambda t: t, 1).keys() == {"router/largest_load", "router/smallest_load"}
 
 
-def test_a_text_student_has_text_tokens_alone(tmp_path: Path) -> None:
+def test_a_text_student_has_only_text_tokens(tmp_path: Path) -> None:
     model = upcycle(load_student(tiny_causal_lm(tmp_path, "qwen3"), dtype=F32), MoEConfig(), seed=0)
-    watch = RouterMonitor(model)
-    batch = batch_of(torch.arange(20).reshape(2, 10), torch.ones(2, 10, dtype=torch.bool))
+    monitor = RouterMonitor(model)
+    batch = make_batch(torch.arange(20).reshape(2, 10), torch.ones(2, 10, dtype=torch.bool))
     model(**batch.sequence_inputs)
-    watch.count(batch)
-    load = watch.pop_load(lambda t: t, 1, 0)
+    monitor.count(batch)
+    load = monitor.pop_load(lambda t: t, 1, 0)
     assert not load.image_LE.any()
     assert load.text_LE.sum(1).tolist() == [40, 40]

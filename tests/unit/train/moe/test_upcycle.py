@@ -1,3 +1,5 @@
+"""Tests of upcycled students: equal logits, sparse layers, frozen parts, noise, and settings that are refused."""
+
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ def test_any_pattern_and_any_number_of_experts_is_exact(
         ("qwen3", {"head_dim": 64, "rms_norm_eps": 1e-3}),
     ],
 )
-def test_settings_of_the_dense_model_carry_over(text: TextFamily, overrides: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_of_the_dense_model_are_copied(text: TextFamily, overrides: dict[str, Any], tmp_path: Path) -> None:
     dense = load_student(tiny_causal_lm(tmp_path, text, **overrides), dtype=F32)
     torch.testing.assert_close(logits(upcycle(dense, MoEConfig(), seed=0)), logits(dense), rtol=0, atol=1e-5)
 
@@ -126,7 +128,7 @@ def test_settings_of_the_dense_model_carry_over(text: TextFamily, overrides: dic
         ),
     ],
 )
-def test_what_cannot_be_carried_exactly_is_refused(
+def test_settings_without_an_exact_counterpart_are_refused(
     text: TextFamily, overrides: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     dense = load_student(tiny_causal_lm(tmp_path, text, **overrides), dtype=F32)
@@ -181,9 +183,8 @@ def test_the_generation_settings_stay(dense_llava: Path) -> None:
 
 
 def test_experts_run_on_the_grouped_kernel(dense_llava: Path) -> None:
-    assert text_config(upcycle(load_student(dense_llava, dtype=F32), MoEConfig(), seed=0))._experts_implementation == (
-        "grouped_mm"
-    )
+    config = text_config(upcycle(load_student(dense_llava, dtype=F32), MoEConfig(), seed=0))
+    assert config._experts_implementation == "grouped_mm"  # noqa: SLF001 - transformers has no public name for it
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_impossible_layers_are_refused(pattern: Any, num_layers: int) -> None:
         sparse_layers(pattern, num_layers)
 
 
-def test_more_choices_than_experts_are_refused(dense_lm: Path) -> None:
+def test_a_top_k_above_the_number_of_experts_is_refused(dense_lm: Path) -> None:
     with pytest.raises(ConfigError, match="found 5, expected at most num_experts = 4"):
         upcycle(load_student(dense_lm, dtype=F32), MoEConfig(top_k=5), seed=0)
 
@@ -265,20 +266,20 @@ def test_the_shared_expert_stays_zero_and_frozen_after_loading(dense_llava: Path
 
 
 def expert_noise(dense: PreTrainedModel, sparse: PreTrainedModel) -> dict[str, Tensor]:
-    """What each expert's matrices have beside the dense ones, in the dense one's standard deviations: [E, rows, H]."""
-    found = {}
+    """Returns the difference of each expert's matrices from the dense ones, in the latter's standard deviations."""
+    noise = {}
     for number in (1, 3):
         ffn, experts = dense.model.layers[number].mlp, sparse.model.layers[number].mlp.experts
         gates, ups = experts.gate_up_proj.chunk(2, 1)
         for name, copies in (("gate_proj", gates), ("up_proj", ups), ("down_proj", experts.down_proj)):
             exact = getattr(ffn, name).weight
-            found[f"{number}.{name}"] = ((copies - exact) / exact.std()).detach()
-    return found
+            noise[f"{number}.{name}"] = ((copies - exact) / exact.std()).detach()
+    return noise
 
 
-def test_noise_has_the_asked_size_in_every_matrix_of_every_expert(tmp_path: Path) -> None:
+def test_noise_has_the_configured_size_in_every_matrix_of_every_expert(tmp_path: Path) -> None:
     dense = load_student(tiny_causal_lm(tmp_path, hidden_size=128), dtype=F32)
-    # Matrices of different sizes: noise relative to another one's would be seen.
+    # The matrices have different scales, so that noise relative to the wrong matrix would be noticed.
     with torch.no_grad():
         for layer in dense.model.layers:
             layer.mlp.up_proj.weight.mul_(5)
@@ -334,7 +335,7 @@ def test_noise_is_rounded_once_to_the_dtype_of_the_student(dense_lm: Path) -> No
             assert torch.equal(tensor, wide.state_dict()[name].bfloat16())
 
 
-def test_an_upcycled_directory_has_the_noise_too(dense_lm: Path, tmp_path: Path) -> None:
+def test_an_upcycled_directory_has_the_same_noise(dense_lm: Path, tmp_path: Path) -> None:
     upcycle_directory(dense_lm, tmp_path / "sparse", MoEConfig(noise=0.1), seed=3)
     expected = upcycle(load_student(dense_lm, dtype=F32), MoEConfig(noise=0.1), seed=3).state_dict()
     found = load_student(tmp_path / "sparse", dtype=F32).state_dict()
@@ -342,7 +343,7 @@ def test_an_upcycled_directory_has_the_noise_too(dense_lm: Path, tmp_path: Path)
 
 
 def test_a_student_without_weights_is_upcycled_with_noise_for_its_size() -> None:
-    """As `plan` does it."""
+    """The command `plan` upcycles on the meta device."""
     with torch.device("meta"):
         dense = Qwen2ForCausalLM(Qwen2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2))
         sparse = upcycle(dense, MoEConfig(noise=0.1), seed=0)
