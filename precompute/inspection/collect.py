@@ -110,7 +110,7 @@ def open_target(path: Location) -> InspectionTarget:
     return InspectionTarget(output, manifest, (number,), 1)
 
 
-def inspect_output(
+def inspect_output(  # noqa: PLR0913 - its arguments are the options of inspect-shards
     path: Location,
     *,
     sample: str | None = None,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.chat_encoding import load_tokenizer, tokenizer_sha256
+from common.data.chat_encoding import EncodedChat, load_tokenizer, tokenizer_sha256
 from common.data.samples import ImageRef, Turn
 from common.errors import ProvenanceError
 from common.shards.manifest import Manifest
@@ -78,18 +78,35 @@ class SampleView:
 def make_sample_view(
     row: ShardRow, shard: int, token_text: TokenText, *, num_alternatives: int, max_tokens: int
 ) -> SampleView:
-    """The first `max_tokens` scored tokens of each conversation, each with its best `num_alternatives` entries."""
+    """Returns the first `max_tokens` scored tokens of each conversation, each with its best `num_alternatives` entries.
+
+    Args:
+        row: a row of a shard.
+        shard: the number of that shard.
+        token_text: gives the text of a token id.
+        num_alternatives: maximum number of kept entries of a token.
+        max_tokens: maximum number of scored tokens of a conversation.
+    """
+    conversations = []
+    for prefix, turns, scored in zip(
+        PREFIXES[row.sample.kind], row.sample.conversations, row.conversations, strict=True
+    ):
+        tokens = _scored_tokens(scored, token_text, num_alternatives, max_tokens)
+        conversations.append(
+            Conversation(
+                name=prefix.rstrip("_"),
+                turns=turns,
+                num_tokens=len(scored.encoded.input_ids),
+                num_scored=scored.scores.num_rows,
+                spans=_split_by_span(tokens, scored.encoded),
+            )
+        )
     return SampleView(
         sample_id=row.sample.id,
         index=row.index,
         shard=shard,
         images=row.sample.images,
-        conversations=tuple(
-            _conversation(prefix.rstrip("_"), turns, scored, token_text, num_alternatives, max_tokens)
-            for prefix, turns, scored in zip(
-                PREFIXES[row.sample.kind], row.sample.conversations, row.conversations, strict=True
-            )
-        ),
+        conversations=tuple(conversations),
     )
 
 
@@ -112,32 +129,33 @@ def load_token_text(directory: Path, manifest: Manifest) -> TokenText:
         piece = tokenizer.convert_ids_to_tokens(token_id)
         # Decoded alone, a SentencePiece token would lose the space before it.
         if piece is not None and piece.startswith("\u2581"):
-            return piece.replace("\u2581", " ")
-        decoded = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+            return str(piece).replace("\u2581", " ")
+        decoded: str = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
         # Part of a character in UTF-8, or an id without a token: neither is text.
         return f"⟨{token_id}⟩" if not decoded or "\ufffd" in decoded else decoded
 
     return text
 
 
-def _conversation(
-    name: str, turns: tuple[Turn, ...], scored: ScoredConversation, text: TokenText, num_alternatives: int, limit: int
-) -> Conversation:
+def _scored_tokens(
+    scored: ScoredConversation, token_text: TokenText, num_alternatives: int, max_tokens: int
+) -> list[Token]:
+    """Returns the first `max_tokens` scored tokens with their scores."""
     encoded, scores = scored.encoded, scored.scores
     entropy_R = entropies(scores)
     starts_R = np.cumsum(scores.counts) - scores.counts
     tokens = []
-    for row, position in enumerate(encoded.response_positions[:limit]):
+    for row, position in enumerate(encoded.response_positions[:max_tokens]):
         start, count = int(starts_R[row]), int(scores.counts[row])
         ids_K = scores.ids[start : start + count]
         token_id = int(encoded.input_ids[position])
         places = np.flatnonzero(ids_K == token_id)
         alternatives = [
             Alternative(
-                int(scores.ids[i]),
-                text(int(scores.ids[i])),
-                float(np.exp(scores.logprobs[i], dtype=np.float64)),
-                None if scores.draws is None else int(scores.draws[i]),
+                token_id=int(scores.ids[i]),
+                text=token_text(int(scores.ids[i])),
+                probability=float(np.exp(scores.logprobs[i], dtype=np.float64)),
+                draws=None if scores.draws is None else int(scores.draws[i]),
             )
             for i in range(start, start + min(count, num_alternatives))
         ]
@@ -145,7 +163,7 @@ def _conversation(
             Token(
                 position=int(position),
                 token_id=token_id,
-                text=text(token_id),
+                text=token_text(token_id),
                 own_logprob=float(scores.own_logprobs[row]),
                 entropy=float(entropy_R[row]),
                 rest_mass=float(scores.rest_mass[row]),
@@ -154,9 +172,14 @@ def _conversation(
                 alternatives=tuple(alternatives),
             )
         )
+    return tokens
+
+
+def _split_by_span(tokens: list[Token], encoded: EncodedChat) -> tuple[tuple[Token, ...], ...]:
+    """Groups the first tokens of a conversation by its scored spans; leaves out spans without a token."""
     spans, first = [], 0
     for span_start, span_stop in encoded.spans:
         stop = first + int(span_stop - span_start)
         spans.append(tuple(tokens[first:stop]))
         first = stop
-    return Conversation(name, turns, len(encoded.input_ids), scores.num_rows, tuple(filter(None, spans)))
+    return tuple(filter(None, spans))

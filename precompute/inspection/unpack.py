@@ -129,7 +129,7 @@ def _unpack_shard(source: Location, manifest: Manifest, number: int, partial: Pa
 
 def _is_packed(field: pa.Field) -> bool:
     """Whether a column is one of those that take the place of lists."""
-    return pa.types.is_binary(field.type)
+    return bool(pa.types.is_binary(field.type))
 
 
 def _fields(manifest: Manifest) -> Iterator[pa.Field]:

@@ -192,8 +192,7 @@ class OutputVerifier(Generic[ManifestT]):
                 check_rows(shard, receipt)
             except StorageError:
                 raise
-            except Exception as error:
-                # The bytes are what was written, yet reading them fails in a way that the reader does not foresee.
+            except Exception as error:  # noqa: BLE001 - damage behind a matching checksum may raise anything
                 self.checks["pages"].failed(path, f"cannot be read ({type(error).__name__}: {error})")
 
     def note(self, name: str, path: Location, where: str, problems: Iterable[str], count: int = 1) -> None:

@@ -61,7 +61,7 @@ class RecomputedFeatures:
         return table
 
 
-def recompute_features(
+def recompute_features(  # noqa: PLR0913 - its arguments are the options of verify-shards --recompute
     output: Location,
     model_dir: Path,
     num_images: int,

@@ -87,7 +87,7 @@ class RecomputedLogits:
         return table
 
 
-def recompute_logits(
+def recompute_logits(  # noqa: PLR0913 - its arguments are the options of verify-shards --recompute
     output: Location,
     teacher_dir: Path,
     num_rows: int,

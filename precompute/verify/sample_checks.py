@@ -60,7 +60,6 @@ def _file_problem(image: ImageRef) -> str | None:
     try:
         with Image.open(io.BytesIO(image.data)) as opened:
             num_pixels = opened.width * opened.height
-    # Pillow's readers raise whatever the first bytes lead them to.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever the first bytes lead them to
         return f"its file cannot be opened ({error})"
     return f"has {num_pixels:,} pixels, the limit is {MAX_PIXELS:,}" if num_pixels > MAX_PIXELS else None

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 
 from common.data.chat_encoding import EncodedChat
@@ -12,6 +13,13 @@ from common.shards.score_shard import ScoredConversation, ShardRow, write_shard
 from common.shards.scores import scores_from_topk
 from common.storage.files import Location
 from tests.support.builders import make_manifest, make_rows
+
+
+def run_sql(query: str) -> list[Any]:
+    """Returns the rows that DuckDB finds, each as a tuple."""
+    relation = duckdb.sql(query)
+    assert relation is not None
+    return relation.fetchall()
 
 
 def write_output(

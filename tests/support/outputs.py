@@ -20,6 +20,7 @@ from common.shards.manifest import (
     write_with_digest,
 )
 from common.shards.score_shard import ShardFile, ShardRow
+from common.storage.files import Location, list_files
 from precompute.config import PrecomputeConfig
 from precompute.report import Report
 
@@ -28,7 +29,7 @@ def failed(report: Report) -> dict[str, str]:
     return {check.name: check.problems[0].what for check in report.checks if not check.ok}
 
 
-def rows_of(output: Path, number: int) -> list[ShardRow]:
+def rows_of(output: Location, number: int) -> list[ShardRow]:
     shard = ShardFile(shard_path(output, number), read_manifest(output), number)
     rows = list(shard)
     shard.close()
@@ -58,10 +59,14 @@ def rewrite(output: Path, number: int, row_group_size: int | None = None, **foot
     sign_again(output, number)
 
 
-def flip(path: Path, position: int) -> None:
+def flip(path: Location, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 0x10
-    path.write_bytes(data)
+    path.write_bytes(bytes(data))
+
+
+def copy_file(source: Location, destination: Location) -> None:
+    destination.write_bytes(source.read_bytes())
 
 
 def config_of(output: Path) -> PrecomputeConfig:
@@ -70,9 +75,10 @@ def config_of(output: Path) -> PrecomputeConfig:
     return PrecomputeConfig.model_validate(written).model_copy(update={"output": output})
 
 
-def contents(output: Path) -> dict[str, bytes]:
+def contents(output: Location) -> dict[str, bytes]:
     """The bytes of manifest, shards and receipts."""
-    return {path.name: path.read_bytes() for path in sorted(output.glob("*")) if path.name[:5] in ("shard", "manif")}
+    names = sorted(name for name in list_files(output) if name.startswith(("shard-", "manifest.")))
+    return {name: (output / name).read_bytes() for name in names}
 
 
 def part(whole: Path, out: Path, *numbers: int) -> Path:
@@ -80,11 +86,11 @@ def part(whole: Path, out: Path, *numbers: int) -> Path:
     shutil.copytree(whole, out, ignore=lambda _, names: [name for name in names if name.startswith("shard-")])
     for number in numbers:
         for path in (shard_path(whole, number), receipt_path(whole, number)):
-            shutil.copy(path, out)
+            copy_file(path, out / path.name)
     return out
 
 
-def all_rows(output: Path) -> list[ShardRow]:
+def all_rows(output: Location) -> list[ShardRow]:
     return [row for number in published_shards(output) for row in rows_of(output, number)]
 
 

@@ -39,6 +39,7 @@ SETS: dict[str, dict[str, Any]] = {
 }
 
 Record = Callable[[str], None]
+Changes = list[tuple[Path, Path | None]]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> dict[
         # So few entries would have one table.
         with patch("common.shards.token_order.ENTRIES_A_TABLE", 40):
             run_capture(config, progress=False, start_teacher=FakeTeacher)
-        outputs[name] = config.output
+        outputs[name] = root / "out"
     return outputs
 
 
@@ -161,7 +162,7 @@ def test_files_that_are_cut_short_are_reported(sets: dict[str, Path], record_cou
     record_counts(f"200 files cut short: {told(counts)}")
 
 
-def rearrangements(output: Path, other: Path) -> Iterator[tuple[str, list[tuple[Path, Path | None]]]]:
+def rearrangements(output: Path, other: Path) -> Iterator[tuple[str, Changes]]:
     """Kinds of disorder, each as files and what takes their places; None: nothing does."""
     kinds = {kind: [output / f"shard-0000{number}.{kind}" for number in range(NUM_SHARDS)] for kind in _KINDS}
     for files in kinds.values():
@@ -174,11 +175,11 @@ def rearrangements(output: Path, other: Path) -> Iterator[tuple[str, list[tuple[
                 yield "renamed", [(file, None), (file.with_name(name + file.suffix), file)]
         for a, b in itertools.permutations(files, 2):
             yield "duplicated", [(b, a)]
-    for a, b in itertools.combinations(range(NUM_SHARDS), 2):
-        yield "both files swapped", [(kinds[k][i], kinds[k][j]) for k in _KINDS for i, j in ((a, b), (b, a))]
+    for m, n in itertools.combinations(range(NUM_SHARDS), 2):
+        yield "both files swapped", [(kinds[k][i], kinds[k][j]) for k in _KINDS for i, j in ((m, n), (n, m))]
     for number in range(NUM_SHARDS):
         yield "both files missing", [(files[number], None) for files in kinds.values()]
-        past = [
+        past: Changes = [
             (files[number].with_name(f"shard-00007{files[number].suffix}"), files[number]) for files in kinds.values()
         ]
         yield "both files duplicated past the end", past
@@ -213,8 +214,8 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 from precompute.config import PrecomputeConfig
-from precompute.logits.run import run
-from tests.support.fake_teacher import StandInTeacher
+from precompute.logits.run import run_capture
+from tests.support.fake_teacher import FakeTeacher
 
 config = PrecomputeConfig.model_validate_json(sys.argv[1])
 moments = random.Random(0)
@@ -224,7 +225,7 @@ while num_killed < int(sys.argv[2]):
     child = os.fork()
     if not child:
         own = config.model_copy(update={"output": output})
-        run(own, progress=False, start_teacher=lambda plan: StandInTeacher(plan, delay_s=0.02))
+        run_capture(own, progress=False, start_teacher=lambda plan: FakeTeacher(plan, delay_s=0.02))
         os._exit(0)
     time.sleep(moments.uniform(0.02, 0.3))
     os.kill(child, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """A capture whose every read and write fails in turn, on an object store and on a disk."""
 
 import errno
+import functools
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from common.data.chat_encoding import ChatEncoder
 from common.errors import StorageError
 from common.shards.manifest import published_shards, shard_path
 from common.storage import object_store
-from common.storage.files import parse_location, publish
+from common.storage.files import Location, parse_location, publish
 from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
@@ -61,7 +62,10 @@ def _published(_running_store: Store, tmp_path_factory: pytest.TempPathFactory, 
 
 
 @pytest.fixture
-def remote(_published: PrecomputeConfig, store: Store) -> PrecomputeConfig:
+def remote(
+    _published: PrecomputeConfig,
+    store: Store,  # noqa: ARG001 - clears the server of the faults that the test before set
+) -> PrecomputeConfig:
     """A complete output in the store."""
     return _published
 
@@ -71,7 +75,7 @@ def content(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name not in ("config.json", ".lock")}
 
 
-def on_disk(output: Path) -> dict[str, bytes]:
+def on_disk(output: Location) -> dict[str, bytes]:
     return content({path.name: path.read_bytes() for path in output.iterdir()}) if output.is_dir() else {}
 
 
@@ -94,7 +98,7 @@ def test_dataset_images_and_shards_may_all_be_in_a_store(
     remote = upload(local, tmp_path)
     store.clear()
     score(remote)
-    assert in_store(store, remote) == on_disk(Path(local.output))
+    assert in_store(store, remote) == on_disk(local.output)
     for number in range(2):
         assert store.count("PUT", f"shard-{number:05d}.parquet") == 1
         assert store.count("PUT", f"shard-{number:05d}.json") == 1
@@ -122,7 +126,7 @@ def test_each_call_to_a_store_fails_in_turn_and_a_rerun_completes(
 ) -> None:
     """Every second time all later calls fail too."""
     score(local)
-    expected = on_disk(Path(local.output))
+    expected = on_disk(local.output)
     remote = upload(local, tmp_path)
     for failing in itertools.count():
         config = remote.model_copy(update={"output": remote.output.with_name(f"out-{failing}")})
@@ -167,7 +171,12 @@ def test_a_run_outlives_throttling_and_dropped_connections(
     store.fault = lambda number, *_: faults[number // 3 % 5] if number % 3 == 1 else None
     score(remote)
     assert sum(request.status == 503 for request in store.requests) > 2
-    assert in_store(store, remote) == on_disk(Path(local.output))
+    assert in_store(store, remote) == on_disk(local.output)
+
+
+def fault_at(key_end: str, fault: Fault, _number: int, _method: str, key: str) -> Fault:
+    """Returns the fault for keys that end so, None for others."""
+    return fault if key.endswith(key_end) else None
 
 
 @pytest.mark.parametrize("fault", [DENIED, "drop"])
@@ -177,7 +186,7 @@ def test_a_store_that_fails_is_no_damage_for_verify_shards(
     monkeypatch.setattr(object_store, "ATTEMPTS", 2)
     for key_end in ("manifest.json", "shard-00001.json", "shard-00001.parquet", "data.jsonl"):
         store.clear()
-        store.fault = lambda _, __, key, end=key_end: fault if key.endswith(end) else None
+        store.fault = functools.partial(fault_at, key_end, fault)
         with pytest.raises(StorageError, match=f"{key_end}: could not .* again"):
             verify_logits(remote.output, remote.dataset, progress=False)
 
@@ -230,9 +239,9 @@ def test_a_disk_is_full_at_each_write_in_turn_and_a_rerun_completes(
     local: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(local)
-    expected = on_disk(Path(local.output))
+    expected = on_disk(local.output)
     for failing in itertools.count():
-        config = local.model_copy(update={"output": Path(local.output).with_name(f"out-{failing}")})
+        config = local.model_copy(update={"output": local.output.with_name(f"out-{failing}")})
         with monkeypatch.context() as patch:
             disk = FullDisk(patch, failing)
             try:
@@ -243,7 +252,7 @@ def test_a_disk_is_full_at_each_write_in_turn_and_a_rerun_completes(
             else:
                 assert not disk.failed
                 break
-        assert_nothing_is_half_published(on_disk(Path(config.output)), expected)
+        assert_nothing_is_half_published(on_disk(config.output), expected)
         score(config)
-        assert on_disk(Path(config.output)) == expected
+        assert on_disk(config.output) == expected
     assert failing == 4 * (2 + 2 * len(published_shards(local.output)))

@@ -23,7 +23,7 @@ def test_a_fault_found_while_training_stops_all_ranks_and_names_the_file(
     else:
         data = bytearray(bad.read_bytes())
         data[len(data) // 3] ^= 1
-        bad.write_bytes(data)
+        bad.write_bytes(bytes(data))
     config = stage(
         tmp_path / "run",
         student,

@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from precompute.merge import MergeResult, merge_outputs
 from precompute.verify.logits import verify_logits
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
 from tests.support.object_store import BUCKET, Store
-from tests.support.outputs import all_rows, contents, flip, part, rows_of, values
+from tests.support.outputs import all_rows, contents, copy_file, flip, part, rows_of, values
 
 
 def shown(merged: MergeResult) -> str:
@@ -54,7 +53,7 @@ def test_what_is_missing_is_listed(whole: Path, tmp_path: Path) -> None:
 def test_a_merge_goes_on_where_it_ended(whole: Path, tmp_path: Path) -> None:
     merge_outputs([part(whole / "out", tmp_path / "a", 0)], tmp_path / "merged", progress=False)
     kept = shard_path(tmp_path / "merged", 0).stat().st_mtime_ns
-    shutil.copy(shard_path(whole / "out", 1), tmp_path / "merged")
+    copy_file(shard_path(whole / "out", 1), shard_path(tmp_path / "merged", 1))
     merged = merge_outputs([part(whole / "out", tmp_path / "b", 0, 1, 2)], tmp_path / "merged", progress=False)
     assert merged.num_new_shards == 2
     assert shard_path(tmp_path / "merged", 0).stat().st_mtime_ns == kept

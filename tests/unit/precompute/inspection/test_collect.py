@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +24,7 @@ from precompute.inspection.collect import FOOTERS, Inspection, evenly_spaced, in
 from precompute.inspection.statistics import ENTROPY, KEPT, StreamingDistribution, entropies
 from precompute.inspection.unpack import unpack_output
 from tests.support.builders import make_draws, make_scores
-from tests.support.inspect_outputs import write_known_output, write_output
+from tests.support.inspect_outputs import run_sql, write_known_output, write_output
 from tests.support.models import tiny_tokenizer
 from tests.support.object_store import BUCKET, Store
 
@@ -71,12 +70,12 @@ def test_distributions_are_those_that_duckdb_and_scipy_find(tmp_path: Path, kind
         queries["margin"] = f"select chosen_logprob_sum - rejected_logprob_sum as x from {files}"
     levels = "[0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]"
     for name, query in queries.items():
-        (answer,) = duckdb.sql(f"select quantile_cont(x::double, {levels}), avg(x), count(*) from ({query})").fetchall()
+        (answer,) = run_sql(f"select quantile_cont(x::double, {levels}), avg(x), count(*) from ({query})")
         assert found.pop(name) == pytest.approx((*answer[0], *answer[1:]), rel=1e-6, abs=1e-6), name
 
     rows = []
     for p in prefixes:
-        lists = duckdb.sql(f"select unnest({p}topk_logprobs), unnest({p}rest_mass) from {files}").fetchall()
+        lists = run_sql(f"select unnest({p}topk_logprobs), unnest({p}rest_mass) from {files}")
         rows += [scipy.special.entr([*np.exp(np.array(logprobs, np.float64)), rest]).sum() for logprobs, rest in lists]
     expected = (*np.quantile(rows, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]), np.mean(rows), len(rows))
     assert found.pop("entropy") == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -136,10 +135,10 @@ def test_bytes_by_column_are_those_of_duckdb_and_add_up_to_the_files(tmp_path: P
     write_output(tmp_path)
     found = look(tmp_path)
     columns = {column.name: column.num_bytes for column in found.columns}
-    answers = duckdb.sql(
+    answers = run_sql(
         f"select split_part(path_in_schema, ', ', 1), sum(total_compressed_size) "
         f"from parquet_metadata('{tmp_path}/*.parquet') group by 1"
-    ).fetchall()
+    )
     footers = columns.pop(FOOTERS)
     assert columns == {name: int(num_bytes) for name, num_bytes in answers}
     num_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
@@ -287,7 +286,7 @@ def test_damaged_shards_are_named_and_the_rest_is_shown(
     column = pq.read_metadata(flipped).row_group(0).column(0)
     data = bytearray(flipped.read_bytes())
     data[column.data_page_offset + column.total_compressed_size - 1] ^= 0x10
-    flipped.write_bytes(data)
+    flipped.write_bytes(bytes(data))
     found = look(tmp_path, num_samples=3)
     assert [Path(problem.path) for problem in found.problems] == [cut, gone, flipped]
     assert {s.shard for s in found.samples} == {3}

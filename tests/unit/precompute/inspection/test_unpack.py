@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -15,12 +14,13 @@ from common.data.samples import Kind
 from common.errors import ConfigError, ShardError, StorageError
 from common.shards.manifest import shard_path
 from common.shards.score_shard import PREFIXES, ShardFile
+from common.storage.files import Location
 from precompute.inspection.collect import open_target
 from precompute.inspection.unpack import unpack_output
-from tests.support.inspect_outputs import write_output
+from tests.support.inspect_outputs import run_sql, write_output
 
 
-def export(output: Path, out: Path) -> Any:
+def export(output: Location, out: Path) -> Any:
     return unpack_output(open_target(output), out, progress=False)
 
 
@@ -71,9 +71,9 @@ def test_duckdb_pandas_and_datasets_open_it(tmp_path: Path) -> None:
     export(tmp_path / "out", tmp_path / "lists")
     files = sorted(map(str, (tmp_path / "lists").glob("*.parquet")))
     counts = [len(ids) for record in pq.read_table(files).to_pylist() for ids in record["topk_ids"]]
-    (answer,) = duckdb.sql(
+    (answer,) = run_sql(
         f"select count(*), sum(len(i)) from (select unnest(topk_ids) as i from '{tmp_path}/lists/*.parquet')"
-    ).fetchall()
+    )
     assert answer == (len(counts), sum(counts))
     frame = pd.concat(map(pd.read_parquet, files))
     assert sum(len(ids) for row in frame["topk_ids"] for ids in row) == sum(counts)
@@ -112,7 +112,7 @@ def test_a_damaged_shard_leaves_no_file_and_the_others_are_written(tmp_path: Pat
     column = pq.read_metadata(path).row_group(1).column(0)
     data = bytearray(path.read_bytes())
     data[column.data_page_offset + column.total_compressed_size - 1] ^= 0x10
-    path.write_bytes(data)
+    path.write_bytes(bytes(data))
     done = export(tmp_path / "out", tmp_path / "lists")
     assert not done.ok
     assert [problem.path for problem in done.problems] == [str(path)]

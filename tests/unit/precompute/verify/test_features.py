@@ -30,7 +30,7 @@ from precompute.verify.features import verify_features
 from precompute.verify.recompute_features import recompute_features
 from precompute.verify.repair import repair_output
 from tests.support.models import tiny_llava
-from tests.support.outputs import failed, flip
+from tests.support.outputs import copy_file, failed, flip
 from tests.support.training import ROOT, write_mixed_dataset
 
 
@@ -109,7 +109,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str, list[str]]] = {
     "a receipt is gone": (lambda out: receipt_path(out, 1).unlink(), "files", "has no receipt", SHARD_1[1:]),
     "a receipt is broken": (lambda out: receipt_path(out, 1).write_bytes(b"{}"), "receipts", "damaged", SHARD_1),
     "another shard's file": (
-        lambda out: [shutil.copy(a, b) for a, b in ((shard_path(out, 0), shard_path(out, 1)),)],
+        lambda out: copy_file(shard_path(out, 0), shard_path(out, 1)),
         "checksums",
         "its receipt says",
         SHARD_1,

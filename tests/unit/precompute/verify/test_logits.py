@@ -35,12 +35,12 @@ from precompute.report import MAX_LISTED
 from precompute.verify.logits import verify_logits
 from tests.support.builders import read_table
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
-from tests.support.outputs import failed, flip, rows_of, sign_again, with_sample
+from tests.support.outputs import copy_file, failed, flip, rows_of, sign_again, with_sample
 from tests.support.real_weights import write_jsonl
 
 ROOT = Path(__file__).parents[4]
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 
 def test_a_whole_output_passes_every_check(whole: Path) -> None:
@@ -55,6 +55,11 @@ def test_preference_pairs_pass_every_check(tmp_path: Path, llava_dir: Path) -> N
     config = make_config(tmp_path, llava_dir, preference_records(tmp_path, 6), kind="dpo", top_k=0)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
     assert verify_logits(config.output, config.dataset, progress=False).ok
+
+
+def remove_two_shards(output: Path) -> None:
+    for path in output.glob("shard-0000[12].*"):
+        path.unlink()
 
 
 FILE_DAMAGE: dict[str, tuple[Damage, str, str]] = {
@@ -72,19 +77,19 @@ FILE_DAMAGE: dict[str, tuple[Damage, str, str]] = {
         "damaged",
     ),
     "receipt of another shard": (
-        lambda out: shutil.copy(receipt_path(out, 0), receipt_path(out, 1)),
+        lambda out: copy_file(receipt_path(out, 0), receipt_path(out, 1)),
         "receipts",
         "is the receipt of shard 0",
     ),
     "receipt gone": (lambda out: receipt_path(out, 1).unlink(), "files", "has no receipt"),
     "shard gone": (lambda out: shard_path(out, 1).unlink(), "files", "receipt of a shard that is not there"),
     "number past the end": (
-        lambda out: shutil.copy(shard_path(out, 1), shard_path(out, 7)),
+        lambda out: copy_file(shard_path(out, 1), shard_path(out, 7)),
         "files",
         "last shard is 2",
     ),
     "shards missing": (
-        lambda out: [path.unlink() for path in out.glob("shard-0000[12].*")],
+        remove_two_shards,
         "coverage",
         "2 of 3 shards are missing: 1-2",
     ),
@@ -115,7 +120,7 @@ def test_a_flipped_bit_behind_a_matching_receipt_is_found_by_the_page_checksum(o
 
 
 def test_a_shard_under_another_number_is_found(output: Path) -> None:
-    shutil.copy(shard_path(output, 0), shard_path(output, 1))
+    copy_file(shard_path(output, 0), shard_path(output, 1))
     sign_again(output, 1)
     assert "the file was renamed" in failed(verify_logits(output, progress=False))["columns"]
 
@@ -128,7 +133,7 @@ def test_a_shard_of_another_schema_is_found(output: Path) -> None:
 
 
 def test_a_wrong_logprob_sum_is_found(output: Path) -> None:
-    path = shard_path(output, 1)
+    path = output / "shard-00001.parquet"
     table = read_table(path)
     place = table.schema.get_field_index("logprob_sum")
     values = [value.as_py() + 1e-3 for value in table.column(place)]
@@ -354,8 +359,8 @@ def test_a_report_names_the_first_problems_and_counts_all(output: Path) -> None:
 @pytest.mark.slow
 def test_verification_loads_no_engine(whole: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from precompute.verify.logits import verify\n"
-        "assert verify(Path(sys.argv[1]), Path(sys.argv[2]), progress=False).ok\n"
+        "import sys; from pathlib import Path; from precompute.verify.logits import verify_logits\n"
+        "assert verify_logits(Path(sys.argv[1]), Path(sys.argv[2]), progress=False).ok\n"
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     )
     arguments = [sys.executable, "-c", code, str(whole / "out"), str(whole / "data.jsonl")]

@@ -168,7 +168,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
     root = tmp_path_factory.mktemp("stored")
     config = make_config(root, llava_dir, conversation_records(root, 4), store_images=True)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
-    return config.output
+    return root / "out"
 
 
 @pytest.mark.parametrize(

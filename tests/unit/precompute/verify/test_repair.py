@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from precompute.verify.logits import verify_logits
 from precompute.verify.repair import RepairResult, repair_output
 from tests.support.fake_teacher import FakeTeacher, conversation_records
 from tests.support.object_store import BUCKET, Store
-from tests.support.outputs import config_of, contents, flip, rewrite, rows_of
+from tests.support.outputs import config_of, contents, copy_file, flip, rewrite, rows_of
 from tests.support.real_weights import write_jsonl
 
 
@@ -37,6 +36,11 @@ def shown(result: RepairResult) -> str:
     console = Console(width=1000, file=io.StringIO())
     console.print(result.render())
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def damage_two_shards(output: Path) -> None:
+    flip(shard_path(output, 0), 2000)
+    receipt_path(output, 2).unlink()
 
 
 def lose_a_row(output: Path) -> None:
@@ -64,12 +68,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a lost row": (lose_a_row, ["shard-00001.json", "shard-00001.parquet"]),
     "a row that is said to be skipped": (skip_what_is_there, ["shard-00001.json", "shard-00001.parquet"]),
     "another shard's file": (
-        lambda out: shutil.copy(shard_path(out, 0), shard_path(out, 1)),
+        lambda out: copy_file(shard_path(out, 0), shard_path(out, 1)),
         ["shard-00001.json", "shard-00001.parquet"],
     ),
-    "a number past the end": (lambda out: shutil.copy(shard_path(out, 1), shard_path(out, 7)), ["shard-00007.parquet"]),
+    "a number past the end": (lambda out: copy_file(shard_path(out, 1), shard_path(out, 7)), ["shard-00007.parquet"]),
     "two shards": (
-        lambda out: [flip(shard_path(out, 0), 2000), receipt_path(out, 2).unlink()],
+        damage_two_shards,
         ["shard-00000.json", "shard-00000.parquet", "shard-00002.parquet"],
     ),
     "everything": (
@@ -167,7 +171,7 @@ def test_without_shards_a_manifest_cannot_be_restored(tmp_path: Path) -> None:
 def test_a_shard_that_is_written_during_the_check_is_left_alone(output: Path, whole: Path) -> None:
     receipt_path(output, 1).unlink()
     report = verify_logits(output, progress=False)
-    shutil.copy(receipt_path(whole / "out", 1), receipt_path(output, 1))
+    copy_file(receipt_path(whole / "out", 1), receipt_path(output, 1))
     result = repair_output(report)
     assert result.moved == ()
     assert "shard 1 changed while it was checked" in shown(result)
@@ -184,7 +188,7 @@ def test_repairs_in_one_second_do_not_share_a_directory(output: Path) -> None:
 
 
 @pytest.mark.slow
-def test_objects_are_copied_before_they_are_deleted(store: Store, output: Path, whole: Path) -> None:
+def test_objects_are_copied_before_they_are_deleted(store: Store, output: Path) -> None:
     flip(shard_path(output, 1), 2000)
     for name, data in contents(output).items():
         parse_location(f"s3://{BUCKET}/scores/{name}").write_bytes(data)
