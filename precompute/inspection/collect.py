@@ -29,6 +29,7 @@ from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
 from common.storage.files import Location, file_size, open_ranged
 from precompute.inspection import statistics
 from precompute.inspection.sample_view import SampleView, TokenText, load_token_text, make_sample_view
+from precompute.output_files import list_output_files
 from precompute.report import Problem
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
@@ -100,6 +101,7 @@ def open_target(path: Location) -> InspectionTarget:
         ShardError: no output there, or a file that is not a published shard.
     """
     match = _SHARD_NAME.fullmatch(path.name)
+    list_output_files(path if match is None else path.parent, "precompute-logits")
     if match is None:
         manifest = read_manifest(path)
         return InspectionTarget(path, manifest, published_shards(path), manifest.num_shards)

@@ -23,7 +23,8 @@ from common.shards.manifest import (
     shard_path,
 )
 from common.shards.parquet_shard import ParquetShard
-from common.storage.files import Location, list_files
+from common.storage.files import Location
+from precompute.output_files import list_output_files
 from precompute.report import Check, Report, ranges
 from precompute.verify.manifest_checks import manifest_of_shards
 
@@ -47,7 +48,7 @@ class OutputVerifier(Generic[ManifestT]):
     def __init__(self, output: Location, schema: type[ManifestT], meanings: Mapping[str, str]) -> None:
         self.output = output
         self.checks = {name: Check(name, meaning) for name, meaning in meanings.items()}
-        self.files = list_files(output)
+        self.files = list_output_files(output, "precompute-logits or precompute-features")
         self._schema = schema
         self._receipts: list[Receipt] = []
         self._restored: ManifestT | None = None

@@ -56,6 +56,7 @@ def verify_features(
     `dataset` adds a comparison with the images that it names, `image_root` one with the files themselves.
 
     Raises:
+        ShardError: there is no output at all.
         StorageError: the store did not give what it holds, so nothing can be said of it.
     """
     return _FeatureVerifier(output).run(dataset, image_root, progress)

@@ -41,6 +41,7 @@ def verify_logits(output: Location, dataset: Location | None = None, *, progress
     """Checks everything that can be checked without the teacher; `dataset` adds a comparison with the source.
 
     Raises:
+        ShardError: there is no output at all.
         StorageError: the store did not give what it holds, so nothing can be said of it.
     """
     return _LogitsVerifier(output).run(dataset, progress)

@@ -303,9 +303,12 @@ def test_damaged_shards_are_named_and_the_rest_is_shown(
     assert "shard-00002.parquet" in capsys.readouterr().out
 
 
-def test_a_damaged_manifest_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="does not exist"):
-        look(tmp_path)
+def test_an_output_without_a_manifest_is_an_error(tmp_path: Path) -> None:
+    write_output(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    for path in (tmp_path, shard_path(tmp_path, 1)):
+        with pytest.raises(ShardError, match=r"manifest\.json: does not exist"):
+            look(path)
 
 
 def test_token_texts_come_from_the_tokenizer_of_the_shards_alone(tmp_path: Path) -> None:

@@ -162,10 +162,14 @@ def test_a_manifest_on_which_the_shards_do_not_agree_is_not_guessed(output: Path
     assert not (output / "broken").exists()
 
 
-def test_without_shards_a_manifest_cannot_be_restored(tmp_path: Path) -> None:
-    result = repair_output(verify_logits(tmp_path / "nowhere", progress=False))
+def test_without_shards_a_manifest_cannot_be_restored(output: Path) -> None:
+    for path in output.glob("shard-*"):
+        path.unlink()
+    (output / "manifest.json").write_text("{}")
+    result = repair_output(verify_logits(output, progress=False))
     assert result.refusal is not None
-    assert not (tmp_path / "nowhere").exists()
+    assert (output / "manifest.json").read_text() == "{}"
+    assert not (output / "broken").exists()
 
 
 def test_a_shard_that_is_written_during_the_check_is_left_alone(output: Path, whole: Path) -> None:
