@@ -1,4 +1,4 @@
-"""One sample as people read it: its messages, and each scored token with the teacher's best alternatives.
+"""View of one sample: its messages, and each scored token with the teacher's best alternatives.
 
 Legend: R scored tokens, K kept entries of one row.
 """
@@ -22,7 +22,7 @@ TokenText = Callable[[int], str]
 
 @dataclass(frozen=True)
 class Alternative:
-    """A kept entry; `draws` says how often it was drawn, None where best entries are kept."""
+    """A kept entry of a scored token; it was drawn `draws` times, None where best entries are kept."""
 
     token_id: int
     text: str
@@ -32,7 +32,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Token:
-    """A scored token. `rank` is its place among the kept entries from 1, None if it is not kept."""
+    """A scored token; `rank` is its position among the kept entries, counted from 1, None if it is not kept."""
 
     position: int
     token_id: int
@@ -47,9 +47,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Conversation:
-    """`spans` holds the first scored tokens, one tuple a scored span; `num_scored` says how many there are in all.
+    """A conversation with its first scored tokens, one tuple for each span of `spans`; `num_scored` counts all of them.
 
-    `name` is empty, or `chosen` or `rejected`.
+    `name` is `chosen` or `rejected` in a preference pair, empty otherwise.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Conversation:
 
     @property
     def num_shown(self) -> int:
-        """Scored tokens in `spans`."""
+        """Number of scored tokens in `spans`."""
         return sum(map(len, self.spans))
 
 
 @dataclass(frozen=True)
 class SampleView:
-    """One row of a shard for eyes."""
+    """One row of a shard."""
 
     sample_id: str
     index: int
@@ -111,10 +111,10 @@ def make_sample_view(
 
 
 def load_token_text(directory: Path, manifest: Manifest) -> TokenText:
-    """Token texts of a local model directory's tokenizer, which must be the one that the shards were made with.
+    """Loads the tokenizer of a local model directory, which must be that of the shards, to get the texts of tokens.
 
     Raises:
-        ModelError: no fast tokenizer there, or transformers is not installed.
+        ModelError: there is no fast tokenizer, or transformers is not installed.
         ProvenanceError: it is another tokenizer.
     """
     tokenizer = load_tokenizer(directory)
@@ -127,11 +127,11 @@ def load_token_text(directory: Path, manifest: Manifest) -> TokenText:
 
     def text(token_id: int) -> str:
         piece = tokenizer.convert_ids_to_tokens(token_id)
-        # Decoded alone, a SentencePiece token would lose the space before it.
+        # A SentencePiece token that is decoded alone loses the space before it.
         if piece is not None and piece.startswith("\u2581"):
             return str(piece).replace("\u2581", " ")
         decoded: str = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-        # Part of a character in UTF-8, or an id without a token: neither is text.
+        # Part of a character in UTF-8, or an id without a token, has no text.
         return f"⟨{token_id}⟩" if not decoded or "\ufffd" in decoded else decoded
 
     return text
@@ -149,7 +149,7 @@ def _scored_tokens(
         start, count = int(starts_R[row]), int(scores.counts[row])
         ids_K = scores.ids[start : start + count]
         token_id = int(encoded.input_ids[position])
-        places = np.flatnonzero(ids_K == token_id)
+        ranks = np.flatnonzero(ids_K == token_id)
         alternatives = [
             Alternative(
                 token_id=int(scores.ids[i]),
@@ -168,7 +168,7 @@ def _scored_tokens(
                 entropy=float(entropy_R[row]),
                 rest_mass=float(scores.rest_mass[row]),
                 num_kept=count,
-                rank=int(places[0]) + 1 if places.size else None,
+                rank=int(ranks[0]) + 1 if ranks.size else None,
                 alternatives=tuple(alternatives),
             )
         )

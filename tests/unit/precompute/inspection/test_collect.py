@@ -21,7 +21,7 @@ from common.shards.score_shard import ShardFile
 from common.storage.files import Location, parse_location
 from precompute.inspection import formatting, terminal
 from precompute.inspection.collect import FOOTERS, Inspection, evenly_spaced, inspect_output, open_target
-from precompute.inspection.statistics import ENTROPY, KEPT, StreamingDistribution, entropies
+from precompute.inspection.statistics import ENTROPY, NUM_KEPT, StreamingDistribution, entropies
 from precompute.inspection.unpack import unpack_output
 from tests.support.builders import make_draws, make_scores
 from tests.support.inspect_outputs import run_sql, write_known_output, write_output
@@ -121,7 +121,7 @@ def test_thinned_values_keep_their_ends_and_mean_and_nearly_their_quantiles() ->
 
 def test_whole_numbers_have_whole_bins() -> None:
     for least, greatest in ((3, 3), (0, 35), (0, 36), (5, 1000)):
-        values = StreamingDistribution(KEPT)
+        values = StreamingDistribution(NUM_KEPT)
         values.add(np.arange(least, greatest + 1))
         found = values.distribution()
         assert found is not None

@@ -126,7 +126,7 @@ def test_every_step_of_a_scale_can_be_read_and_told_from_the_next() -> None:
                 for i in range(html_charts.NUM_LEVELS)
             ]
             for step in steps:
-                text = (0.0, 0.0, 0.0) if html_charts.text_on(step) == "#000" else (1.0, 1.0, 1.0)
+                text = (0.0, 0.0, 0.0) if html_charts.text_colour(step) == "#000" else (1.0, 1.0, 1.0)
                 assert html_charts.contrast(step, text) >= 4.5
             # From the page's background away, always in one direction.
             page_rgb = (1.0, 1.0, 1.0) if theme == "light" else (0.08, 0.09, 0.106)
