@@ -184,8 +184,8 @@ def _find_copies(outputs: Sequence[Location], manifest: Manifest) -> tuple[dict[
         for other in others:
             if _summary(first.receipt) != _summary(other.receipt):
                 raise ShardError(
-                    f"shard {number}: {first.output} has {_describe(first.receipt)}, {other.output} has "
-                    f"{_describe(other.receipt)}; one of them is wrong: run verify-shards on both"
+                    f"shard {number}: {first.output} has {_describe_receipt(first.receipt)}, {other.output} has "
+                    f"{_describe_receipt(other.receipt)}; one of them is wrong: run verify-shards on both"
                 )
             if other.receipt.sha256 == first.receipt.sha256:
                 continue
@@ -201,7 +201,7 @@ def _summary(receipt: Receipt) -> tuple[int, int, tuple[int, ...]]:
     return receipt.num_rows, receipt.num_scored_tokens, tuple(skipped.index for skipped in receipt.skipped)
 
 
-def _describe(receipt: Receipt) -> str:
+def _describe_receipt(receipt: Receipt) -> str:
     return (
         f"{receipt.num_rows:,} rows with {receipt.num_scored_tokens:,} scored tokens and {len(receipt.skipped)} skipped"
     )
@@ -260,7 +260,7 @@ class _RowReader:
         self._intact: dict[int, _Copy] = {}
 
     def read_rows(self, indices: range) -> Iterator[ShardRow]:
-        for number in self._numbers(indices):
+        for number in self._shard_numbers(indices):
             path = self._find_intact_copy(number).path
             with closing(ShardFile(path, self._manifest, number, keep_codes=True)) as shard:
                 stored, start = shard.read_column("index"), 0
@@ -271,11 +271,11 @@ class _RowReader:
                     start = stop
 
     def skipped_samples(self, indices: range) -> list[SkippedSample]:
-        receipts = (self._find_intact_copy(number).receipt for number in self._numbers(indices))
+        receipts = (self._find_intact_copy(number).receipt for number in self._shard_numbers(indices))
         entries = chain.from_iterable(receipt.skipped for receipt in receipts)
         return [entry for entry in entries if entry.index in indices]
 
-    def _numbers(self, indices: range) -> range:
+    def _shard_numbers(self, indices: range) -> range:
         size = self._manifest.samples_per_shard
         return range(indices.start // size, (indices.stop - 1) // size + 1)
 

@@ -144,8 +144,8 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
         if dataset is None or self._images is None:
             return
         check = self.checks["dataset"]
-        known = {name for image in self._images for name in image.paths}
-        named: dict[str, None] = {}
+        cached_paths = {name for image in self._images for name in image.paths}
+        dataset_paths: dict[str, None] = {}
         for index in range(len(dataset)):
             check.passed()
             try:
@@ -155,14 +155,14 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
                 continue
             for ref in refs:
                 assert ref.path is not None
-                if ref.path not in known:
+                if ref.path not in cached_paths:
                     check.failed(path, f"sample {dataset.ids[index]!r}: its image {ref.path} is not in the cache")
-                named.setdefault(ref.path)
-        for name in sorted(known - named.keys()):
+                dataset_paths.setdefault(ref.path)
+        for name in sorted(cached_paths - dataset_paths.keys()):
             check.failed(self.output / INDEX_NAME, f"has {name}, which no sample of the dataset names")
-        order = {name: place for place, name in enumerate(named)}
-        places = [min(order.get(name, 0) for name in image.paths) for image in self._images]
-        if places != sorted(places):
+        order = {name: position for position, name in enumerate(dataset_paths)}
+        positions = [min(order.get(name, 0) for name in image.paths) for image in self._images]
+        if positions != sorted(positions):
             check.failed(self.output / INDEX_NAME, "is not in the order in which the dataset first names its images")
 
     def _verify_sources(self, image_root: Location, progress: bool) -> None:

@@ -1,6 +1,8 @@
 """Verifies an output of precompute-logits (`verify-shards`). Needs neither torch nor vLLM.
 
-manifest ─> for each shard: receipt ─> SHA-256 ─> columns ─> footer ─> pages ─> rows ─> totals and coverage
+    manifest ─> for each shard: receipt ─> SHA-256 ─> columns ─> footer ─> pages ─> rows ─> totals and coverage
+
+Verification goes on after each problem, with what can still be read.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Looking into outputs and reports."""
+"""Reads, damages and rewrites outputs for tests."""
 
 import dataclasses
 import json
@@ -25,7 +25,8 @@ from precompute.config import PrecomputeConfig
 from precompute.report import Report
 
 
-def failed(report: Report) -> dict[str, str]:
+def first_problems(report: Report) -> dict[str, str]:
+    """Returns the first problem of each failed check, by the check's name."""
     return {check.name: check.problems[0].what for check in report.checks if not check.ok}
 
 
@@ -36,27 +37,27 @@ def rows_of(output: Location, number: int) -> list[ShardRow]:
     return rows
 
 
-def sign_again(output: Path, number: int) -> None:
-    """Makes a receipt that fits whatever the shard's bytes are now, so that later checks are reached."""
+def rewrite_receipt(output: Path, number: int) -> None:
+    """Writes a receipt that matches the shard's current bytes, so that later checks are reached."""
     receipt = read_receipt(output, number, read_manifest(output))
     path = shard_path(output, number)
     changed = {"sha256": file_sha256(path), "num_bytes": path.stat().st_size}
     write_with_digest(receipt_path(output, number), receipt.model_copy(update=changed))
 
 
-def with_sample(row: ShardRow, **changes: Any) -> ShardRow:
+def replace_sample(row: ShardRow, **changes: Any) -> ShardRow:
     return dataclasses.replace(row, sample=dataclasses.replace(row.sample, **changes))
 
 
-def rewrite(output: Path, number: int, row_group_size: int | None = None, **footer: str | None) -> None:
-    """Writes a shard's Parquet file again with other keys in its footer (None: without), and a receipt that fits."""
+def rewrite_shard(output: Path, number: int, row_group_size: int | None = None, **footer: str | None) -> None:
+    """Writes a shard's Parquet file again with other keys in its footer (None removes one) and a matching receipt."""
     path = shard_path(output, number)
     before = {key: value for key, value in pq.read_metadata(path).metadata.items() if key != b"ARROW:schema"}
     changes = {f"decant.{name}".encode(): value for name, value in footer.items()}
     metadata = {key: value for key, value in {**before, **changes}.items() if value is not None}
     table = pq.read_table(path).replace_schema_metadata(metadata)
     pq.write_table(table, path, row_group_size=row_group_size)
-    sign_again(output, number)
+    rewrite_receipt(output, number)
 
 
 def flip(path: Location, position: int) -> None:
@@ -69,20 +70,20 @@ def copy_file(source: Location, destination: Location) -> None:
     destination.write_bytes(source.read_bytes())
 
 
-def config_of(output: Path) -> PrecomputeConfig:
-    """The configuration that an output was made with, for this copy of it."""
+def load_config(output: Path) -> PrecomputeConfig:
+    """Returns the configuration that an output was made with, changed to write to this copy of it."""
     written = json.loads((output / "config.json").read_text())["config"]
     return PrecomputeConfig.model_validate(written).model_copy(update={"output": output})
 
 
 def contents(output: Location) -> dict[str, bytes]:
-    """The bytes of manifest, shards and receipts."""
+    """Returns the bytes of manifest, shards and receipts by their names."""
     names = sorted(name for name in list_files(output) if name.startswith(("shard-", "manifest.")))
     return {name: (output / name).read_bytes() for name in names}
 
 
 def part(whole: Path, out: Path, *numbers: int) -> Path:
-    """A copy of an output with some of its shards."""
+    """Copies an output with some of its shards."""
     shutil.copytree(whole, out, ignore=lambda _, names: [name for name in names if name.startswith("shard-")])
     for number in numbers:
         for path in (shard_path(whole, number), receipt_path(whole, number)):
@@ -94,8 +95,8 @@ def all_rows(output: Location) -> list[ShardRow]:
     return [row for number in published_shards(output) for row in rows_of(output, number)]
 
 
-def values(row: ShardRow) -> Iterator[Any]:
-    """All that a row holds, arrays as their bytes."""
+def row_values(row: ShardRow) -> Iterator[Any]:
+    """Yields all that a row holds, arrays as their bytes."""
     yield row.index
     yield row.sample
     for scored in row.conversations:

@@ -1,4 +1,4 @@
-"""A shard that is damaged or gone stops every rank, and every rank names it."""
+"""A damaged or missing shard stops every rank, and every rank names it."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_a_fault_found_while_training_stops_all_ranks_and_names_the_file(
         tmp_path / "run",
         student,
         trainable=["adapter", "language_model"],
-        # In the order on disk, so that some steps are whole and one rank reads the bad shard first.
+        # Samples are read in the order on disk, so that some steps succeed before one rank reads the bad shard.
         data={
             "shards": str(scores),
             "image_root": str(dataset.parent),
