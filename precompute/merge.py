@@ -1,10 +1,10 @@
-"""`merge-shards`: outputs that were made apart become one.
+"""Joins outputs that were captured apart (`merge-shards`), or writes an output in shards of another size.
 
-    outputs of one manifest ─> for each shard: the first whole copy ─> its bytes, then its receipt
+    outputs of one manifest ─> for each shard: the first intact copy ─> its bytes, then its receipt
     with --samples-per-shard: rows of all shards ─> new shards under a manifest that differs in that number alone
 
-Every file is checked against its receipt before it is used. A merge that was interrupted goes on where it ended: the
-shards that are complete stay.
+Every file is checked against its receipt before it is used. An interrupted merge continues when it is started again,
+because complete shards stay.
 """
 
 import hashlib
@@ -36,12 +36,12 @@ from common.shards.manifest import (
 )
 from common.shards.score_shard import ShardFile, ShardRow, write_shard
 from common.storage.files import LOCK_NAME, Location, directory_lock, list_files, publish, read_bytes, remove_partials
-from precompute.report import ranges
+from precompute.report import format_ranges
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What the merged output holds. `notes` say which copy of a shard was taken where copies differ."""
+    """What the merged output holds; `notes` say which copy of a shard was taken where copies differ."""
 
     out: Location
     num_shards: int
@@ -53,18 +53,18 @@ class MergeResult:
     notes: tuple[str, ...]
 
     def render(self) -> RenderableType:
-        """Totals, notes, and what is missing."""
+        """Returns totals, notes, and what is missing."""
         table = Table(show_header=False, box=None)
-        there = self.num_shards - len(self.missing)
+        num_present = self.num_shards - len(self.missing)
         table.add_row("output", str(self.out))
-        table.add_row("shards", f"{there:,} of {self.num_shards:,}, {self.num_new_shards:,} new")
+        table.add_row("shards", f"{num_present:,} of {self.num_shards:,}, {self.num_new_shards:,} new")
         table.add_row("rows", f"{self.num_rows:,}")
         table.add_row("scored tokens", f"{self.num_scored_tokens:,} in {self.num_bytes:,} bytes")
         verdict = Text("complete", style="green")
         if self.missing:
             verdict = Text(
-                f"incomplete: shards {ranges(self.missing)} are in none of the outputs; precompute-logits with this "
-                "output writes them, or merge again with the outputs that have them",
+                f"incomplete: shards {format_ranges(self.missing)} are in none of the outputs; precompute-logits with "
+                "this output writes them, or merge again with the outputs that have them",
                 style="bold red",
             )
         return Group(table, *map(Text, self.notes), verdict)
@@ -72,7 +72,7 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A shard in one of the outputs."""
+    """A shard of one of the merged outputs."""
 
     output: Location
     receipt: Receipt
@@ -81,8 +81,8 @@ class _Copy:
     def path(self) -> Location:
         return shard_path(self.output, self.receipt.shard)
 
-    def read(self) -> bytes | None:
-        """The shard's bytes; None if they are gone or not those that its receipt names."""
+    def read_intact(self) -> bytes | None:
+        """Returns the shard's bytes; None if the file is gone or its SHA-256 is not that of the receipt."""
         try:
             data = read_bytes(self.path)
         except OSError:
@@ -93,40 +93,44 @@ class _Copy:
 def merge_outputs(
     outputs: Sequence[Location], out: Location, samples_per_shard: int | None = None, *, progress: bool = True
 ) -> MergeResult:
-    """Joins outputs of one manifest into `out`; with `samples_per_shard` rows are written into shards of that size.
+    """Joins outputs of one manifest into `out`; with `samples_per_shard`, writes their rows in shards of that size.
 
     Raises:
         ConfigError: `out` is one of `outputs`, or holds other things.
-        ProvenanceError: the outputs, or what `out` was begun with, differ; every difference is listed.
-        ShardError: no copy of a shard is whole, copies contradict each other, or, with `samples_per_shard`, some are
-            missing. StorageError: the disk or the store refused. Shards that are written stay.
+        ProvenanceError: the manifests of the outputs, or the one in `out`, differ; every difference is listed.
+        ShardError: no copy of a shard is intact, copies contradict each other, or shards are missing although
+            `samples_per_shard` is given.
+        StorageError: the disk or the store refused. Shards that are written stay.
     """
-    before = _common_manifest(outputs)
-    manifest = before.model_copy(update={"samples_per_shard": samples_per_shard or before.samples_per_shard})
+    source = _read_common_manifest(outputs)
+    manifest = source
+    if samples_per_shard is not None:
+        manifest = source.model_copy(update={"samples_per_shard": samples_per_shard})
     _check_destination(outputs, out)
-    copies, notes = _copies(outputs, before)
-    missing = sorted(set(range(before.num_shards)) - copies.keys())
-    if missing and manifest != before:
+    copies, notes = _find_copies(outputs, source)
+    missing = sorted(set(range(source.num_shards)) - copies.keys())
+    if missing and manifest != source:
         raise ShardError(
-            f"{len(missing)} of {before.num_shards} shards are in none of the outputs: {ranges(missing)}; shards of "
-            "another size need all of them: write them with precompute-logits, or merge without --samples-per-shard"
+            f"{len(missing)} of {source.num_shards} shards are in none of the outputs: {format_ranges(missing)}; "
+            "shards of another size need all of them: write them with precompute-logits, or merge without "
+            "--samples-per-shard"
         )
     with directory_lock(out):
         open_output(out, manifest)
         remove_partials(out)
-        numbers = sorted(copies) if manifest == before else range(manifest.num_shards)
-        todo = [number for number in numbers if not is_complete(out, number, manifest)]
-        rows = _Rows(copies, before)
-        for number in tqdm(todo, desc="merging", unit=" shards", disable=not progress):
-            if manifest == before:
-                notes += _copy(copies[number], out)
+        numbers = sorted(copies) if manifest == source else range(manifest.num_shards)
+        pending = [number for number in numbers if not is_complete(out, number, manifest)]
+        rows = _RowReader(copies, source)
+        for number in tqdm(pending, desc="merging", unit=" shards", disable=not progress):
+            if manifest == source:
+                notes += _copy_shard(copies[number], out)
             else:
-                _write(number, manifest, rows, out)
+                _write_shard(number, manifest, rows, out)
     receipts = read_receipts(out, manifest)
     return MergeResult(
         out=out,
         num_shards=manifest.num_shards,
-        num_new_shards=len(todo),
+        num_new_shards=len(pending),
         missing=tuple(sorted(set(range(manifest.num_shards)) - {receipt.shard for receipt in receipts})),
         num_rows=sum(receipt.num_rows for receipt in receipts),
         num_scored_tokens=sum(receipt.num_scored_tokens for receipt in receipts),
@@ -135,7 +139,8 @@ def merge_outputs(
     )
 
 
-def _common_manifest(outputs: Sequence[Location]) -> Manifest:
+def _read_common_manifest(outputs: Sequence[Location]) -> Manifest:
+    """Returns the manifest of all outputs; raises ProvenanceError with every difference if they have several."""
     first, *others = ((output, read_manifest(output)) for output in outputs)
     lines = []
     for output, manifest in others:
@@ -164,8 +169,8 @@ def _check_destination(outputs: Sequence[Location], out: Location) -> None:
         )
 
 
-def _copies(outputs: Sequence[Location], manifest: Manifest) -> tuple[dict[int, list[_Copy]], list[str]]:
-    """The copies of each shard in the order of the outputs, and notes on those that are not byte for byte alike.
+def _find_copies(outputs: Sequence[Location], manifest: Manifest) -> tuple[dict[int, list[_Copy]], list[str]]:
+    """Returns each shard's copies in the order of the outputs, and notes on copies with different bytes.
 
     Raises:
         ShardError: two copies of a shard hold different samples.
@@ -177,10 +182,10 @@ def _copies(outputs: Sequence[Location], manifest: Manifest) -> tuple[dict[int, 
     notes = []
     for number, (first, *others) in sorted(copies.items()):
         for other in others:
-            if _contents(first.receipt) != _contents(other.receipt):
+            if _summary(first.receipt) != _summary(other.receipt):
                 raise ShardError(
-                    f"shard {number}: {first.output} has {_describe(first.receipt)}, {other.output} has "
-                    f"{_describe(other.receipt)}; one of them is wrong: run verify-shards on both"
+                    f"shard {number}: {first.output} has {_describe_receipt(first.receipt)}, {other.output} has "
+                    f"{_describe_receipt(other.receipt)}; one of them is wrong: run verify-shards on both"
                 )
             if other.receipt.sha256 == first.receipt.sha256:
                 continue
@@ -191,30 +196,31 @@ def _copies(outputs: Sequence[Location], manifest: Manifest) -> tuple[dict[int, 
     return copies, notes
 
 
-def _contents(receipt: Receipt) -> tuple[int, int, tuple[int, ...]]:
+def _summary(receipt: Receipt) -> tuple[int, int, tuple[int, ...]]:
+    """Returns what copies of a shard must have in common: rows, scored tokens, positions of skipped samples."""
     return receipt.num_rows, receipt.num_scored_tokens, tuple(skipped.index for skipped in receipt.skipped)
 
 
-def _describe(receipt: Receipt) -> str:
+def _describe_receipt(receipt: Receipt) -> str:
     return (
         f"{receipt.num_rows:,} rows with {receipt.num_scored_tokens:,} scored tokens and {len(receipt.skipped)} skipped"
     )
 
 
-def _copy(copies: Sequence[_Copy], out: Location) -> list[str]:
-    """Writes the first copy that is whole; returns notes on those before it."""
+def _copy_shard(copies: Sequence[_Copy], out: Location) -> list[str]:
+    """Writes the first intact copy; returns notes on the damaged ones before it."""
     notes: list[str] = []
     for copy in copies:
-        data = copy.read()
+        data = copy.read_intact()
         if data is not None:
             publish(shard_path(out, copy.receipt.shard), data)
             write_with_digest(receipt_path(out, copy.receipt.shard), copy.receipt)
             return notes
         notes.append(f"{copy.path}: is gone or not what its receipt names; another output's copy is taken")
-    raise _no_whole_copy(copies)
+    raise _no_intact_copy(copies)
 
 
-def _no_whole_copy(copies: Sequence[_Copy]) -> ShardError:
+def _no_intact_copy(copies: Sequence[_Copy]) -> ShardError:
     where = ", ".join(str(copy.path) for copy in copies)
     return ShardError(
         f"{where}: gone, or not the bytes that the receipt names; run verify-shards --repair on the output, then "
@@ -222,10 +228,14 @@ def _no_whole_copy(copies: Sequence[_Copy]) -> ShardError:
     )
 
 
-def _write(number: int, manifest: Manifest, rows: "_Rows", out: Location) -> None:
-    """One shard of the new size, with the codes of its log-probs as they were."""
+def _write_shard(number: int, manifest: Manifest, rows: "_RowReader", out: Location) -> None:
+    """Writes one shard of the new size with the stored codes of its log-probs.
+
+    Raises:
+        ShardError: rows and skipped samples are not each sample once, or have different image tokens.
+    """
     expected = manifest.shard_range(number)
-    found, skipped = list(rows.between(expected)), rows.skipped(expected)
+    found, skipped = list(rows.read_rows(expected)), rows.skipped_samples(expected)
     rows_each = 1 if manifest.capture.generate is None else manifest.capture.generate.num_samples
     covered = Counter(row.index for row in found) + Counter({entry.index: rows_each for entry in skipped})
     if covered != Counter(dict.fromkeys(expected, rows_each)):
@@ -241,17 +251,17 @@ def _write(number: int, manifest: Manifest, rows: "_Rows", out: Location) -> Non
     write_shard(out, number, manifest, found, skipped)
 
 
-class _Rows:
-    """The rows of all shards by their place in the dataset; those of a row group are read at a time."""
+class _RowReader:
+    """Reader of all shards' rows by their position in the dataset, one row group at a time."""
 
     def __init__(self, copies: dict[int, list[_Copy]], manifest: Manifest) -> None:
         self._copies = copies
         self._manifest = manifest
-        self._whole: dict[int, _Copy] = {}
+        self._intact: dict[int, _Copy] = {}
 
-    def between(self, indices: range) -> Iterator[ShardRow]:
-        for number in self._numbers(indices):
-            path = self._whole_copy(number).path
+    def read_rows(self, indices: range) -> Iterator[ShardRow]:
+        for number in self._shard_numbers(indices):
+            path = self._find_intact_copy(number).path
             with closing(ShardFile(path, self._manifest, number, keep_codes=True)) as shard:
                 stored, start = shard.read_column("index"), 0
                 for group in range(shard.num_groups):
@@ -260,20 +270,20 @@ class _Rows:
                         yield from (row for row in shard.read_group(group) if row.index in indices)
                     start = stop
 
-    def skipped(self, indices: range) -> list[SkippedSample]:
-        receipts = (self._whole_copy(number).receipt for number in self._numbers(indices))
+    def skipped_samples(self, indices: range) -> list[SkippedSample]:
+        receipts = (self._find_intact_copy(number).receipt for number in self._shard_numbers(indices))
         entries = chain.from_iterable(receipt.skipped for receipt in receipts)
         return [entry for entry in entries if entry.index in indices]
 
-    def _numbers(self, indices: range) -> range:
+    def _shard_numbers(self, indices: range) -> range:
         size = self._manifest.samples_per_shard
         return range(indices.start // size, (indices.stop - 1) // size + 1)
 
-    def _whole_copy(self, number: int) -> _Copy:
-        """The first whose bytes are right; each is read once for that, before its rows are."""
-        if number not in self._whole:
-            whole = next((copy for copy in self._copies[number] if copy.read() is not None), None)
-            if whole is None:
-                raise _no_whole_copy(self._copies[number])
-            self._whole[number] = whole
-        return self._whole[number]
+    def _find_intact_copy(self, number: int) -> _Copy:
+        """Returns the first intact copy. Each file is read once for that, before its rows are read."""
+        if number not in self._intact:
+            intact = next((copy for copy in self._copies[number] if copy.read_intact() is not None), None)
+            if intact is None:
+                raise _no_intact_copy(self._copies[number])
+            self._intact[number] = intact
+        return self._intact[number]

@@ -1,4 +1,4 @@
-"""Named checks with their counts and problems, as a table and as JSON."""
+"""Report of an output's verification: named checks with counts and problems, as a table and as JSON."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,13 @@ from rich.text import Text
 from common.shards.manifest import Manifest, ShardedManifest
 from common.storage.files import Location
 
-# Kept of each check; the others are counted.
+# Problems that a check lists; further ones are only counted.
 MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and in which file."""
+    """Something that is wrong, and the file that it is in."""
 
     path: str
     what: str
@@ -25,9 +25,10 @@ class Problem:
 
 @dataclass
 class Check:
-    """One thing that was looked at, `num_checked` times.
+    """Outcome of one named check, which was made `num_checked` times.
 
-    Only the first problems are kept; all are counted, and `files` has the names of all files that have one.
+    `problems` lists the first `MAX_LISTED`, `num_problems` counts all, and `files` names all files that have one.
+    `meaning` says what holds if the check passes.
     """
 
     name: str
@@ -38,11 +39,11 @@ class Check:
     files: set[str] = field(default_factory=set)
 
     def passed(self, count: int = 1) -> None:
-        """Counts `count` more things that were looked at."""
+        """Adds `count` to the number of checked things."""
         self.num_checked += count
 
     def failed(self, path: Location, what: str) -> None:
-        """Notes a problem. An error that names the file itself does not name it twice."""
+        """Adds a problem of the file `path`, whose name is cut from the message, so that it is not shown twice."""
         self.num_problems += 1
         self.files.add(path.name)
         if len(self.problems) < MAX_LISTED:
@@ -50,16 +51,16 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was wrong."""
+        """True if no problem was found."""
         return self.num_problems == 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """Outcome of `verify`. A check that looked at nothing was not reached, or has nothing to look at.
+    """Outcome of verifying an output. A check with a `num_checked` of 0 was not reached, or had nothing to check.
 
-    `listing` has the names and sizes of the output's files as they were looked at. `restored` is None unless
-    manifest.json is broken and the shards say what it was. `schema` is that of its manifest.
+    `listing` has names and bytes of the output's files when verification began. `restored` is the manifest that the
+    shards repeat if manifest.json is broken, None otherwise. `schema` is the type of the output's manifest.
     """
 
     output: Location
@@ -75,11 +76,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every check passed."""
+        """True if every check passed."""
         return all(check.ok for check in self.checks)
 
     def to_json(self) -> str:
-        """The whole report as one JSON object."""
+        """Returns the whole report as one JSON object."""
         totals = {
             name: getattr(self, name)
             for name in ("num_shards", "num_rows", "num_scored_tokens", "num_bytes", "num_skipped")
@@ -98,7 +99,7 @@ class Report:
         return json.dumps({"output": str(self.output), "checks": checks, **totals, "ok": self.ok}, indent=1)
 
     def render(self) -> RenderableType:
-        """A table of the checks, the problems below it, and the totals."""
+        """Returns a table of the checks with the problems and the totals below it."""
         table = Table(title=f"{self.output}", title_justify="left", show_lines=False)
         table.add_column("check")
         table.add_column("what holds")
@@ -121,12 +122,12 @@ class Report:
                 yield Text(f"{check.name}: and {more:,} more", style="red")
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as "0-3, 7"."""
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Returns ascending numbers with their runs joined: "0-3, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,9 +1,10 @@
-"""`inspect-shards`: what an output holds, for eyes. Needs neither torch nor vLLM.
+"""Reads an output into an `Inspection`: counts, distributions and samples. Needs neither torch nor vLLM.
 
     manifest ─> receipt and footer of every shard ─> counts, bytes by column
              ─> row groups, evenly spread         ─> distributions, samples
 
-An output that is still being written is one with fewer shards. A damaged shard is named, and the rest is shown.
+An output that is still being written is shown with the shards that it has. A damaged shard becomes a problem of the
+result, and the rest is shown.
 """
 
 import itertools
@@ -29,15 +30,17 @@ from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
 from common.storage.files import Location, file_size, open_ranged
 from precompute.inspection import statistics
 from precompute.inspection.sample_view import SampleView, TokenText, load_token_text, make_sample_view
+from precompute.output_files import list_output_files
 from precompute.report import Problem
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
+# Name under which the bytes outside all columns are counted.
 FOOTERS = "(footers)"
 
 
 @dataclass(frozen=True)
 class ColumnBytes:
-    """Compressed bytes of one column in all shards; `is_packed` for the kept entries."""
+    """Compressed bytes of one column in all shards; `is_packed` if it holds kept entries."""
 
     name: str
     num_bytes: int
@@ -46,7 +49,7 @@ class ColumnBytes:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the shards' receipts say, and how much of it was read for the distributions."""
+    """Totals of the shards' receipts, and how much was read for the distributions (`num_*_read`)."""
 
     num_shards: int
     num_rows: int
@@ -64,7 +67,8 @@ class Counts:
 class Inspection:
     """Result of `inspect_output`.
 
-    `num_expected` shards make the output complete; `samples` begins with the one asked for.
+    `num_expected` shards make the output complete. `samples` begins with the requested one; it is empty if that one
+    cannot be read.
     """
 
     path: Location
@@ -79,13 +83,13 @@ class Inspection:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was looked at could be read."""
+        """True if everything could be read."""
         return not self.problems
 
 
 @dataclass(frozen=True)
 class InspectionTarget:
-    """The shards that a path stands for: those of an output that are published, or one of them."""
+    """The shards that a path names: all published ones of an output, or one of them."""
 
     output: Location
     manifest: Manifest
@@ -94,12 +98,14 @@ class InspectionTarget:
 
 
 def open_target(path: Location) -> InspectionTarget:
-    """Finds the output of `path`: its directory, or one of its shard files.
+    """Finds the shards of `path`, which is the directory of an output or a shard file in one.
 
     Raises:
-        ShardError: no output there, or a file that is not a published shard.
+        ShardError: there is no output, its manifest is damaged, or the file is not a published shard.
+        StorageError: the disk or the store refused.
     """
     match = _SHARD_NAME.fullmatch(path.name)
+    list_output_files(path if match is None else path.parent, "precompute-logits")
     if match is None:
         manifest = read_manifest(path)
         return InspectionTarget(path, manifest, published_shards(path), manifest.num_shards)
@@ -110,7 +116,7 @@ def open_target(path: Location) -> InspectionTarget:
     return InspectionTarget(output, manifest, (number,), 1)
 
 
-def inspect_output(
+def inspect_output(  # noqa: PLR0913 - its arguments are the options of inspect-shards
     path: Location,
     *,
     sample: str | None = None,
@@ -121,31 +127,32 @@ def inspect_output(
     tokenizer: Path | None = None,
     progress: bool = True,
 ) -> Inspection:
-    """Looks at an output, or at one of its shards.
+    """Reads an output, or one of its shards, and returns what it holds.
 
     Args:
         path: an output directory of precompute-logits, or a shard file in one.
         sample: the id of a sample, or its position in the dataset; None for the first row.
-        num_samples: samples to show; the others are spread evenly over what is read.
-        num_alternatives: most kept entries shown of a token.
-        max_tokens: most scored tokens shown of a conversation.
+        num_samples: number of samples to show; those after the first are evenly spread over what is read.
+        num_alternatives: maximum number of kept entries shown of a token.
+        max_tokens: maximum number of scored tokens shown of a conversation.
         max_groups: row groups to read, evenly spread; None for all.
         tokenizer: directory of the teacher or its tokenizer, for token texts.
 
     Raises:
-        ShardError: no output there. Damaged shards are problems of the result instead.
+        ShardError: as `open_target`. Damaged shards are problems of the result instead.
         ConfigError: there is no such sample.
+        ModelError, ProvenanceError: the tokenizer is missing, or is not that of the shards.
     """
     target = open_target(path)
-    text = str if tokenizer is None else load_token_text(tokenizer, target.manifest)
-    return _Collector(target, text, num_alternatives, max_tokens, progress).inspection(
+    token_text = str if tokenizer is None else load_token_text(tokenizer, target.manifest)
+    return _Collector(target, token_text, num_alternatives, max_tokens, progress).collect(
         path, sample, num_samples, max_groups
     )
 
 
 @dataclass(frozen=True)
 class _Footer:
-    """What a shard's receipt and footer say."""
+    """Numbers from a shard's receipt and footer."""
 
     number: int
     num_rows: int
@@ -156,46 +163,49 @@ class _Footer:
     column_bytes: Counter[str]
 
 
-_Group = tuple[_Footer, int]
-_Found = tuple[int, ShardRow]
+# A shard and the number of a row group in it.
+_RowGroup = tuple[_Footer, int]
+# The number of a shard and a row of it.
+_NumberedRow = tuple[int, ShardRow]
 
 
 class _Collector:
-    """One walk over the shards of a target."""
+    """Reader of a target's shards that collects numbers, samples and problems for one inspection."""
 
     def __init__(
-        self, target: InspectionTarget, text: TokenText, num_alternatives: int, max_tokens: int, progress: bool
+        self, target: InspectionTarget, token_text: TokenText, num_alternatives: int, max_tokens: int, progress: bool
     ) -> None:
         self._target = target
-        self._text = text
+        self._token_text = token_text
         self._num_alternatives = num_alternatives
         self._max_tokens = max_tokens
         self._progress = progress
         self._problems: list[Problem] = []
         self._damaged: set[int] = set()
-        self._values = {
-            measure.name: statistics.StreamingDistribution(measure) for measure in _measures(target.manifest)
+        self._distributions = {
+            metric.name: statistics.StreamingDistribution(metric) for metric in _select_metrics(target.manifest)
         }
         self._read: Counter[str] = Counter()
 
-    def inspection(self, path: Location, sample: str | None, num_samples: int, max_groups: int | None) -> Inspection:
+    def collect(self, path: Location, sample: str | None, num_samples: int, max_groups: int | None) -> Inspection:
         footers = self._read_footers()
         groups = [(footer, group) for footer in footers for group in range(len(footer.group_rows))]
         chosen = [groups[i] for i in evenly_spaced(len(groups), max_groups)]
-        first = self._first(groups) if sample is None else self._find(sample, footers)
-        shown = [] if first is None else [self._view(*first)]
-        # One of them may be the first again.
-        wanted = set(evenly_spaced(sum(footer.group_rows[group] for footer, group in chosen), num_samples))
-        place = 0
-        for number, rows in self._groups(chosen, show=self._progress):
+        first = self._read_row(groups) if sample is None else self._find_sample(sample, footers)
+        samples = [] if first is None else [self._view(*first)]
+        # One more than is needed, because one of them may be the first sample.
+        sample_positions = set(evenly_spaced(sum(footer.group_rows[group] for footer, group in chosen), num_samples))
+        position = 0
+        for number, rows in self._read_groups(chosen, show=self._progress):
             self._read["groups"] += 1
-            self._add(rows)
+            self._add_scores(rows)
             for row in rows:
-                if place in wanted and len(shown) < num_samples and row.sample.id != shown[0].sample_id:
-                    shown.append(self._view(number, row))
-                place += 1
+                is_chosen = position in sample_positions and 0 < len(samples) < num_samples
+                if is_chosen and row.sample.id != samples[0].sample_id:
+                    samples.append(self._view(number, row))
+                position += 1
         columns = sum((footer.column_bytes for footer in footers), Counter[str]())
-        distributions = (values.distribution() for values in self._values.values())
+        distributions = (stream.distribution() for stream in self._distributions.values())
         return Inspection(
             path=path,
             manifest=self._target.manifest,
@@ -213,36 +223,37 @@ class _Collector:
                 num_tokens_read=self._read["tokens"],
                 num_images_read=self._read["images"],
             ),
-            columns=tuple(ColumnBytes(name, n, _is_packed(name)) for name, n in columns.most_common()),
-            distributions=tuple(d for d in distributions if d is not None),
-            samples=tuple(shown),
+            columns=tuple(ColumnBytes(name, num_bytes, _is_packed(name)) for name, num_bytes in columns.most_common()),
+            distributions=tuple(filter(None, distributions)),
+            samples=tuple(samples),
             problems=tuple(self._problems),
         )
 
     def _read_footers(self) -> list[_Footer]:
-        """Of all shards that can be read; the others become problems. In threads, because a store answers slowly."""
+        """Returns the footers that can be read; the others become problems. Uses threads, because a store is slow."""
         footers = []
-        numbers_ = self._target.shards
-        found = prefetch_map(self._read_footer, numbers_, num_threads=8, ahead=64)
-        for footer in tqdm(found, "footers", len(numbers_), unit=" shards", disable=not self._progress, leave=False):
+        numbers = self._target.shards
+        results = prefetch_map(self._read_footer, numbers, num_threads=8, ahead=64)
+        for footer in tqdm(results, "footers", len(numbers), unit=" shards", disable=not self._progress, leave=False):
             if isinstance(footer, _Footer):
                 footers.append(footer)
             else:
                 self._problems.append(footer)
         return footers
 
-    def _read_footer(self, number: int) -> "_Footer | Problem":
+    def _read_footer(self, number: int) -> _Footer | Problem:
         path = shard_path(self._target.output, number)
         try:
             receipt = read_receipt(self._target.output, number, self._target.manifest)
             num_bytes = file_size(path)
             if num_bytes != receipt.num_bytes:
-                what = f"has {num_bytes:,} bytes, {receipt.num_bytes:,} were written; the shard is damaged"
-                return Problem(str(path), what)
+                return Problem(
+                    str(path), f"has {num_bytes:,} bytes, {receipt.num_bytes:,} were written; the shard is damaged"
+                )
             with open_ranged(path) as file:
                 metadata = pq.read_metadata(file)
         except (DecantError, OSError, pa.ArrowException) as error:
-            return Problem(str(path), _what(error, path))
+            return Problem(str(path), _describe_error(error, path))
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         column_bytes: Counter[str] = Counter()
         for group in groups:
@@ -260,10 +271,10 @@ class _Collector:
             column_bytes=column_bytes,
         )
 
-    def _groups(
-        self, groups: Iterable[_Group], *, show: bool = False
+    def _read_groups(
+        self, groups: Iterable[_RowGroup], *, show: bool = False
     ) -> Generator[tuple[int, list[ShardRow]], None, None]:
-        """Shard number and rows of each of `groups`, in order. What is left of a damaged shard is not read."""
+        """Yields shard number and rows of each of `groups`, in order; skips the rest of a shard once it is damaged."""
         by_shard: dict[int, list[int]] = {}
         for footer, group in groups:
             by_shard.setdefault(footer.number, []).append(group)
@@ -277,50 +288,52 @@ class _Collector:
                         yield number, shard.read_group(group)
             except ShardError as error:
                 self._damaged.add(number)
-                self._problems.append(Problem(str(path), _what(error, path)))
+                self._problems.append(Problem(str(path), _describe_error(error, path)))
 
-    def _first(self, groups: Iterable[_Group], place: int = 0) -> _Found | None:
-        """The row at `place` of the first of `groups` that can be read."""
-        with closing(self._groups(groups)) as found:
-            return next(((number, rows[place]) for number, rows in found), None)
+    def _read_row(self, groups: Iterable[_RowGroup], position: int = 0) -> _NumberedRow | None:
+        """Returns the row at `position` in the first of `groups` that can be read; None if none can."""
+        with closing(self._read_groups(groups)) as found:
+            return next(((number, rows[position]) for number, rows in found), None)
 
-    def _find(self, wanted: str, footers: Sequence[_Footer]) -> _Found | None:
-        """A sample by its id, or else by its position in the dataset; None if its shard is damaged.
+    def _find_sample(self, wanted: str, footers: Sequence[_Footer]) -> _NumberedRow | None:
+        """Returns a sample by its id, or else by its position in the dataset; None if its shard is damaged.
 
         Raises:
             ConfigError: no row is that sample.
         """
-        group = self._place("sample_id", wanted, footers)
-        if group is None and wanted.isdecimal():
+        found = self._locate("sample_id", wanted, footers)
+        if found is None and wanted.isdecimal():
             number = int(wanted) // self._target.manifest.samples_per_shard
-            group = self._place("index", int(wanted), [footer for footer in footers if footer.number == number])
-        if group is None:
+            found = self._locate("index", int(wanted), [footer for footer in footers if footer.number == number])
+        if found is None:
             raise ConfigError(
                 f"{self._target.output}: no shard that can be read holds sample {wanted!r}; expected the id of a "
                 "sample, or its position in the dataset from 0, that is neither skipped nor still to be scored"
             )
-        return self._first([group[:2]], group[2])
+        footer, group, position = found
+        return self._read_row([(footer, group)], position)
 
-    def _place(self, column: str, wanted: str | int, footers: Iterable[_Footer]) -> tuple[_Footer, int, int] | None:
-        """Where the first row with this value is: shard, row group, place in the group."""
+    def _locate(self, column: str, wanted: str | int, footers: Iterable[_Footer]) -> tuple[_Footer, int, int] | None:
+        """Returns shard, row group and position in the group of the first row with this value; None without one."""
         for footer in footers:
             path = shard_path(self._target.output, footer.number)
-            # What is wrong with a shard is told by those who read it for its rows.
+            # A damaged shard becomes a problem when its rows are read.
             with suppress(ShardError), closing(ShardFile(path, self._target.manifest, footer.number)) as shard:
                 values = shard.read_column(column)
                 if wanted in values:
                     ends = list(itertools.accumulate(footer.group_rows))
-                    group = bisect_right(ends, row := values.index(wanted))
+                    row = values.index(wanted)
+                    group = bisect_right(ends, row)
                     return footer, group, row - ends[group] + footer.group_rows[group]
         return None
 
     def _view(self, number: int, row: ShardRow) -> SampleView:
         return make_sample_view(
-            row, number, self._text, num_alternatives=self._num_alternatives, max_tokens=self._max_tokens
+            row, number, self._token_text, num_alternatives=self._num_alternatives, max_tokens=self._max_tokens
         )
 
-    def _add(self, rows: Sequence[ShardRow]) -> None:
-        """Takes a row group into the distributions."""
+    def _add_scores(self, rows: Sequence[ShardRow]) -> None:
+        """Adds the rows of a row group to the distributions."""
         conversations = [conversation for row in rows for conversation in row.conversations]
         scores = [conversation.scores for conversation in conversations]
         self._read.update(
@@ -328,40 +341,40 @@ class _Collector:
             images=sum(len(row.sample.images) for row in rows),
             tokens=sum(s.num_rows for s in scores),
         )
-        found: dict[str, list[npt.NDArray[Any]]] = {
-            statistics.OWN.name: [s.own_logprobs for s in scores],
-            statistics.MASS.name: [1.0 - s.rest_mass.astype(np.float64) for s in scores],
+        values_by_name: dict[str, list[npt.NDArray[Any]]] = {
+            statistics.OWN_LOGPROB.name: [s.own_logprobs for s in scores],
+            statistics.KEPT_MASS.name: [1.0 - s.rest_mass.astype(np.float64) for s in scores],
             statistics.ENTROPY.name: [statistics.entropies(s) for s in scores],
-            statistics.KEPT.name: [s.counts for s in scores],
-            statistics.SCORED.name: [np.array([s.num_rows for s in scores])],
+            statistics.NUM_KEPT.name: [s.counts for s in scores],
+            statistics.NUM_SCORED.name: [np.array([s.num_rows for s in scores])],
             statistics.LENGTH.name: [np.array([len(c.encoded.input_ids) for c in conversations])],
         }
-        if statistics.MARGIN.name in self._values:
+        if statistics.MARGIN.name in self._distributions:
             sums = np.array([s.total_logprob for s in scores]).reshape(-1, 2)
-            found[statistics.MARGIN.name] = [sums[:, 0] - sums[:, 1]]
-        for name, values in self._values.items():
-            values.add(np.concatenate(found[name]))
+            values_by_name[statistics.MARGIN.name] = [sums[:, 0] - sums[:, 1]]
+        for name, distribution in self._distributions.items():
+            distribution.add(np.concatenate(values_by_name[name]))
 
 
 def evenly_spaced(count: int, limit: int | None) -> list[int]:
-    """At most `limit` positions of 0 to `count` - 1, evenly spread; all with None."""
+    """Returns at most `limit` evenly spread positions from 0 to `count` - 1; all of them if `limit` is None."""
     if limit is None or limit >= count:
         return list(range(count))
     return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
 
 
-def _measures(manifest: Manifest) -> tuple[statistics.Metric, ...]:
-    """What has a distribution: of kept entries only where there are some, a margin only of preference pairs."""
+def _select_metrics(manifest: Manifest) -> tuple[statistics.Metric, ...]:
+    """Returns the metrics that an output has: some need kept entries, the margin needs preference pairs."""
     entropy = statistics.ENTROPY if manifest.capture.num_draws is None else statistics.DRAWN_ENTROPY
-    kept = (statistics.MASS, entropy, statistics.KEPT) if manifest.capture.max_kept else ()
+    kept = (statistics.KEPT_MASS, entropy, statistics.NUM_KEPT) if manifest.capture.max_kept else ()
     margin = (statistics.MARGIN,) if manifest.kind == "dpo" else ()
-    return (*kept, statistics.OWN, *margin, statistics.SCORED, statistics.LENGTH)
+    return (*kept, statistics.OWN_LOGPROB, *margin, statistics.NUM_SCORED, statistics.LENGTH)
 
 
 def _is_packed(column: str) -> bool:
     return any(column.startswith(f"{prefix}topk_") for prefixes in PREFIXES.values() for prefix in prefixes)
 
 
-def _what(error: Exception, path: Location) -> str:
-    """The first line of what is wrong, without the path that is shown beside it."""
+def _describe_error(error: Exception, path: Location) -> str:
+    """Returns the first line of an error, without the path that is shown beside it."""
     return str(error).removeprefix(f"{path}: ").splitlines()[0]

@@ -1,4 +1,4 @@
-"""What a terminal and a page both say of an inspection, in words and rounded numbers."""
+"""Texts of an inspection that terminal and page share, and its JSON."""
 
 import math
 import re
@@ -9,15 +9,16 @@ from precompute.inspection.collect import FOOTERS, ColumnBytes, Inspection
 from precompute.inspection.sample_view import SampleView, Token
 from precompute.inspection.statistics import Distribution, Metric
 
-Facts = list[tuple[str, str]]
+# Names and texts, one for each line of a table.
+Fields = list[tuple[str, str]]
 
 _STORED = {"path": "stored by path", "bytes": "stored in the shards"}
 
 QUANTILE_NAMES = ("min", "5%", "25%", "median", "75%", "95%", "max")
 
 
-def provenance_facts(inspection: Inspection) -> Facts:
-    """What made the output, as the manifest says; fingerprints in full."""
+def provenance_fields(inspection: Inspection) -> Fields:
+    """Returns what the manifest says of teacher, tokenizer, dataset and settings, with whole fingerprints."""
     manifest, capture = inspection.manifest, inspection.manifest.capture
     teacher, tokenizer, image, dataset = manifest.teacher, manifest.tokenizer, manifest.image, manifest.dataset
     generate = capture.generate
@@ -38,7 +39,7 @@ def provenance_facts(inspection: Inspection) -> Facts:
         *([("image processor", image.processor_sha256)] if image is not None else []),
         ("dataset", f"{dataset.name}, {dataset.num_samples:,} samples"),
         ("dataset content", dataset.sha256),
-        ("kept", _kept(inspection)),
+        ("kept", _describe_kept(inspection)),
         *([("stored as", capture.precision)] if capture.precision is not None else []),
         (
             "responses",
@@ -54,8 +55,8 @@ def provenance_facts(inspection: Inspection) -> Facts:
     ]
 
 
-def count_facts(inspection: Inspection) -> Facts:
-    """How much there is, and how much of it was read."""
+def count_fields(inspection: Inspection) -> Fields:
+    """Returns the output's totals, and how much of it was read."""
     counts = inspection.counts
     read_all = counts.num_groups_read == counts.num_groups
     images = f"{counts.num_images_read:,}" + ("" if read_all else f" in the {counts.num_rows_read:,} rows read")
@@ -71,8 +72,8 @@ def count_facts(inspection: Inspection) -> Facts:
 
 
 def to_dict(inspection: Inspection) -> dict[str, Any]:
-    """All of it for JSON. Of image bytes only their number."""
-    found = {name: value for name, value in vars(inspection).items() if name not in ("path", "manifest", "samples")}
+    """Returns the whole inspection for JSON, with the number of an image's bytes in place of them."""
+    fields = {name: value for name, value in vars(inspection).items() if name not in ("path", "manifest", "samples")}
     samples = [
         vars(sample)
         | {
@@ -88,22 +89,25 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
         "path": str(inspection.path),
         "ok": inspection.ok,
         "manifest": inspection.manifest.model_dump(mode="json"),
-        **{name: [asdict(v) for v in value] if isinstance(value, tuple) else value for name, value in found.items()},
+        **{
+            name: [asdict(item) for item in value] if isinstance(value, tuple) else value
+            for name, value in fields.items()
+        },
         "counts": asdict(inspection.counts),
         "samples": samples,
     }
 
 
 def describe_completeness(inspection: Inspection) -> str:
-    """Whether all shards are there."""
+    """Returns how many shards are published, and whether these are all."""
     published, expected = inspection.num_published, inspection.num_expected
-    unread = published - inspection.counts.num_shards
+    num_unread = published - inspection.counts.num_shards
     text = f"{published:,} of {expected:,}" + (", complete" if published == expected else ", not complete yet")
-    return text + (f"; {unread:,} of them cannot be read and are left out below" if unread else "")
+    return text + (f"; {num_unread:,} of them cannot be read and are left out below" if num_unread else "")
 
 
 def describe_reading(inspection: Inspection) -> str:
-    """How much the distributions rest on."""
+    """Returns how many row groups, rows and tokens the distributions were computed from."""
     counts = inspection.counts
     if counts.num_groups_read == counts.num_groups:
         return f"all {counts.num_groups:,} row groups"
@@ -114,7 +118,10 @@ def describe_reading(inspection: Inspection) -> str:
 
 
 def column_rows(inspection: Inspection) -> list[tuple[str, int, float, float]]:
-    """Columns by size: name, compressed bytes, bytes a scored token, share of all bytes; numbered ones as one."""
+    """Returns name, compressed bytes, bytes a scored token and share of all bytes of each column, largest first.
+
+    Columns whose names differ only in a number at the end are added up.
+    """
     counts = inspection.counts
     families: dict[str, list[ColumnBytes]] = {}
     for column in inspection.columns:
@@ -123,41 +130,41 @@ def column_rows(inspection: Inspection) -> list[tuple[str, int, float, float]]:
     for family, columns in families.items():
         name = columns[0].name if len(columns) == 1 else f"{family}0 to _{len(columns) - 1}"
         num_bytes = sum(column.num_bytes for column in columns)
-        a_token, share = num_bytes / max(1, counts.num_scored_tokens), num_bytes / max(1, counts.num_bytes)
-        rows.append((name, num_bytes, a_token, share))
+        bytes_per_token, share = num_bytes / max(1, counts.num_scored_tokens), num_bytes / max(1, counts.num_bytes)
+        rows.append((name, num_bytes, bytes_per_token, share))
     return sorted(rows, key=lambda row: -row[1])
 
 
-def column_note(inspection: Inspection) -> str:
-    """What the names in the table of columns mean, and what the kept entries take together."""
-    packed = sum(column.num_bytes for column in inspection.columns if column.is_packed)
-    a_token = packed / max(1, inspection.counts.num_scored_tokens)
+def describe_columns(inspection: Inspection) -> str:
+    """Returns what the names in the table of columns mean, and the size of the kept entries."""
+    num_packed = sum(column.num_bytes for column in inspection.columns if column.is_packed)
+    bytes_per_token = num_packed / max(1, inspection.counts.num_scored_tokens)
     return (
-        f"Kept entries, topk_ columns: {a_token:,.2f} bytes a scored token; --unpack writes them as lists. "
+        f"Kept entries, topk_ columns: {bytes_per_token:,.2f} bytes a scored token; --unpack writes them as lists. "
         f"{FOOTERS}: all bytes outside columns."
     )
 
 
-def format_number(value: float, measure: Metric) -> str:
-    """A value of a measure, rounded for people."""
-    if measure.is_whole:
+def format_number(value: float, metric: Metric) -> str:
+    """Returns a value with the digits that its metric is shown with."""
+    if metric.is_whole:
         return f"{value:,.1f}".removesuffix(".0")
-    # Not "-0.000".
-    return f"{value:.4f}" if measure.unit == "probability" else f"{round(value, 3) + 0.0:.3f}"
+    # Adding 0.0 turns -0.0 into 0.0.
+    return f"{value:.4f}" if metric.unit == "probability" else f"{round(value, 3) + 0.0:.3f}"
 
 
 def format_distribution(distribution: Distribution) -> list[str]:
-    """Its quantiles and its mean."""
+    """Returns the quantiles and the mean as texts."""
     return [format_number(value, distribution.measure) for value in (*distribution.quantiles, distribution.mean)]
 
 
-def sample_facts(sample: SampleView) -> str:
-    """Where a sample is."""
+def describe_sample(sample: SampleView) -> str:
+    """Returns the id of a sample, its position in the dataset and its shard."""
     return f"sample {sample.sample_id}, position {sample.index:,} in the dataset, shard {sample.shard}"
 
 
 def format_percent(probability: float) -> str:
-    """A probability with two digits or more: 97%, 3.1%, 0.042%, <0.001%."""
+    """Returns a probability as a percentage with at least two digits: 97%, 3.1%, 0.042%, <0.001%."""
     value = 100 * probability
     if value < 0.001:
         return "0%" if value == 0 else "<0.001%"
@@ -166,21 +173,21 @@ def format_percent(probability: float) -> str:
 
 
 def escape_control(text: str) -> str:
-    """Text that can be shown as it is: line breaks stay, other control characters are spelled out."""
+    """Returns text with control characters spelled out as \\x..; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 def show_whitespace(text: str) -> str:
-    """A token's text with its spaces and line breaks as signs."""
+    """Returns a token's text with visible signs for spaces, tabs and line breaks."""
     return escape_control(text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
 
 
 def token_probability(token: Token) -> float:
-    """Of the token that stands there."""
+    """Returns the probability of the scored token itself."""
     return math.exp(token.own_logprob)
 
 
-def _kept(inspection: Inspection) -> str:
+def _describe_kept(inspection: Inspection) -> str:
     capture, vocab_size = inspection.manifest.capture, inspection.manifest.teacher.vocab_size
     if capture.num_draws is not None:
         return f"{capture.num_draws} draws a token, seed {capture.seed}"

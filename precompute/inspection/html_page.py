@@ -1,4 +1,4 @@
-"""An inspection as one page that needs nothing else: no script, no network, pictures inside."""
+"""Writes an inspection as one self-contained page: no script, no network, images inside."""
 
 import base64
 import html
@@ -17,18 +17,18 @@ from precompute.inspection.sample_view import Conversation, SampleView, Token
 MAX_TOKENS = 400
 NUM_SAMPLES = 8
 
-_MAX_CHARS = 4000
+_MAX_TURN_CHARS = 4000
 _MAX_IMAGES = 4
 _MAX_IMAGE_BYTES = 20_000_000
-_THUMBNAIL = 320
-# A quarter of a bit: an output without a surprise still has a scale.
-_LEAST_SCALE = 0.25
+_THUMBNAIL_PIXELS = 320
+# Nats. A scale has at least one step of this size, so that it has a length where all values are 0.
+_SCALE_STEP = 0.25
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render_page(inspection: Inspection) -> str:
-    """The whole page, UTF-8 text. Everything that comes from the output is escaped."""
-    title = f"inspect-shards: {_text(str(inspection.path))}"
+    """Returns the whole page. All text that comes from the output is escaped."""
+    title = f"inspect-shards: {_escape(str(inspection.path))}"
     light, dark = html_charts.scale_css("light"), html_charts.scale_css("dark")
     style = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{_level_rules()}{STYLE}"
     return (
@@ -37,65 +37,67 @@ def render_page(inspection: Inspection) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{title}</title><style>{style}</style></head><body>"
-        f"<header><h1>{_text(str(inspection.path))}</h1></header><main>{''.join(_sections(inspection))}</main>"
+        f"<header><h1>{_escape(str(inspection.path))}</h1></header><main>{''.join(_sections(inspection))}</main>"
         "</body></html>\n"
     )
 
 
 def _sections(inspection: Inspection) -> Iterator[str]:
     if inspection.problems:
-        items = "".join(f"<li>{_text(problem.path)}: {_text(problem.what)}</li>" for problem in inspection.problems)
+        items = "".join(f"<li>{_escape(problem.path)}: {_escape(problem.what)}</li>" for problem in inspection.problems)
         yield f'<section class="problems"><h2>Cannot be read</h2><ul>{items}</ul></section>'
-    yield f'<div class="two"><section><h2>Provenance</h2>{_facts(formatting.provenance_facts(inspection))}</section>'
-    yield f"<section><h2>Counts</h2>{_facts(formatting.count_facts(inspection))}"
+    provenance, counts = formatting.provenance_fields(inspection), formatting.count_fields(inspection)
+    yield f'<div class="two"><section><h2>Provenance</h2>{_fields_table(provenance)}</section>'
+    yield f"<section><h2>Counts</h2>{_fields_table(counts)}"
     if inspection.columns:
-        note = _text(formatting.column_note(inspection))
-        yield f"<h2>Bytes by column, compressed</h2>{_columns(inspection)}<p>{note}</p>"
+        explanation = _escape(formatting.describe_columns(inspection))
+        yield f"<h2>Bytes by column, compressed</h2>{_columns_table(inspection)}<p>{explanation}</p>"
     yield "</section></div>"
     if inspection.distributions:
-        reading = _text(formatting.describe_reading(inspection))
-        yield f"<section><h2>Distributions, of {reading}</h2>{_quantiles(inspection)}"
+        reading = _escape(formatting.describe_reading(inspection))
+        yield f"<section><h2>Distributions, of {reading}</h2>{_quantiles_table(inspection)}"
         yield '<div class="charts">'
         for distribution in inspection.distributions:
-            meaning = _text(distribution.measure.meaning)
+            meaning = _escape(distribution.measure.meaning)
             yield f"<figure>{html_charts.histogram_svg(distribution)}<figcaption>{meaning}</figcaption></figure>"
         yield "</div></section>"
     if inspection.samples:
-        yield from _samples(inspection)
+        yield from _samples_section(inspection)
 
 
-def _facts(rows: formatting.Facts) -> str:
-    cells = (f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
+def _fields_table(rows: formatting.Fields) -> str:
+    cells = (f"<tr><th>{_escape(name)}</th><td>{_escape(value)}</td></tr>" for name, value in rows)
     return f'<table class="facts">{"".join(cells)}</table>'
 
 
-def _columns(inspection: Inspection) -> str:
+def _columns_table(inspection: Inspection) -> str:
     rows = formatting.column_rows(inspection)
-    greatest = max(share for *_, share in rows)
+    max_share = max(share for *_, share in rows)
     cells = (
-        f"<tr><td>{_text(name)}</td><td>{num_bytes:,}</td><td>{a_token:,.2f}</td><td>{share:.1%}</td>"
-        f'<td class="bar"><i style="width:{100 * share / greatest:.1f}%"></i></td></tr>'
-        for name, num_bytes, a_token, share in rows
+        f"<tr><td>{_escape(name)}</td><td>{num_bytes:,}</td><td>{bytes_per_token:,.2f}</td><td>{share:.1%}</td>"
+        f'<td class="bar"><i style="width:{100 * share / max_share:.1f}%"></i></td></tr>'
+        for name, num_bytes, bytes_per_token, share in rows
     )
     head = "<tr><th>column</th><th>bytes</th><th>a scored token</th><th>share</th><th></th></tr>"
     return f'<table class="numbers">{head}{"".join(cells)}</table>'
 
 
-def _quantiles(inspection: Inspection) -> str:
+def _quantiles_table(inspection: Inspection) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("", *formatting.QUANTILE_NAMES, "mean", "values"))
     rows = []
     for d in inspection.distributions:
         values = "".join(f"<td>{value}</td>" for value in (*formatting.format_distribution(d), f"{d.num_values:,}"))
-        rows.append(f"<tr><td>{_text(d.measure.name)}, {_text(d.measure.unit)}</td>{values}</tr>")
+        rows.append(f"<tr><td>{_escape(d.measure.name)}, {_escape(d.measure.unit)}</td>{values}</tr>")
     return f'<div class="wide"><table class="numbers"><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _samples(inspection: Inspection) -> Iterator[str]:
-    """The heat maps, and two radio buttons that choose what colours them."""
-    tokens = [t for s in inspection.samples for c in s.conversations for span in c.spans for t in span]
+def _samples_section(inspection: Inspection) -> Iterator[str]:
+    """Yields the heat maps of all samples, and two radio buttons that choose what colours them."""
+    conversations = [conversation for sample in inspection.samples for conversation in sample.conversations]
+    tokens = [token for conversation in conversations for span in conversation.spans for token in span]
     scales = {
         "e": _round_up(max((token.entropy for token in tokens), default=0.0)),
-        "o": _round_up(_high([-token.own_logprob for token in tokens])),
+        "o": _round_up(_scale_end([-token.own_logprob for token in tokens])),
     }
     has_kept = inspection.manifest.capture.max_kept > 0
     yield '<section class="samples"><h2>Samples</h2>'
@@ -111,38 +113,40 @@ def _samples(inspection: Inspection) -> Iterator[str]:
     for key in "eo" if has_kept else "o":
         yield _legend(key, scales[key])
     for number, sample in enumerate(inspection.samples):
-        yield from _sample(sample, number, scales)
+        yield from _sample_section(sample, number, scales)
     yield "</section>"
 
 
-def _legend(key: str, greatest: float) -> str:
-    """The scale's steps, each with the value that it begins at; own log-probs run down from 0."""
+def _legend(key: str, scale: float) -> str:
+    """Returns the steps of a scale, each with the value that it begins at; own log-probs fall from 0."""
     sign = -1 if key == "o" else 1
     names = {"e": "entropy, nats", "o": "log-prob of the token itself, nats"}
     steps = []
     for step in range(html_charts.NUM_LEVELS):
-        value = sign * step * greatest / html_charts.NUM_LEVELS + 0.0
-        ends = ("", "≤ " if sign < 0 else "≥ ")[step == html_charts.NUM_LEVELS - 1]
-        steps.append(f'<i class="{key}{step}">{ends}{value:.3g}</i>')
+        value = sign * step * scale / html_charts.NUM_LEVELS + 0.0
+        prefix = ""
+        if step == html_charts.NUM_LEVELS - 1:
+            prefix = "≤ " if sign < 0 else "≥ "
+        steps.append(f'<i class="{key}{step}">{prefix}{value:.3g}</i>')
     return f'<div class="legend legend-{key}"><span>{names[key]}</span>{"".join(steps)}</div>'
 
 
-def _sample(sample: SampleView, number: int, scales: dict[str, float]) -> Iterator[str]:
-    yield f"<article><h3>{_text(formatting.sample_facts(sample))}</h3>"
+def _sample_section(sample: SampleView, number: int, scales: dict[str, float]) -> Iterator[str]:
+    yield f"<article><h3>{_escape(formatting.describe_sample(sample))}</h3>"
     if sample.images:
         yield '<div class="images">'
         yield from (_image(image) for image in sample.images[:_MAX_IMAGES])
-        if more := len(sample.images) - _MAX_IMAGES:
-            yield f"<span>and {more} more images</span>" if more > 0 else ""
+        if (num_more := len(sample.images) - _MAX_IMAGES) > 0:
+            yield f"<span>and {num_more} more images</span>"
         yield "</div>"
     for which, conversation in enumerate(sample.conversations):
         if conversation.name:
-            yield f"<h4>{_text(conversation.name)}</h4>"
+            yield f"<h4>{_escape(conversation.name)}</h4>"
         yield "<details><summary>messages</summary>"
         for turn in conversation.turns:
-            more = len(turn.content) - _MAX_CHARS
-            cut = f" <em>… {more:,} more characters</em>" if more > 0 else ""
-            yield f'<p class="turn"><b>{turn.role}</b> {_text(turn.content[:_MAX_CHARS])}{cut}</p>'
+            num_more = len(turn.content) - _MAX_TURN_CHARS
+            cut = f" <em>… {num_more:,} more characters</em>" if num_more > 0 else ""
+            yield f'<p class="turn"><b>{turn.role}</b> {_escape(turn.content[:_MAX_TURN_CHARS])}{cut}</p>'
         yield "</details>"
         yield from _heat_map(conversation, f"s{number}-{which}", scales)
     yield "</article>"
@@ -154,21 +158,21 @@ def _heat_map(conversation: Conversation, name: str, scales: dict[str, float]) -
         for token in span:
             entropy = html_charts.level(token.entropy, scales["e"])
             own = html_charts.level(-token.own_logprob, scales["o"])
-            shown = _text(token.text.replace("\t", "⇥")).replace("\n", "↵\n")
+            shown = _escape(token.text.replace("\t", "⇥")).replace("\n", "↵\n")
             ids = " id" if token.text == str(token.token_id) else ""
             yield (
                 f'<span class="t e{entropy} o{own}{ids}" tabindex="0" id="{name}-{token.position}">{shown}'
                 f'<span class="pop">{_details(token)}</span></span>'
             )
         yield "</div>"
-    if more := conversation.num_scored - conversation.num_shown:
-        yield f"<p><em>Cut here: {more:,} of {conversation.num_scored:,} scored tokens follow.</em></p>"
+    if num_more := conversation.num_scored - conversation.num_shown:
+        yield f"<p><em>Cut here: {num_more:,} of {conversation.num_scored:,} scored tokens follow.</em></p>"
 
 
 def _details(token: Token) -> str:
-    """What stands in the panel of a token."""
+    """Returns the panel that is shown for a token."""
     probability = formatting.format_percent(formatting.token_probability(token))
-    head = f"<b>{_visible(token.text)}</b> {probability}, log-prob {token.own_logprob:.3f}"
+    head = f"<b>{_escape_token(token.text)}</b> {probability}, log-prob {token.own_logprob:.3f}"
     if token.alternatives:
         rank = "not kept" if token.rank is None else f"rank {token.rank}"
         head += f", {rank} of {token.num_kept} kept, which hold {1 - token.rest_mass:.2%}; entropy {token.entropy:.3f}"
@@ -178,14 +182,14 @@ def _details(token: Token) -> str:
         own = ' class="own"' if entry.token_id == token.token_id else ""
         rows.append(
             f'<span{own}><i style="width:{100 * min(1.0, entry.probability):.1f}%"></i>'
-            f"<u>{_visible(entry.text)}</u><s>{formatting.format_percent(entry.probability)}{drawn}</s></span>"
+            f"<u>{_escape_token(entry.text)}</u><s>{formatting.format_percent(entry.probability)}{drawn}</s></span>"
         )
     return f"<span>{head}</span>{''.join(rows)}"
 
 
 def _image(image: ImageRef) -> str:
-    """A small copy of an image that the shard holds; of others the path."""
-    name = _text(image.path or "image")
+    """Returns a thumbnail of an image that the shard holds, or a text that names the image."""
+    name = _escape(image.path or "image")
     if image.data is None:
         return f"<span>image {name}, not in the shard</span>"
     if len(image.data) > _MAX_IMAGE_BYTES:
@@ -194,8 +198,8 @@ def _image(image: ImageRef) -> str:
         picture = load_image(image, None, "keep", (0, 0, 0), "this sample")
     except DataError:
         return f"<span>image {name}, {len(image.data):,} bytes that are no image or too large a one</span>"
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    # Encoded again: nothing but pixels gets into the page.
+    picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+    # The image is encoded again, so that nothing but its pixels gets into the page.
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -203,7 +207,7 @@ def _image(image: ImageRef) -> str:
 
 
 def _level_rules() -> str:
-    """Which class gets which colour while its radio button is chosen; the legends always have theirs."""
+    """Returns CSS that colours the tokens by the chosen radio button, and both legends."""
     return "".join(
         f"#by-{key}:checked~article .t.{key}{step},.legend .{key}{step}"
         f"{{background:var(--{key}{step});color:var(--{key}{step}t)}}"
@@ -212,20 +216,20 @@ def _level_rules() -> str:
     )
 
 
-def _text(text: str) -> str:
-    """Escaped for any place in the page; control characters are spelled out."""
+def _escape(text: str) -> str:
+    """Returns text escaped for any place in the page, with control characters spelled out."""
     return html.escape(formatting.escape_control(text))
 
 
-def _visible(text: str) -> str:
+def _escape_token(text: str) -> str:
     return html.escape(formatting.show_whitespace(text))
 
 
-def _high(values: list[float]) -> float:
-    """The value that 98% do not exceed: the few that do share the scale's last step."""
+def _scale_end(values: list[float]) -> float:
+    """Returns the 98% quantile, so that a few extreme values do not stretch the scale; they share its last step."""
     return sorted(values)[math.ceil(0.98 * (len(values) - 1))] if values else 0.0
 
 
 def _round_up(value: float) -> float:
-    """To the next multiple of a quarter, at least one."""
-    return max(_LEAST_SCALE, math.ceil(value / _LEAST_SCALE) * _LEAST_SCALE)
+    """Rounds up to a multiple of `_SCALE_STEP`, and to one step at least."""
+    return max(_SCALE_STEP, math.ceil(value / _SCALE_STEP) * _SCALE_STEP)

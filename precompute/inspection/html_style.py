@@ -1,4 +1,4 @@
-"""Style sheet of an inspection's page: light and dark, wide and narrow, without a script."""
+"""Style sheet of an inspection's page, for light and dark themes, wide and narrow windows."""
 
 STYLE = """
 :root{--page:#fff;--ink:#1b1f24;--dim:#5b6470;--line:#d8dde3;--panel:#f5f7f9;--bar:#3f6fb5;--bad:#b3261e}

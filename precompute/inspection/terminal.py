@@ -1,4 +1,4 @@
-"""An inspection in a terminal."""
+"""Shows an inspection in a terminal."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,52 +12,54 @@ from rich.text import Text
 from precompute.inspection import formatting
 from precompute.inspection.collect import Inspection
 from precompute.inspection.sample_view import Conversation, SampleView, Token
-from precompute.inspection.statistics import ENTROPY, MAX_BINS, OWN, Distribution
+from precompute.inspection.statistics import ENTROPY, MAX_BINS, OWN_LOGPROB, Distribution
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_ROWS = 4
-_CHART = MAX_BINS
-_BAR = 16
-_MAX_CHARS = 600
-# A fingerprint is told from another by far fewer digits than it has.
+_HISTOGRAM_ROWS = 4
+_HISTOGRAM_WIDTH = MAX_BINS
+_BAR_WIDTH = 16
+_MAX_TURN_CHARS = 600
+# The first digits of a SHA-256 suffice to tell two fingerprints apart.
 _SHA_DIGITS = 64
-_SHOWN_DIGITS = 16
+_SHOWN_SHA_DIGITS = 16
 
 
 def render_terminal(inspection: Inspection, *, max_tokens: int = 48) -> RenderableType:
-    """Provenance, counts, bytes by column, distributions, one sample, and what could not be read.
+    """Returns provenance, counts, bytes by column, distributions, one sample, and what could not be read.
 
-    Of each of the sample's conversations at most `max_tokens` scored tokens are shown.
+    At most `max_tokens` scored tokens of each conversation of the sample are shown.
     """
     return Group(*_sections(inspection, max_tokens))
 
 
 def histogram(counts: Sequence[int]) -> list[str]:
-    """Lines of bars, highest first, one column a bin. A bin that is not empty shows at least a line."""
-    greatest = max(counts)
-    eighths = [max(round(count / greatest * _ROWS * 8), 1 if count else 0) for count in counts]
-    return ["".join(_BLOCKS[min(8, max(0, n - 8 * row))] for n in eighths) for row in reversed(range(_ROWS))]
+    """Returns the lines of a bar chart from the top, one column for each bin; a bin that is not empty has a bar."""
+    max_count = max(counts)
+    eighths = [max(round(count / max_count * _HISTOGRAM_ROWS * 8), 1 if count else 0) for count in counts]
+    return ["".join(_BLOCKS[min(8, max(0, n - 8 * row))] for n in eighths) for row in reversed(range(_HISTOGRAM_ROWS))]
 
 
 def _sections(inspection: Inspection, max_tokens: int) -> Iterator[RenderableType]:
     yield Text(f"{inspection.path}", style="bold")
     yield Text()
-    yield _facts([(name, _short(text)) for name, text in formatting.provenance_facts(inspection)])
+    yield _fields_table(
+        [(name, _shorten_fingerprints(text)) for name, text in formatting.provenance_fields(inspection)]
+    )
     yield _title("Counts")
-    yield _facts(formatting.count_facts(inspection))
+    yield _fields_table(formatting.count_fields(inspection))
     if inspection.columns:
         yield _title("Bytes by column, compressed")
-        yield _columns(inspection)
-        yield Text(formatting.column_note(inspection), style="dim")
+        yield _columns_table(inspection)
+        yield Text(formatting.describe_columns(inspection), style="dim")
     if inspection.distributions:
         yield _title(f"Distributions, of {formatting.describe_reading(inspection)}")
-        yield _quantiles(inspection.distributions)
+        yield _quantiles_table(inspection.distributions)
         yield Text()
         yield Columns([_histogram(d) for d in inspection.distributions], padding=(0, 2, 1, 0))
         for d in inspection.distributions:
             yield Text(f"{d.measure.name} ({d.measure.unit}): {d.measure.meaning}", style="dim")
     if inspection.samples:
-        yield from _sample(inspection.samples[0], max_tokens)
+        yield from _render_sample(inspection.samples[0], max_tokens)
     for problem in inspection.problems:
         yield Text(f"{problem.path}: {problem.what}", style="red")
 
@@ -66,16 +68,16 @@ def _title(text: str) -> RenderableType:
     return Padding(Text(text, style="bold"), (1, 0, 0, 0))
 
 
-def _facts(rows: formatting.Facts) -> Table:
+def _fields_table(rows: formatting.Fields) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, text in rows:
         table.add_row(Text(name, style="dim"), Text(text))
     return table
 
 
-def _short(text: str) -> str:
-    """Fingerprints cut to their first digits."""
-    words = [f"{w[:_SHOWN_DIGITS]}…{w[_SHA_DIGITS:]}" if _is_sha(w[:_SHA_DIGITS]) else w for w in text.split(" ")]
+def _shorten_fingerprints(text: str) -> str:
+    """Returns the text with each SHA-256 cut to its first digits."""
+    words = [f"{w[:_SHOWN_SHA_DIGITS]}…{w[_SHA_DIGITS:]}" if _is_sha(w[:_SHA_DIGITS]) else w for w in text.split(" ")]
     return " ".join(words)
 
 
@@ -84,30 +86,30 @@ def _is_sha(word: str) -> bool:
 
 
 def _plain_table(*headers: str) -> Table:
-    """The first column to the left, numbers to the right."""
+    """Returns a table without lines whose first column is left-aligned and whose other columns are right-aligned."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     for header in headers:
         table.add_column(header, justify="left" if not table.columns else "right", no_wrap=True)
     return table
 
 
-def _columns(inspection: Inspection) -> Table:
+def _columns_table(inspection: Inspection) -> Table:
     table = _plain_table("column", "bytes", "a token", "share")
-    table.add_column("", justify="left", width=_BAR)
+    table.add_column("", justify="left", width=_BAR_WIDTH)
     rows = formatting.column_rows(inspection)
-    greatest = max(share for *_, share in rows)
-    for name, num_bytes, a_token, share in rows:
-        table.add_row(name, f"{num_bytes:,}", f"{a_token:,.2f}", f"{share:.1%}", _bar(share / greatest))
+    max_share = max(share for *_, share in rows)
+    for name, num_bytes, bytes_per_token, share in rows:
+        table.add_row(name, f"{num_bytes:,}", f"{bytes_per_token:,.2f}", f"{share:.1%}", _bar(share / max_share))
     return table
 
 
 def _bar(share: float) -> str:
-    eighths = round(share * _BAR * 8)
-    # The block elements that grow to the right are in the reverse order of those that grow upwards.
+    eighths = round(share * _BAR_WIDTH * 8)
+    # Unicode orders the block elements that grow to the right from wide to narrow.
     return "█" * (eighths // 8) + (chr(0x2590 - eighths % 8) if eighths % 8 else "")
 
 
-def _quantiles(distributions: Sequence[Distribution]) -> Table:
+def _quantiles_table(distributions: Sequence[Distribution]) -> Table:
     table = _plain_table("", *formatting.QUANTILE_NAMES, "mean")
     for distribution in distributions:
         table.add_row(distribution.measure.name, *formatting.format_distribution(distribution))
@@ -115,27 +117,27 @@ def _quantiles(distributions: Sequence[Distribution]) -> Table:
 
 
 def _histogram(distribution: Distribution) -> RenderableType:
-    """Title, bars, and the ends of the axis. Few bins are drawn wider, a single one in the middle."""
-    measure, counts = distribution.measure, distribution.counts
-    repeat = _CHART // max(3, len(counts))
+    """Returns title, bars, and both ends of the axis. Few bins are drawn wider, a single one in the middle."""
+    metric, counts = distribution.measure, distribution.counts
+    repeat = _HISTOGRAM_WIDTH // max(3, len(counts))
     lines = ["".join(c * repeat for c in line) for line in histogram(counts)]
     if len(counts) == 1:
-        lines = [line.center(_CHART) for line in lines]
-    width = max(_CHART * 2 // 3, len(lines[0]))
-    least, greatest = (
-        formatting.format_number(v, measure) for v in (distribution.quantiles[0], distribution.quantiles[-1])
+        lines = [line.center(_HISTOGRAM_WIDTH) for line in lines]
+    width = max(_HISTOGRAM_WIDTH * 2 // 3, len(lines[0]))
+    low, high = (
+        formatting.format_number(value, metric) for value in (distribution.quantiles[0], distribution.quantiles[-1])
     )
-    title = f"{measure.name}, {measure.unit}"
+    title = f"{metric.name}, {metric.unit}"
     top = f"▲ {max(counts) / sum(counts):.1%}"
     return Group(
         Text(title + top.rjust(width - len(title)) if len(title) + len(top) < width else title, style="dim"),
         *(Text(line.ljust(width), style="cyan", no_wrap=True) for line in lines),
-        Text(least + greatest.rjust(width - len(least)) if len(counts) > 1 else least.center(width), style="dim"),
+        Text(low + high.rjust(width - len(low)) if len(counts) > 1 else low.center(width), style="dim"),
     )
 
 
-def _sample(sample: SampleView, max_tokens: int) -> Iterator[RenderableType]:
-    yield _title(formatting.escape_control(formatting.sample_facts(sample)))
+def _render_sample(sample: SampleView, max_tokens: int) -> Iterator[RenderableType]:
+    yield _title(formatting.escape_control(formatting.describe_sample(sample)))
     for image in sample.images:
         stored = "" if image.data is None else f" ({len(image.data):,} bytes stored)"
         yield Text(f"image {formatting.escape_control(image.path or 'without a path')}{stored}", style="dim")
@@ -144,27 +146,27 @@ def _sample(sample: SampleView, max_tokens: int) -> Iterator[RenderableType]:
             yield _title(conversation.name)
         for turn in conversation.turns:
             text = formatting.escape_control(turn.content)
-            cut = "" if len(text) <= _MAX_CHARS else f" … ({len(text) - _MAX_CHARS:,} more characters)"
-            yield Text.assemble((f"{turn.role}: ", "bold"), text[:_MAX_CHARS], (cut, "dim"))
+            cut = "" if len(text) <= _MAX_TURN_CHARS else f" … ({len(text) - _MAX_TURN_CHARS:,} more characters)"
+            yield Text.assemble((f"{turn.role}: ", "bold"), text[:_MAX_TURN_CHARS], (cut, "dim"))
         yield Text()
-        yield _tokens(conversation, max_tokens)
+        yield _tokens_table(conversation, max_tokens)
         if (more := conversation.num_scored - min(max_tokens, conversation.num_shown)) > 0:
             yield Text(f"and {more:,} more scored tokens (--tokens shows more)", style="dim")
 
 
-def _tokens(conversation: Conversation, max_tokens: int) -> Table:
+def _tokens_table(conversation: Conversation, max_tokens: int) -> Table:
     table = _plain_table("token", "log-prob", "entropy", "rank")
     table.columns[0].overflow = "fold"
     table.add_column(" the teacher's best", justify="left")
     for token in list(itertools.chain(*conversation.spans))[:max_tokens]:
-        table.add_row(*_token(token))
+        table.add_row(*_token_cells(token))
     return table
 
 
-def _token(token: Token) -> Iterator[RenderableType]:
+def _token_cells(token: Token) -> Iterator[RenderableType]:
     yield Text(formatting.show_whitespace(token.text), style="bold" if token.rank == 1 else "")
     yield Text(
-        formatting.format_number(token.own_logprob, OWN),
+        formatting.format_number(token.own_logprob, OWN_LOGPROB),
         style="red" if formatting.token_probability(token) < 0.01 else "",
     )
     if not token.alternatives:
@@ -175,7 +177,7 @@ def _token(token: Token) -> Iterator[RenderableType]:
     for entry in token.alternatives:
         share = formatting.format_percent(entry.probability) if entry.draws is None else f"{entry.draws}×"
         line.append(formatting.show_whitespace(entry.text), "bold" if entry.token_id == token.token_id else "")
-        # Without a space, so that no line breaks between them.
+        # No space between token and share, so that no line breaks there.
         line.append(f"·{share}  ", "dim")
     line.rstrip()
     yield line

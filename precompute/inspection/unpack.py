@@ -1,4 +1,4 @@
-"""`inspect-shards --unpack`: the packed kept entries as ordinary list columns, for programs that read only Parquet.
+"""Writes packed kept entries as list columns, for programs that read only Parquet (`inspect-shards --unpack`).
 
 Legend: R scored tokens, N kept entries of all rows.
 """
@@ -25,7 +25,7 @@ from common.storage.files import PARTIAL_SUFFIX, Location, open_ranged
 from precompute.inspection.collect import InspectionTarget
 from precompute.report import Problem
 
-# Says in a file's metadata that it is no shard but made from one.
+# Marks a file in its metadata as made from a shard, so that it is not taken for one.
 EXPORT_KEY = b"decant.export"
 EXPORT_VALUE = b"unpacked"
 
@@ -35,7 +35,7 @@ _LOGPROB_LISTS = pa.list_(pa.list_(pa.float32()))
 
 @dataclass(frozen=True)
 class UnpackResult:
-    """What was written: one file a shard, of the same name."""
+    """What was written: one file for each shard, with the same name."""
 
     out: Path
     num_files: int
@@ -45,18 +45,18 @@ class UnpackResult:
 
     @property
     def ok(self) -> bool:
-        """Whether every shard was written."""
+        """True if every shard was written."""
         return not self.problems
 
     @property
     def summary(self) -> str:
-        """One line, and one for each shard that was not written."""
+        """One line of totals, and one for each shard that was not written."""
         lines = [f"{self.out}: {self.num_files:,} files, {self.num_rows:,} rows, {self.num_bytes:,} bytes"]
         return "\n".join(lines + [f"{problem.path}: not unpacked: {problem.what}" for problem in self.problems])
 
 
 def check_unpack_destination(target: InspectionTarget, out: Path) -> None:
-    """Refuses a directory that could be taken for the output, or that holds something.
+    """Checks that `out` is a new or empty directory outside the output.
 
     Raises:
         ConfigError: `out` is the output or inside it, is a file, or has files already.
@@ -70,10 +70,11 @@ def check_unpack_destination(target: InspectionTarget, out: Path) -> None:
 def unpack_output(target: InspectionTarget, out: Path, *, progress: bool = True) -> UnpackResult:
     """Writes each shard of `target` into the directory `out`, row group by row group.
 
-    The native columns stay as they are, and so do the keys of the metadata. Instead of the packed ones there are, one
-    inner list a scored token: `topk_ids` list<list<int32>>, `topk_logprobs` list<list<float32>>, and `topk_draws`
-    list<list<int32>> where entries were drawn; of preference pairs with the prefixes `chosen_` and `rejected_`.
-    A file is there whole or not at all. A damaged shard is a problem of the result; the others are written.
+    Other columns and the keys of the metadata stay as they are. Packed columns are replaced by `topk_ids`
+    list<list<int32>>, `topk_logprobs` list<list<float32>>, and, where entries were drawn, `topk_draws`
+    list<list<int32>>, with one inner list for each scored token. Those of preference pairs have the prefixes `chosen_`
+    and `rejected_`. A file appears when it is complete. A damaged shard is a problem of the result; the others are
+    written.
 
     Raises:
         ConfigError: see `check_unpack_destination`.
@@ -103,23 +104,23 @@ def unpack_output(target: InspectionTarget, out: Path, *, progress: bool = True)
 
 
 def _unpack_shard(source: Location, manifest: Manifest, number: int, partial: Path) -> int:
-    """Writes one shard to `partial` and flushes it to the disk. Returns its number of rows."""
+    """Writes one shard to `partial`, flushes it to the disk, and returns its number of rows."""
     with (
         closing(ShardFile(source, manifest, number)) as shard,
         open_ranged(source) as native,
         partial.open("wb") as file,
     ):
-        # Its schema was checked by opening the shard; what damage is left in pages is found by reading the rows first.
+        # Opening the shard checked its schema; reading the rows first finds damaged pages.
         parquet = pq.ParquetFile(native)
         packed = [field.name for field in parquet.schema_arrow if _is_packed(field)]
         kept = [field for field in parquet.schema_arrow if field.name not in packed]
-        metadata = {k: v for k, v in parquet.metadata.metadata.items() if k != b"ARROW:schema"}
-        schema = pa.schema([*kept, *_fields(manifest)])
+        metadata = {key: value for key, value in parquet.metadata.metadata.items() if key != b"ARROW:schema"}
+        schema = pa.schema([*kept, *_list_fields(manifest)])
         with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
             for group in range(shard.num_groups):
                 rows = shard.read_group(group)
                 table = parquet.read_row_group(group, columns=[field.name for field in kept])
-                columns = [*table.columns, *_columns(rows, manifest)]
+                columns = [*table.columns, *_list_columns(rows, manifest)]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(rows))
             writer.add_key_value_metadata({**metadata, EXPORT_KEY: EXPORT_VALUE})
         file.flush()
@@ -128,11 +129,11 @@ def _unpack_shard(source: Location, manifest: Manifest, number: int, partial: Pa
 
 
 def _is_packed(field: pa.Field) -> bool:
-    """Whether a column is one of those that take the place of lists."""
-    return pa.types.is_binary(field.type)
+    """Returns True for a column of packed kept entries."""
+    return bool(pa.types.is_binary(field.type))
 
 
-def _fields(manifest: Manifest) -> Iterator[pa.Field]:
+def _list_fields(manifest: Manifest) -> Iterator[pa.Field]:
     for prefix in PREFIXES[manifest.kind]:
         yield pa.field(f"{prefix}topk_ids", _ID_LISTS, nullable=False)
         yield pa.field(f"{prefix}topk_logprobs", _LOGPROB_LISTS, nullable=False)
@@ -140,10 +141,10 @@ def _fields(manifest: Manifest) -> Iterator[pa.Field]:
             yield pa.field(f"{prefix}topk_draws", _ID_LISTS, nullable=False)
 
 
-def _columns(rows: Sequence[ShardRow], manifest: Manifest) -> Iterator[pa.ChunkedArray]:
-    """The columns of `_fields`. One chunk a row, so that 32-bit offsets last for any number of entries kept."""
-    for which in range(len(PREFIXES[manifest.kind])):
-        scores = [row.conversations[which].scores for row in rows]
+def _list_columns(rows: Sequence[ShardRow], manifest: Manifest) -> Iterator[pa.ChunkedArray]:
+    """Yields the columns of `_list_fields`. Each row is a chunk, so that 32-bit offsets suffice for many entries."""
+    for side in range(len(PREFIXES[manifest.kind])):
+        scores = [row.conversations[side].scores for row in rows]
         yield pa.chunked_array([_lists(s, s.ids, _ID_LISTS) for s in scores], _ID_LISTS)
         yield pa.chunked_array([_lists(s, s.logprobs, _LOGPROB_LISTS) for s in scores], _LOGPROB_LISTS)
         if manifest.capture.num_draws is not None:
@@ -151,7 +152,7 @@ def _columns(rows: Sequence[ShardRow], manifest: Manifest) -> Iterator[pa.Chunke
 
 
 def _lists(scores: TeacherScores, values: npt.NDArray[Any] | None, kind: pa.ListType) -> pa.ListArray:
-    """Values [N] as one row of a column: a list of R lists."""
+    """Returns values [N] as one row of a column: a list of R lists."""
     inner_offsets = np.cumsum([0, *scores.counts], dtype=np.int32)
     inner = pa.ListArray.from_arrays(inner_offsets, pa.array(values, kind.value_type.value_type), type=kind.value_type)
     return pa.ListArray.from_arrays(np.array([0, scores.num_rows], np.int32), inner, type=kind)

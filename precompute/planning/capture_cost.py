@@ -1,6 +1,6 @@
-"""`plan`, the teacher's half: what a capture will write, hold in memory and take, from configurations alone.
+"""Estimates for `plan` what a capture will write, hold in memory and take, before a model is loaded.
 
-    Measured, ModelShape ─ estimate ─> Sections       each number with its arithmetic
+    Workload, ModelShape ─ estimate_capture ─> EstimateTables       each number with its arithmetic
 
 Legend: N samples of the dataset, n of them counted, T tokens of a conversation, K kept entries of a scored token.
 """
@@ -20,36 +20,38 @@ from precompute.planning.workload import ExtrapolatedTotal, ModelShape, Workload
 
 DTYPE_BYTES: dict[EngineDtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-# Bytes in a finished shard, as `benchmarks.codec` finds them on real text (SmolLM2-135M, 49,152 words, k = 64; drawn:
-# 37 draws): of one kept entry by how its log-prob is stored, None for drawn ones, and of one scored token besides: own
-# log-prob, rest mass, number of entries. A larger vocabulary or a smaller shard takes a little more.
+# Bytes in a finished shard, measured by `benchmarks.codec` on real text (SmolLM2-135M, 49,152 words, k = 64, 37 draws).
+# A larger vocabulary or a smaller shard takes a little more.
+# A kept entry, by the precision of its log-prob; None for drawn entries.
 ENTRY_BYTES: dict[StoredPrecision, float] = {"fp32": 3.6, "fp16": 2.05, "q8": 1.2, "q6": 1.05, None: 1.4}
+# A scored token besides its entries: own log-prob, rest mass, number of entries.
 ROW_BYTES = 7.0
+# Compressed share of the token ids' and messages' bytes.
 TEXT_COMPRESSION = 0.33
 
-# Copies in float32, rounded up: of a chunk, its logits in the engine's dtype and in float32; of all positions, for
-# vLLM's own prompt log-probs, their log-softmax besides.
+# Copies of the logits, each counted as float32. In the engine, a chunk exists in the engine's dtype and in float32. For
+# vLLM's own prompt log-probs, all positions also have a log-softmax.
 CAPTURE_COPIES = 2
 STOCK_COPIES = 3
 
-# Shares of a GPU's peak that a large model under vLLM may reach. Assumed, not measured.
+# Shares of a GPU's peak that a large model reaches under vLLM. These are assumptions, not measurements.
 COMPUTE_UTILISATION = 0.4
 BANDWIDTH_UTILISATION = 0.6
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """`peak_flops`: dense bf16 operations a second. `bandwidth`: bytes of its memory a second."""
+    """A GPU: `peak_flops` dense bf16 operations a second, `bandwidth` of its memory in bytes a second."""
 
     name: str
     peak_flops: float
     bandwidth: float
 
 
-# One number, or one for each of several samples.
+# A number, or an array with one for each counted sample.
 Amount = Any
 
-# From NVIDIA's data sheets; where one states bf16 with sparsity, half of that.
+# From NVIDIA's data sheets. Where a sheet states bf16 with sparsity, half of that number is taken.
 GPUS = (
     Gpu("L4", 121e12, 300e9),
     Gpu("L40S", 362e12, 864e9),
@@ -60,11 +62,24 @@ GPUS = (
 
 
 @dataclass(frozen=True)
-class Flops:
-    """Operations of the forward passes over the dataset; a multiplication and an addition are two.
+class ForwardCounts:
+    """What forward passes read: `tokens`, of which `image_tokens` come from the tower and `scored` get logits.
 
-    A weight takes part in one of each for every token (arXiv 2001.08361, section 2.1). Attention compares T^2 / 2 pairs
-    of tokens, once for the scores and once for the values.
+    `squares` is the sum of T^2 over the sequences.
+    """
+
+    tokens: Amount
+    squares: Amount
+    image_tokens: Amount
+    scored: Amount
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of forward passes; a multiplication and an addition count as two.
+
+    Each weight is multiplied and added once for every token (arXiv 2001.08361, section 2.1). Attention works on T^2 / 2
+    pairs of tokens, once for the scores and once for the values.
     """
 
     body: Amount
@@ -75,50 +90,52 @@ class Flops:
 
     @property
     def total(self) -> Amount:
-        """Their sum."""
+        """Operations of all parts together."""
         return self.body + self.attention + self.adapter + self.vision + self.output
 
 
-def forward_flops(
-    shape: ModelShape, *, tokens: Amount, squares: Amount, image_tokens: Amount, scored: Amount, tokens_per_image: int
-) -> Flops:
-    """Operations to read `tokens`, `image_tokens` of them from the tower, and to give the logits of `scored` of them.
+def forward_flops(shape: ModelShape, counts: ForwardCounts, tokens_per_image: int) -> Flops:
+    """Returns the operations of forward passes over `counts`.
 
-    `squares` is the sum of T^2. The tower is taken to see as many patches as it gives tokens, each attending to all.
+    The tower is assumed to have as many patches as it gives tokens, and each patch to attend to all of an image.
     """
     return Flops(
-        body=2 * shape.body_parameters * tokens,
-        attention=4 * shape.num_layers * shape.num_heads * shape.head_size * squares / 2,
-        adapter=2 * shape.adapter_parameters * image_tokens,
+        body=2 * shape.body_parameters * counts.tokens,
+        attention=4 * shape.num_layers * shape.num_heads * shape.head_size * counts.squares / 2,
+        adapter=2 * shape.adapter_parameters * counts.image_tokens,
         vision=(2 * shape.vision_parameters + 4 * shape.vision_layers * shape.vision_hidden_size * tokens_per_image)
-        * image_tokens,
-        output=2 * shape.hidden_size * shape.vocab_size * scored,
+        * counts.image_tokens,
+        output=2 * shape.hidden_size * shape.vocab_size * counts.scored,
     )
 
 
 def kv_bytes(shape: ModelShape, dtype: EngineDtype) -> int:
-    """Bytes that one token takes in the key-value cache: a key and a value a layer and key-value head."""
+    """Returns the bytes of one token in the key-value cache: a key and a value for each layer and key-value head."""
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * DTYPE_BYTES[dtype]
 
 
 def gpu_hours(gpu: Gpu, flops: float, num_bytes: float = 0.0) -> float:
-    """Hours of one GPU, or of several that share the work: operations first, then bytes read while decoding."""
+    """Returns the GPU hours of `flops` operations and of the `num_bytes` that decoding reads, one after the other."""
     seconds = flops / (gpu.peak_flops * COMPUTE_UTILISATION) + num_bytes / (gpu.bandwidth * BANDWIDTH_UTILISATION)
     return seconds / 3600
 
 
 def kept_entries(config: PrecomputeConfig, vocab_size: int) -> tuple[int, int]:
-    """Fewest and most entries that a scored token keeps; the same unless the distribution decides."""
-    most = vocab_size if config.top_k == "all" else min(config.top_k, vocab_size)
+    """Returns the minimum and the maximum number of entries that a scored token keeps.
+
+    They differ where the distribution decides, which it does with top_p and with draws.
+    """
     if config.num_draws is not None:
         return 1, min(config.num_draws, vocab_size)
-    return (min(config.min_k, most), most) if config.top_p is not None else (most, most)
+    max_kept = vocab_size if config.top_k == "all" else min(config.top_k, vocab_size)
+    min_kept = max_kept if config.top_p is None else min(config.min_k, max_kept)
+    return min_kept, max_kept
 
 
 def estimate_capture(
     config: PrecomputeConfig, *, progress: bool = True
 ) -> tuple[ModelShape, tuple[EstimateTable, ...]]:
-    """The teacher's shape, and everything that is known of a capture before it starts.
+    """Returns the teacher's shape, and tables of a capture's data, shards, memory and hours.
 
     Raises:
         DataError: the dataset is unreadable, broken, empty or has duplicate ids.
@@ -126,21 +143,21 @@ def estimate_capture(
     """
     inputs = open_inputs(config)
     shape = ModelShape.load(config.teacher)
-    measured = measure_workload(inputs, progress=progress)
-    sections = (
-        _dataset(inputs, measured),
-        _shards(inputs, measured),
-        _memory(inputs, shape),
-        _hours(inputs, shape, measured),
+    workload = measure_workload(inputs, progress=progress)
+    tables = (
+        _estimate_dataset(inputs, workload),
+        _estimate_shards(inputs, workload),
+        _estimate_memory(inputs, shape),
+        _estimate_hours(inputs, shape, workload),
     )
-    return shape, sections
+    return shape, tables
 
 
-def _dataset(inputs: CaptureInputs, measured: Workload) -> EstimateTable:
-    counted, num_samples = measured.num_counted, measured.num_samples
+def _estimate_dataset(inputs: CaptureInputs, workload: Workload) -> EstimateTable:
+    counted, num_samples = workload.num_counted, workload.num_samples
 
-    def figure(name: str, values_n: npt.NDArray[np.number]) -> Estimate:
-        total = measured.total(values_n)
+    def estimate(name: str, values_n: npt.NDArray[np.number]) -> Estimate:
+        total = workload.total(values_n)
         how = "sum over all samples"
         if counted < num_samples:
             how = f"{format_value(values_n.sum())} x {num_samples:,} / {counted:,}"
@@ -149,7 +166,7 @@ def _dataset(inputs: CaptureInputs, measured: Workload) -> EstimateTable:
     where = "exact" if counted == num_samples else f"{counted:,} random samples, extrapolated ± one standard error"
     generate = inputs.config.generate
     per_image = 0 if inputs.image_spec is None else inputs.image_spec.tokens_per_image
-    notes = tuple(f"cannot be used: {reason}" for reason in measured.reasons)
+    notes = tuple(f"cannot be used: {reason}" for reason in workload.reasons)
     if generate is not None:
         longest = f"{generate.num_samples} x at most {generate.max_new_tokens:,} tokens"
         notes = (f"generate: an upper bound, {longest} a sample; prompts count once a response", *notes)
@@ -157,49 +174,49 @@ def _dataset(inputs: CaptureInputs, measured: Workload) -> EstimateTable:
         f"Dataset: {where}",
         (
             Estimate("samples", num_samples, "in the file"),
-            figure("samples that cannot be used", measured.unusable_n),
-            figure("images", measured.images_n),
-            figure(f"image tokens, {per_image:,} an image", measured.image_tokens_n),
-            figure("prompt tokens, images included", measured.prompt_n),
-            figure("response tokens, scored", measured.scored_n),
-            figure("tokens that the teacher reads", measured.prompt_n + measured.scored_n),
+            estimate("samples that cannot be used", workload.unusable_n),
+            estimate("images", workload.images_n),
+            estimate(f"image tokens, {per_image:,} an image", workload.image_tokens_n),
+            estimate("prompt tokens, images included", workload.prompt_n),
+            estimate("response tokens, scored", workload.scored_n),
+            estimate("tokens that the teacher reads", workload.prompt_n + workload.scored_n),
         ),
         notes,
     )
 
 
-def _shards(inputs: CaptureInputs, measured: Workload) -> EstimateTable:
+def _estimate_shards(inputs: CaptureInputs, workload: Workload) -> EstimateTable:
     config = inputs.config
-    low, high = kept_entries(config, inputs.encoder.vocab_size)
-    form = stored_precision(config)
-    entry_bytes = ENTRY_BYTES[form]
-    scored, text = measured.total(measured.scored_n), measured.total(measured.text_bytes_n)
+    min_kept, max_kept = kept_entries(config, inputs.encoder.vocab_size)
+    precision = stored_precision(config)
+    entry_bytes = ENTRY_BYTES[precision]
+    scored, text = workload.total(workload.scored_n), workload.total(workload.text_bytes_n)
 
-    def total(kept: int) -> ExtrapolatedTotal:
-        per_token = ROW_BYTES + kept * entry_bytes
-        return measured.total(per_token * measured.scored_n + TEXT_COMPRESSION * measured.text_bytes_n)
+    def all_bytes(num_kept: int) -> ExtrapolatedTotal:
+        per_token = ROW_BYTES + num_kept * entry_bytes
+        return workload.total(per_token * workload.scored_n + TEXT_COMPRESSION * workload.text_bytes_n)
 
-    def entries(kept: int) -> float:
-        return scored.value * kept * entry_bytes
+    def kept_bytes(num_kept: int) -> float:
+        return scored.value * num_kept * entry_bytes
 
-    least, most = total(low), total(high)
-    ranged = low != high
-    k = f"{low:,} to {high:,}" if ranged else f"{high:,}"
-    num_shards = -(-measured.num_samples // config.samples_per_shard)
-    notes = [f"K = {k} entries, {form or 'drawn'}, {entry_bytes} bytes each after compression, as on real text"]
-    if form is None:
+    low, high = all_bytes(min_kept), all_bytes(max_kept)
+    is_range = min_kept != max_kept
+    k = f"{min_kept:,} to {max_kept:,}" if is_range else f"{max_kept:,}"
+    num_shards = -(-workload.num_samples // config.samples_per_shard)
+    notes = [f"K = {k} entries, {precision or 'drawn'}, {entry_bytes} bytes each after compression, as on real text"]
+    if precision is None:
         notes.append("draws that repeat an id are one entry, so K lies between 1 and num_draws")
-    elif ranged:
+    elif is_range:
         notes.append("top_p decides K for each token: the range is min_k to top_k")
     return EstimateTable(
         "Shards",
         (
             Estimate(
                 "kept entries",
-                entries(low),
+                kept_bytes(min_kept),
                 f"{format_value(scored.value)} x K x {entry_bytes}",
                 "bytes",
-                high=entries(high),
+                high=kept_bytes(max_kept),
             ),
             Estimate(
                 "own log-probs, rests, counts",
@@ -214,23 +231,28 @@ def _shards(inputs: CaptureInputs, measured: Workload) -> EstimateTable:
                 "bytes",
             ),
             Estimate(
-                "all shards", least.value, "sum of the last three", "bytes", 0.0 if ranged else most.error, most.value
+                "all shards",
+                low.value,
+                "sum of the last three",
+                "bytes",
+                error=0.0 if is_range else high.error,
+                high=high.value,
             ),
             Estimate(
-                "number of shards", num_shards, f"{measured.num_samples:,} / {config.samples_per_shard:,}, rounded up"
+                "number of shards", num_shards, f"{workload.num_samples:,} / {config.samples_per_shard:,}, rounded up"
             ),
         ),
         tuple(notes),
     )
 
 
-def _memory(inputs: CaptureInputs, shape: ModelShape) -> EstimateTable:
+def _estimate_memory(inputs: CaptureInputs, shape: ModelShape) -> EstimateTable:
     engine = inputs.config.engine
     size = DTYPE_BYTES[engine.dtype]
     tensor, pipeline = engine.tensor_parallel_size, engine.pipeline_parallel_size
     other: EngineDtype = "bfloat16" if engine.dtype == "float32" else "float32"
     weights, kv = shape.num_parameters * size, kv_bytes(shape, engine.dtype)
-    # Each rank has a whole head at least.
+    # A key-value head is not divided, so ranks beyond their number hold copies.
     kv_ranks = min(tensor, shape.num_kv_heads) * pipeline
     length = inputs.max_tokens + 1
     split = weights / (tensor * pipeline)
@@ -295,44 +317,23 @@ def _memory(inputs: CaptureInputs, shape: ModelShape) -> EstimateTable:
     )
 
 
-def _hours(inputs: CaptureInputs, shape: ModelShape, measured: Workload) -> EstimateTable:
+def _estimate_hours(inputs: CaptureInputs, shape: ModelShape, workload: Workload) -> EstimateTable:
     config = inputs.config
     # Generated tokens are not read in one pass; their time is that of the decoding steps.
-    read_n = measured.prompt_n if config.generate else measured.prompt_n + measured.scored_n
-    per_image = 0 if inputs.image_spec is None else inputs.image_spec.tokens_per_image
-
-    def flops(columns: tuple[Any, Any, Any, Any]) -> Flops:
-        names = ("tokens", "squares", "image_tokens", "scored")
-        return forward_flops(shape, tokens_per_image=per_image, **dict(zip(names, columns, strict=True)))
-
+    read_n = workload.prompt_n if config.generate else workload.prompt_n + workload.scored_n
     # vLLM's own prompt log-probs need the logits of every position.
-    rows_n = read_n if config.engine.capture == "stock" else measured.scored_n
-    columns = (read_n, measured.squares_n, measured.image_tokens_n, rows_n)
-    tokens, squares, image_tokens, rows = (measured.total(column).value for column in columns)
-    parts, total = flops((tokens, squares, image_tokens, rows)), measured.total(flops(columns).total)
-    heads = f"{shape.num_layers} x {shape.num_heads} x {shape.head_size}"
-    patches = f"4 x {shape.vision_layers} x {shape.vision_hidden_size} x {per_image}"
-    figures = [
-        Estimate("language model", parts.body, f"2 x {shape.body_parameters:,} x {tokens:,.0f} tokens", "FLOP"),
-        Estimate("its attention", parts.attention, f"4 x {heads} x {squares:.3e} / 2", "FLOP"),
-        Estimate(
-            "output layer",
-            parts.output,
-            f"2 x {shape.hidden_size:,} x {shape.vocab_size:,} x {rows:,.0f} rows",
-            "FLOP",
-        ),
-    ]
-    if image_tokens:
-        figures += [
-            Estimate(
-                "vision tower",
-                parts.vision,
-                f"(2 x {shape.vision_parameters:,} + {patches}) x {image_tokens:,.0f}",
-                "FLOP",
-            ),
-            Estimate("adapter", parts.adapter, f"2 x {shape.adapter_parameters:,} x {image_tokens:,.0f}", "FLOP"),
-        ]
-    figures.append(Estimate("all operations", total.value, "their sum", "FLOP", total.error))
+    rows_n = read_n if config.engine.capture == "stock" else workload.scored_n
+    counts_n = ForwardCounts(read_n, workload.squares_n, workload.image_tokens_n, rows_n)
+    counts = ForwardCounts(
+        workload.total(counts_n.tokens).value,
+        workload.total(counts_n.squares).value,
+        workload.total(counts_n.image_tokens).value,
+        workload.total(counts_n.scored).value,
+    )
+    tokens_per_image = 0 if inputs.image_spec is None else inputs.image_spec.tokens_per_image
+    total = workload.total(forward_flops(shape, counts_n, tokens_per_image).total)
+    estimates = _estimate_flops(shape, counts, tokens_per_image)
+    estimates.append(Estimate("all operations", total.value, "their sum", "FLOP", total.error))
     notes = [
         f"assumed: {COMPUTE_UTILISATION} of the data sheet's dense bf16 peak; 3,600 seconds an hour",
         "heads x head size stand for the hidden size in attention; squares: sum of T^2 over the sequences",
@@ -340,8 +341,8 @@ def _hours(inputs: CaptureInputs, shape: ModelShape, measured: Workload) -> Esti
     ]
     decoded = ExtrapolatedTotal(0.0, 0.0)
     if config.generate is not None:
-        decode_figures, decoded = _decoding(config, shape, measured)
-        figures += decode_figures
+        decode_estimates, decoded = _estimate_decoding(config, shape, workload)
+        estimates += decode_estimates
         notes += [
             f"decoding is bound by memory: {BANDWIDTH_UTILISATION} of the data sheet's bandwidth is assumed",
             "cached tokens: L x (P + L / 2) summed over responses of length L after prompts of length P",
@@ -351,25 +352,53 @@ def _hours(inputs: CaptureInputs, shape: ModelShape, measured: Workload) -> Esti
         if decoded.value:
             how += f" + {decoded.value:.3e} / ({gpu.bandwidth / 1e9:,.0f}e9 x {BANDWIDTH_UTILISATION}) / 3,600"
         hours, error = (gpu_hours(gpu, a, b) for a, b in ((total.value, decoded.value), (total.error, decoded.error)))
-        figures.append(Estimate(gpu.name, hours, how, "hours", error))
+        estimates.append(Estimate(gpu.name, hours, how, "hours", error))
     if config.engine.dtype == "float32":
         notes.append("engine.dtype is float32, which is several times slower than the bf16 peak assumed here")
-    return EstimateTable("GPU hours", tuple(figures), tuple(notes))
+    return EstimateTable("GPU hours", tuple(estimates), tuple(notes))
 
 
-def _decoding(
-    config: PrecomputeConfig, shape: ModelShape, measured: Workload
+def _estimate_flops(shape: ModelShape, counts: ForwardCounts, tokens_per_image: int) -> list[Estimate]:
+    """Returns the operations of each part of the model; those of the tower only where there are images."""
+    parts = forward_flops(shape, counts, tokens_per_image)
+    heads = f"{shape.num_layers} x {shape.num_heads} x {shape.head_size}"
+    estimates = [
+        Estimate("language model", parts.body, f"2 x {shape.body_parameters:,} x {counts.tokens:,.0f} tokens", "FLOP"),
+        Estimate("its attention", parts.attention, f"4 x {heads} x {counts.squares:.3e} / 2", "FLOP"),
+        Estimate(
+            "output layer",
+            parts.output,
+            f"2 x {shape.hidden_size:,} x {shape.vocab_size:,} x {counts.scored:,.0f} rows",
+            "FLOP",
+        ),
+    ]
+    if counts.image_tokens:
+        patches = f"4 x {shape.vision_layers} x {shape.vision_hidden_size} x {tokens_per_image}"
+        tower = f"(2 x {shape.vision_parameters:,} + {patches}) x {counts.image_tokens:,.0f}"
+        adapter = f"2 x {shape.adapter_parameters:,} x {counts.image_tokens:,.0f}"
+        estimates += [
+            Estimate("vision tower", parts.vision, tower, "FLOP"),
+            Estimate("adapter", parts.adapter, adapter, "FLOP"),
+        ]
+    return estimates
+
+
+def _estimate_decoding(
+    config: PrecomputeConfig, shape: ModelShape, workload: Workload
 ) -> tuple[list[Estimate], ExtrapolatedTotal]:
-    """Bytes that the decoding steps read: the language model's weights each step, each sequence's cache each token."""
+    """Returns the bytes that decoding reads, as estimates and as one total.
+
+    Each step reads the language model's weights, and for each sequence its key-value cache.
+    """
     assert config.generate is not None
     num_sequences, size = config.engine.max_num_seqs, DTYPE_BYTES[config.engine.dtype]
     weights = (shape.num_parameters - shape.vision_parameters - shape.adapter_parameters) * size
     # A response of length L after a prompt of length P reads P + L / 2 cached tokens a step on average.
     per_response = config.generate.num_samples
-    cached_n = measured.scored_n * (measured.prompt_n + measured.scored_n / 2) / per_response
-    scored, cached = measured.total(measured.scored_n), measured.total(cached_n)
+    cached_n = workload.scored_n * (workload.prompt_n + workload.scored_n / 2) / per_response
+    scored, cached = workload.total(workload.scored_n), workload.total(cached_n)
     kv = kv_bytes(shape, config.engine.dtype)
-    read = measured.total(measured.scored_n / num_sequences * weights + cached_n * kv)
+    read = workload.total(workload.scored_n / num_sequences * weights + cached_n * kv)
     return [
         Estimate(
             "decoding, weights read",

@@ -1,6 +1,6 @@
-"""How much a dataset asks of the teacher, and how large that is, read without a weight and without an image.
+"""Counts the tokens of a dataset and the parameters of a teacher, without reading a weight or an image.
 
-    dataset ─ measure ─> Measured               counts of a random sample, which `extrapolate` takes to the whole
+    dataset ─ measure_workload ─> Workload        counts of random samples, which `extrapolate` scales to the whole
     config.json ─ ModelShape.load ─> ModelShape   parameters, counted on the meta device
 
 Legend: N samples of the dataset, n of them counted, T tokens of a conversation with its images expanded.
@@ -19,7 +19,7 @@ from common.errors import DataError, ModelError
 from precompute.config import GenerateConfig
 from precompute.logits.job import CaptureInputs
 
-# Standard errors fall with the square root of this; 2,000 samples take seconds and give totals to a few percent.
+# Standard errors fall with the square root of this. 2,000 samples take seconds and give totals to a few percent.
 NUM_COUNTED = 2000
 
 _LISTED_REASONS = 3
@@ -31,7 +31,7 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ExtrapolatedTotal:
-    """Of the whole dataset. `error` is one standard error, 0 if every sample was counted."""
+    """Estimated total of the whole dataset. `error` is one standard error, 0 if every sample was counted."""
 
     value: float
     error: float
@@ -39,12 +39,13 @@ class ExtrapolatedTotal:
 
 @dataclass(frozen=True)
 class Workload:
-    """Counts int64 [n] of the samples that were looked at; 0 for those that cannot be used.
+    """Counts of randomly chosen samples, int64 [n] each; 0 for samples that cannot be used.
 
-    `prompt_n` and `scored_n` split the tokens that the teacher reads, images expanded, over all conversations of a
-    sample; `squares_n` is the sum of T^2 over its conversations. `text_bytes_n` are those that a shard repeats of it:
-    the messages and 4 a token, an image being one. With `generate`, responses are taken at their longest:
-    `prompt_n` holds each prompt once a response, `squares_n` is over prompts.
+    `prompt_n` and `scored_n` are the tokens that the teacher reads, images expanded, over all conversations of a
+    sample; `squares_n` is the sum of T^2 over its conversations. `text_bytes_n` is what a shard repeats of a sample:
+    its messages, and 4 bytes for each token id, where an image is one token. With `generate`, each response is assumed
+    to be as long as allowed; `prompt_n` counts a prompt once for each response, and `squares_n` is over prompts.
+    `reasons` say why the first unusable samples cannot be used.
     """
 
     num_samples: int
@@ -59,11 +60,11 @@ class Workload:
 
     @property
     def num_counted(self) -> int:
-        """n."""
+        """Number of counted samples, n."""
         return len(self.scored_n)
 
     def total(self, values_n: npt.NDArray[np.number]) -> ExtrapolatedTotal:
-        """Sum over the dataset of what is given of each counted sample."""
+        """Extrapolates values [n] of the counted samples to a total of the dataset."""
         return extrapolate(values_n, self.num_samples)
 
 
@@ -71,8 +72,8 @@ class Workload:
 class ModelShape:
     """Sizes of a model.
 
-    `body_parameters` are those of the language model that every token passes: without embeddings and output layer,
-    and of a layer's experts only the share that a token is sent to. The vision sizes are 0 without a tower.
+    `body_parameters` are those of the language model that each token passes: embeddings and output layer are left out,
+    and of a layer's experts only the share that a token is sent to is counted. The vision sizes are 0 without a tower.
     """
 
     num_parameters: int
@@ -90,7 +91,7 @@ class ModelShape:
 
     @classmethod
     def load(cls, model_dir: Path) -> "ModelShape":
-        """Builds the model that config.json describes on the meta device and counts.
+        """Builds the model that config.json describes on the meta device and counts its parameters.
 
         Raises:
             ModelError: no configuration there, or none that transformers builds a language model from.
@@ -116,10 +117,10 @@ class ModelShape:
         in_output = 0 if output.weight is embedding.weight else output.weight.numel()
         in_tower = sum(p.numel() for name, p in model.named_parameters() if ".vision_tower." in f".{name}")
         num_experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
-        idle = 1 - text.num_experts_per_tok / num_experts if in_experts else 0
+        idle_share = 1 - text.num_experts_per_tok / num_experts if in_experts else 0
         return cls(
             num_parameters,
-            in_decoder - embedding.weight.numel() - round(idle * in_experts),
+            in_decoder - embedding.weight.numel() - round(idle_share * in_experts),
             num_parameters - in_decoder - in_output - in_tower,
             in_tower,
             *sizes,
@@ -131,9 +132,10 @@ class ModelShape:
 
 
 def extrapolate(values_n: npt.NDArray[np.number], num_samples: int) -> ExtrapolatedTotal:
-    """Total of N values from n drawn without replacement: N mean, N sqrt(s^2 / n (1 - n / N)).
+    """Estimates the total of N values from n that were drawn without replacement.
 
-    The usual estimator of a simple random sample, with its finite population correction.
+    The total is N mean, its standard error N sqrt(s^2 / n (1 - n / N)): the estimator of a simple random sample with
+    the finite population correction.
     """
     num_counted = len(values_n)
     mean = float(values_n.mean())
@@ -146,9 +148,9 @@ def extrapolate(values_n: npt.NDArray[np.number], num_samples: int) -> Extrapola
 def measure_workload(
     inputs: CaptureInputs, num_counted: int = NUM_COUNTED, *, seed: int = 0, progress: bool = True
 ) -> Workload:
-    """Encodes and checks `num_counted` random samples, all if there are no more, as a run would.
+    """Encodes and checks `num_counted` random samples as a capture would, or all if there are no more.
 
-    No image is decoded. A sample that cannot be used is counted as such, whatever on_bad_sample says.
+    No image is decoded. A sample that cannot be used is counted as unusable, whatever on_bad_sample says.
     """
     num_samples = len(inputs.dataset)
     chosen = np.random.default_rng(seed).permutation(num_samples)[:num_counted]
@@ -161,15 +163,15 @@ def measure_workload(
             reasons.append(str(error))
             rows.append((0, 0, 0, 0, 0, 0, 1))
         else:
-            rows.append((*_count(inputs, sample, encoded), 0))
+            rows.append((*_count_sample(inputs, sample, encoded), 0))
     columns = np.array(rows, np.int64).T
     return Workload(num_samples, tuple(reasons[:_LISTED_REASONS]), *columns)
 
 
-def _count(
+def _count_sample(
     inputs: CaptureInputs, sample: Sample, encoded: tuple[EncodedChat, ...]
 ) -> tuple[int, int, int, int, int, int]:
-    """Prompt and scored tokens, T^2, images, image tokens, bytes of text, in the order of `Workload`."""
+    """Returns prompt tokens, scored tokens, T^2, images, image tokens and bytes of text, in the order of `Workload`."""
     tokens_per_image = 0 if inputs.image_spec is None else inputs.image_spec.tokens_per_image
     added = len(sample.images) * (tokens_per_image - 1) if sample.images else 0
     lengths = [len(conversation.input_ids) + added for conversation in encoded]
@@ -180,14 +182,14 @@ def _count(
     prompt, squares = sum(lengths) - scored, sum(length**2 for length in lengths)
     if inputs.config.generate is not None:
         (length,) = lengths
-        prompt, scored = _generated(length, inputs.max_tokens, inputs.config.generate)
+        prompt, scored = _count_generated(length, inputs.max_tokens, inputs.config.generate)
         squares = inputs.config.generate.num_samples * length**2
-        # An id and about as many bytes of text a new token.
+        # A new token adds its id and about as many bytes of text.
         text_bytes = inputs.config.generate.num_samples * text_bytes + 2 * _ID_BYTES * scored
     return prompt, scored, squares, len(sample.images), image_tokens, text_bytes
 
 
-def _generated(prompt_tokens: int, max_tokens: int, generate: GenerateConfig) -> tuple[int, int]:
-    """Tokens of the prompts and of the responses, each response as long as it may be."""
-    longest = min(generate.max_new_tokens, max_tokens - prompt_tokens)
-    return generate.num_samples * prompt_tokens, generate.num_samples * longest
+def _count_generated(prompt_tokens: int, max_tokens: int, generate: GenerateConfig) -> tuple[int, int]:
+    """Returns the tokens of the prompts and of the responses, each response as long as allowed."""
+    max_length = min(generate.max_new_tokens, max_tokens - prompt_tokens)
+    return generate.num_samples * prompt_tokens, generate.num_samples * max_length

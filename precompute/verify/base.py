@@ -1,7 +1,7 @@
-"""What verifying any output begins with: its manifest, which files are there, receipts and checksums.
+"""Base class of both verifiers: checks an output's manifest, its files, receipts and checksums.
 
-Nothing that a file holds makes this crash: each finding is a problem of a named check, and the walk goes on with what
-can still be read. A file whose bytes changed is not parsed.
+Nothing that a file holds makes verification crash: each finding is a problem of a named check, and verification goes on
+with what can still be read. A file whose bytes changed is not parsed.
 """
 
 import contextlib
@@ -23,10 +23,12 @@ from common.shards.manifest import (
     shard_path,
 )
 from common.shards.parquet_shard import ParquetShard
-from common.storage.files import Location, list_files
-from precompute.report import Check, Report, ranges
-from precompute.verify.manifest_checks import manifest_of_shards
+from common.storage.files import Location
+from precompute.output_files import list_output_files
+from precompute.report import Check, Report, format_ranges
+from precompute.verify.manifest_checks import restore_manifest
 
+# The checks of every output, each with what holds if it passes.
 MEANINGS = {
     "manifest": "manifest.json is what was written",
     "receipts": "each receipt is what was written and belongs to this output",
@@ -42,18 +44,21 @@ FileT = TypeVar("FileT", bound=ParquetShard)
 
 
 class OutputVerifier(Generic[ManifestT]):
-    """One walk over an output, collecting what is wrong."""
+    """Checks of one output. Its methods add their findings to `checks`; they raise nothing but StorageError.
+
+    `files` has names and bytes of the output's files when verification began.
+    """
 
     def __init__(self, output: Location, schema: type[ManifestT], meanings: Mapping[str, str]) -> None:
         self.output = output
         self.checks = {name: Check(name, meaning) for name, meaning in meanings.items()}
-        self.files = list_files(output)
+        self.files = list_output_files(output, "precompute-logits or precompute-features")
         self._schema = schema
         self._receipts: list[Receipt] = []
         self._restored: ManifestT | None = None
 
     def report(self) -> Report:
-        """What was found so far."""
+        """Returns what was found so far."""
         return Report(
             output=self.output,
             checks=tuple(self.checks.values()),
@@ -67,13 +72,17 @@ class OutputVerifier(Generic[ManifestT]):
             schema=self._schema,
         )
 
-    def manifest(self, problems_of: Callable[[ManifestT], Iterable[str]]) -> ManifestT | None:
-        """That of the output, or, if it is broken, the one in its shards, so that these can still be checked."""
+    def verify_manifest(self, find_problems: Callable[[ManifestT], Iterable[str]]) -> ManifestT | None:
+        """Checks manifest.json and returns the manifest.
+
+        If it is broken, the one that the shards repeat is returned, so that these can still be checked; None if they
+        repeat none.
+        """
         check, path = self.checks["manifest"], self.output / MANIFEST_NAME
         check.passed()
         try:
             manifest = read_with_digest(path, self._schema)
-            problems = [*problems_of(manifest), *self._is_another_outputs(manifest)]
+            problems = [*find_problems(manifest), *self._compare_with_shards(manifest)]
         except StorageError:
             raise
         except DecantError as error:
@@ -83,24 +92,24 @@ class OutputVerifier(Generic[ManifestT]):
         for problem in problems:
             check.failed(path, problem)
         try:
-            self._restored = manifest_of_shards(self.output, self._schema)
+            self._restored = restore_manifest(self.output, self._schema)
         except ShardError as error:
             check.failed(path, f"nothing else was checked, since the shards do not tell what it was: {error}")
             return None
-        return None if list(problems_of(self._restored)) else self._restored
+        return None if list(find_problems(self._restored)) else self._restored
 
-    def _is_another_outputs(self, manifest: ManifestT) -> Iterator[str]:
-        """No receipt belongs to it, while all shards belong together."""
+    def _compare_with_shards(self, manifest: ManifestT) -> Iterator[str]:
+        """Yields a problem if all shards belong to one manifest, which is another one."""
         numbers = published_shards(self.output)
         with contextlib.suppress(ShardError):
             if numbers and read_with_digest(receipt_path(self.output, numbers[0]), Receipt).manifest_sha256 != (
                 manifest.sha256
             ):
-                theirs = manifest_of_shards(self.output, self._schema).sha256
-                yield f"is not the manifest of the shards, which all name {theirs}"
+                restored = restore_manifest(self.output, self._schema)
+                yield f"is not the manifest of the shards, which all name {restored.sha256}"
 
     def open_dataset(self, path: Location, kind: Kind, sha256: str, num_samples: int) -> Dataset | None:
-        """The dataset that the output was made from; None if it cannot be read."""
+        """Opens the dataset and checks that the output was made from it; returns None if it cannot be read."""
         check = self.checks["dataset"]
         check.passed()
         try:
@@ -114,32 +123,32 @@ class OutputVerifier(Generic[ManifestT]):
             check.failed(path, f"has {len(dataset):,} samples, expected {num_samples:,}")
         return dataset
 
-    def shards(self, manifest: ManifestT) -> list[int]:
-        """Published shards below the last; notes what is missing: receipts, files, shards."""
+    def verify_files(self, manifest: ManifestT) -> list[int]:
+        """Checks that no shard and no receipt is missing; returns the numbers of the published shards."""
         published = set(published_shards(self.output))
         files, coverage = self.checks["files"], self.checks["coverage"]
-        stored = [name for name in self.files if name.endswith(".parquet")]
-        found = {number for name in stored if (number := shard_number(name)) is not None}
-        for number in sorted(found | published):
+        parquet_names = [name for name in self.files if name.endswith(".parquet")]
+        stored = {number for name in parquet_names if (number := shard_number(name)) is not None}
+        for number in sorted(stored | published):
             files.passed()
             if number >= manifest.num_shards:
                 files.failed(shard_path(self.output, number), f"the last shard is {manifest.num_shards - 1}")
             elif number not in published:
                 files.failed(shard_path(self.output, number), "has no receipt, so it was never finished")
-            elif number not in found:
+            elif number not in stored:
                 files.failed(receipt_path(self.output, number), "is the receipt of a shard that is not there")
         missing = [number for number in range(manifest.num_shards) if number not in published]
         coverage.passed(manifest.num_shards)
         if missing:
             coverage.failed(
                 self.output,
-                f"{len(missing)} of {manifest.num_shards} shards are missing: {ranges(missing)}; "
+                f"{len(missing)} of {manifest.num_shards} shards are missing: {format_ranges(missing)}; "
                 f"run {self._schema.command} again, it writes these alone",
             )
         return [number for number in range(manifest.num_shards) if number in published]
 
-    def receipt(self, number: int, manifest: ManifestT) -> Receipt | None:
-        """A shard's receipt, if it is whole and the shard has the bytes that it names."""
+    def _verify_receipt(self, number: int, manifest: ManifestT) -> Receipt | None:
+        """Returns a shard's receipt if it is undamaged and the shard has the bytes that it names."""
         check, path = self.checks["receipts"], shard_path(self.output, number)
         check.passed()
         try:
@@ -150,9 +159,9 @@ class OutputVerifier(Generic[ManifestT]):
             check.failed(receipt_path(self.output, number), str(error))
             return None
         self._receipts.append(receipt)
-        return receipt if path.name in self.files and self._bytes_are_right(path, receipt) else None
+        return receipt if path.name in self.files and self._verify_checksum(path, receipt) else None
 
-    def _bytes_are_right(self, path: Location, receipt: Receipt) -> bool:
+    def _verify_checksum(self, path: Location, receipt: Receipt) -> bool:
         check = self.checks["checksums"]
         check.passed()
         try:
@@ -169,15 +178,15 @@ class OutputVerifier(Generic[ManifestT]):
         )
         return False
 
-    def check_shard(
+    def verify_shard(
         self,
         number: int,
         manifest: ManifestT,
         open_shard: Callable[[Location, ManifestT, int], FileT],
-        check_rows: Callable[[FileT, Receipt], None],
+        verify_rows: Callable[[FileT, Receipt], None],
     ) -> None:
-        """Hands a shard with a whole receipt and the bytes that it names to `check_rows`."""
-        receipt = self.receipt(number, manifest)
+        """Checks a shard's receipt and bytes; if both are right, opens it and calls `verify_rows`."""
+        receipt = self._verify_receipt(number, manifest)
         if receipt is None:
             return
         path, columns = shard_path(self.output, number), self.checks["columns"]
@@ -189,15 +198,14 @@ class OutputVerifier(Generic[ManifestT]):
             return
         with contextlib.closing(shard):
             try:
-                check_rows(shard, receipt)
+                verify_rows(shard, receipt)
             except StorageError:
                 raise
-            except Exception as error:
-                # The bytes are what was written, yet reading them fails in a way that the reader does not foresee.
+            except Exception as error:  # noqa: BLE001 - damage behind a matching checksum may raise anything
                 self.checks["pages"].failed(path, f"cannot be read ({type(error).__name__}: {error})")
 
-    def note(self, name: str, path: Location, where: str, problems: Iterable[str], count: int = 1) -> None:
-        """Counts what was looked at, and what was wrong with it."""
+    def add_problems(self, name: str, path: Location, where: str, problems: Iterable[str], count: int = 1) -> None:
+        """Adds `count` checked things and their problems to the check `name`; `where` is their place in the file."""
         check = self.checks[name]
         check.passed(count)
         for problem in problems:

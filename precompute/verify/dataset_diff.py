@@ -1,6 +1,6 @@
-"""`verify-shards --against`: which samples of an output a newer version of its dataset has changed.
+"""Finds the samples of an output that a newer version of its dataset has changed (`verify-shards --against`).
 
-Samples are compared by id, wherever they stand. The scores are not read.
+Samples are compared by id, whatever their positions. The scores are not read.
 """
 
 import json
@@ -23,7 +23,7 @@ from precompute.report import MAX_LISTED
 
 @dataclass(frozen=True)
 class ChangedSample:
-    """A sample that is not what it was: `shard` is None if none holds it, `what` differs of a changed one."""
+    """A sample that was changed, removed or added. `shard` is None if none holds it; `what` names what was changed."""
 
     id: str
     shard: int | None
@@ -32,7 +32,7 @@ class ChangedSample:
 
 @dataclass(frozen=True)
 class DatasetDiff:
-    """An output beside a newer dataset. `num_skipped`: samples that the capture left out, which cannot be compared."""
+    """Differences of an output and a newer dataset; the `num_skipped` samples of the capture are not compared."""
 
     output: str
     dataset: str
@@ -45,15 +45,15 @@ class DatasetDiff:
 
     @property
     def ok(self) -> bool:
-        """Whether every sample that was scored is still the same."""
+        """True if no scored sample was changed or removed."""
         return not (self.changed or self.removed)
 
     def to_json(self) -> str:
-        """The whole comparison, all ids included, as one JSON object."""
+        """Returns the whole comparison, with all ids, as one JSON object."""
         return json.dumps(asdict(self) | {"ok": self.ok}, indent=1)
 
     def render(self) -> RenderableType:
-        """Counts, and the first samples of each kind."""
+        """Returns the counts, and the first samples of each kind."""
         table = Table()
         table.add_column("samples")
         table.add_column("count", justify="right")
@@ -62,7 +62,7 @@ class DatasetDiff:
         for name, found in groups.items():
             table.add_row(name, f"{len(found):,}", style="red" if found and name != "new" else "")
         table.add_row("skipped by choice then", f"{self.num_skipped:,}")
-        lines = [line for name, found in groups.items() for line in _lines(name, found)]
+        lines = [line for name, found in groups.items() for line in _describe_samples(name, found)]
         if self.num_missing_shards:
             lines.append(f"{self.num_missing_shards:,} shards are missing; their samples count as new")
         verdict = (
@@ -74,27 +74,29 @@ class DatasetDiff:
 
 
 def diff_dataset(output: Location, dataset: Location, *, progress: bool = True) -> DatasetDiff:
-    """Compares messages and image paths by sample id; of generated responses the prompts alone.
+    """Compares messages and image paths of samples with one id; where responses were generated, only the prompts.
 
     Raises:
-        DataError: the dataset cannot be read. ShardError: the output is damaged. StorageError: the store refused.
+        DataError: the dataset cannot be read.
+        ShardError: the output is damaged.
+        StorageError: the disk or the store refused.
     """
     manifest = read_manifest(output)
     newer = Dataset.open(dataset, manifest.kind)
     positions = {sample_id: position for position, sample_id in enumerate(newer.ids)}
     receipts = read_receipts(output, manifest)
-    known = {skipped.id for receipt in receipts for skipped in receipt.skipped}
-    num_skipped, num_unchanged = len(known), 0
+    seen_ids = {skipped.id for receipt in receipts for skipped in receipt.skipped}
+    num_skipped, num_unchanged = len(seen_ids), 0
     changed, removed = [], []
     for receipt in tqdm(receipts, desc="comparing", unit=" shards", disable=not progress):
         with closing(ShardFile(shard_path(output, receipt.shard), manifest, receipt.shard)) as shard:
-            for sample_id, paths, conversations in _samples(shard, manifest):
-                if sample_id in known:
+            for sample_id, paths, conversations in _read_samples(shard, manifest):
+                if sample_id in seen_ids:
                     continue
-                known.add(sample_id)
+                seen_ids.add(sample_id)
                 if sample_id not in positions:
                     removed.append(ChangedSample(sample_id, receipt.shard))
-                elif what := _changes(newer, positions[sample_id], paths, conversations, manifest):
+                elif what := _find_changes(newer, positions[sample_id], paths, conversations, manifest):
                     changed.append(ChangedSample(sample_id, receipt.shard, what))
                 else:
                     num_unchanged += 1
@@ -104,7 +106,7 @@ def diff_dataset(output: Location, dataset: Location, *, progress: bool = True) 
         num_unchanged=num_unchanged,
         changed=tuple(changed),
         removed=tuple(removed),
-        new=tuple(ChangedSample(sample_id, None) for sample_id in newer.ids if sample_id not in known),
+        new=tuple(ChangedSample(sample_id, None) for sample_id in newer.ids if sample_id not in seen_ids),
         num_skipped=num_skipped,
         num_missing_shards=manifest.num_shards - len(receipts),
     )
@@ -113,35 +115,36 @@ def diff_dataset(output: Location, dataset: Location, *, progress: bool = True) 
 _Conversations = tuple[tuple[Turn, ...], ...]
 
 
-def _samples(shard: ShardFile, manifest: Manifest) -> Iterator[tuple[str, tuple[str | None, ...], _Conversations]]:
-    """Id in the dataset, image paths and conversations of each row."""
+def _read_samples(shard: ShardFile, manifest: Manifest) -> Iterator[tuple[str, tuple[str | None, ...], _Conversations]]:
+    """Yields the dataset's id, the image paths and the conversations of each row."""
     messages = [shard.read_column(prefix + "messages") for prefix in PREFIXES[manifest.kind]]
     images = shard.read_column("images.list.element.path")
     for sample_id, refs, *sides in zip(shard.read_column("sample_id"), images, *messages, strict=True):
         if manifest.capture.generate is not None:
             sample_id = sample_id.rpartition("#")[0]
-        turns = tuple(tuple(Turn(m["role"], m["content"]) for m in side) for side in sides)
+        turns = tuple(tuple(Turn(message["role"], message["content"]) for message in side) for side in sides)
         yield sample_id, tuple(ref["path"] for ref in refs), turns
 
 
-def _changes(
+def _find_changes(
     newer: Dataset, position: int, paths: tuple[str | None, ...], conversations: _Conversations, manifest: Manifest
 ) -> tuple[str, ...]:
-    """What differs of one sample."""
+    """Returns the names of what differs in one sample."""
     try:
         sample = newer[position]
     except DataError as error:
         return (f"cannot be read now ({error})",)
-    before, now = conversations, sample.conversations
+    stored, new = conversations, sample.conversations
     if manifest.capture.generate is not None:
-        before, now = (tuple(map(without_last_response, turns)) for turns in (before, now))
-    differs = {"messages": before != now, "images": paths != tuple(ref.path for ref in sample.images)}
-    return tuple(name for name, is_other in differs.items() if is_other)
+        stored, new = (tuple(map(without_last_response, turns)) for turns in (stored, new))
+    differs = {"messages": stored != new, "images": paths != tuple(ref.path for ref in sample.images)}
+    return tuple(name for name, is_different in differs.items() if is_different)
 
 
-def _lines(name: str, found: tuple[ChangedSample, ...]) -> Iterator[str]:
-    for each in found[:MAX_LISTED]:
-        place = "" if each.shard is None else f" (shard {each.shard})"
-        yield f"{name}: {each.id!r}{place}" + f": {', '.join(each.what)}" * bool(each.what)
+def _describe_samples(name: str, found: tuple[ChangedSample, ...]) -> Iterator[str]:
+    for sample in found[:MAX_LISTED]:
+        place = "" if sample.shard is None else f" (shard {sample.shard})"
+        changes = f": {', '.join(sample.what)}" if sample.what else ""
+        yield f"{name}: {sample.id!r}{place}{changes}"
     if len(found) > MAX_LISTED:
         yield f"{name}: and {len(found) - MAX_LISTED:,} more"

@@ -1,8 +1,8 @@
-"""`verify-shards` on a feature cache: whether it is whole and what it claims to be. Needs no torch.
+"""Verifies a feature cache, an output of precompute-features (`verify-shards`). Needs no torch.
 
     manifest ─> images.parquet ─> for each shard: receipt ─> SHA-256 ─> columns ─> footer ─> rows ─> coverage
 
-With --dataset: the images are those that it names; with --image-root: their files are still those.
+With --dataset, its images must be those of the cache; with --image-root, their files must be unchanged.
 """
 
 import functools
@@ -28,7 +28,7 @@ from common.shards.manifest import FEATURE_SCHEMA_VERSION, FeatureManifest, Rece
 from common.storage.files import Location
 from precompute.report import Report
 from precompute.verify.base import MEANINGS, OutputVerifier
-from precompute.verify.manifest_checks import manifest_in
+from precompute.verify.manifest_checks import parse_manifest
 
 _MEANINGS = {
     **MEANINGS,
@@ -41,7 +41,7 @@ _MEANINGS = {
     "sources": "image files are those that the features were computed from",
 }
 
-_READERS = 8
+_NUM_READERS = 8
 
 
 def verify_features(
@@ -51,40 +51,42 @@ def verify_features(
     *,
     progress: bool = True,
 ) -> Report:
-    """Checks everything that can be checked without the vision tower.
+    """Checks all that can be checked without the vision tower.
 
-    `dataset` adds a comparison with the images that it names, `image_root` one with the files themselves.
+    With `dataset`, also compares the cached images with those that it names; with `image_root`, with their files.
 
     Raises:
-        StorageError: the store did not give what it holds, so nothing can be said of it.
+        ShardError: there is no output at all.
+        StorageError: the disk or the store refused, so that nothing is known of the output.
     """
     return _FeatureVerifier(output).run(dataset, image_root, progress)
 
 
 class _FeatureVerifier(OutputVerifier[FeatureManifest]):
+    """Checks of one feature cache."""
+
     def __init__(self, output: Location) -> None:
         super().__init__(output, FeatureManifest, _MEANINGS)
         self._images: list[CachedImage] | None = None
 
     def run(self, dataset: Location | None, image_root: Location | None, progress: bool) -> Report:
-        manifest = self.manifest(_manifest_problems)
+        manifest = self.verify_manifest(_manifest_problems)
         if manifest is not None:
-            self._images = self._read_index(manifest)
-            with tqdm(self.shards(manifest), desc="verifying", unit=" shards", disable=not progress) as shown:
+            self._images = self._verify_index(manifest)
+            with tqdm(self.verify_files(manifest), desc="verifying", unit=" shards", disable=not progress) as shown:
                 for number in shown:
-                    self.check_shard(
-                        number, manifest, FeatureFile, functools.partial(self._check_rows, number, manifest)
-                    )
+                    verify_rows = functools.partial(self._verify_rows, number, manifest)
+                    self.verify_shard(number, manifest, FeatureFile, verify_rows)
             if dataset is not None:
-                self._check_dataset(dataset, manifest)
+                self._compare_with_dataset(dataset, manifest)
             if image_root is not None:
-                self._check_images(image_root, progress)
+                self._verify_sources(image_root, progress)
         for name, wanted in (("dataset", dataset), ("sources", image_root)):
             if wanted is None:
                 del self.checks[name]
         return self.report()
 
-    def _read_index(self, manifest: FeatureManifest) -> list[CachedImage] | None:
+    def _verify_index(self, manifest: FeatureManifest) -> list[CachedImage] | None:
         check, path = self.checks["index"], self.output / INDEX_NAME
         check.passed()
         try:
@@ -107,10 +109,10 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
             check.failed(path, f"lists {len(images):,} images, the manifest has {manifest.num_images:,}")
         return images
 
-    def _check_rows(self, number: int, manifest: FeatureManifest, shard: FeatureFile, receipt: Receipt) -> None:
-        self.note("footers", shard.path, "footer", _footer_problems(shard, manifest))
+    def _verify_rows(self, number: int, manifest: FeatureManifest, shard: FeatureFile, receipt: Receipt) -> None:
+        self.add_problems("footers", shard.path, "footer", _footer_problems(shard, manifest))
         expected = manifest.shard_range(number)
-        found = []
+        indices = []
         for group in range(shard.num_groups):
             self.checks["pages"].passed()
             try:
@@ -119,14 +121,14 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
                 self.checks["pages"].failed(shard.path, f"row group {group}: {error}")
                 return
             for row in rows:
-                found.append(row.index)
+                indices.append(row.index)
                 where = f"image {row.index}"
-                self.note("rows", shard.path, where, self._row_problems(row, expected))
-                self.note("features", shard.path, where, _feature_problems(row, manifest))
-        if found != list(expected) or receipt.num_rows != len(found):
+                self.add_problems("rows", shard.path, where, self._row_problems(row, expected))
+                self.add_problems("features", shard.path, where, _feature_problems(row, manifest))
+        if indices != list(expected) or receipt.num_rows != len(indices):
             self.checks["coverage"].failed(
                 shard.path,
-                f"{len(found)} rows, {receipt.num_rows} by the receipt, are not the images {expected.start} to "
+                f"{len(indices)} rows, {receipt.num_rows} by the receipt, are not the images {expected.start} to "
                 f"{expected.stop - 1} in their order",
             )
 
@@ -136,14 +138,14 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
         elif self._images is not None and row.image != self._images[row.index]:
             yield f"is {row.image.sha256} ({row.image.paths[0]}), the list has {self._images[row.index].sha256} there"
 
-    def _check_dataset(self, path: Location, manifest: FeatureManifest) -> None:
+    def _compare_with_dataset(self, path: Location, manifest: FeatureManifest) -> None:
         expected = manifest.dataset
         dataset = self.open_dataset(path, "kd", expected.sha256, expected.num_samples)
         if dataset is None or self._images is None:
             return
         check = self.checks["dataset"]
-        known = {name for image in self._images for name in image.paths}
-        named: dict[str, None] = {}
+        cached_paths = {name for image in self._images for name in image.paths}
+        dataset_paths: dict[str, None] = {}
         for index in range(len(dataset)):
             check.passed()
             try:
@@ -153,22 +155,22 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
                 continue
             for ref in refs:
                 assert ref.path is not None
-                if ref.path not in known:
+                if ref.path not in cached_paths:
                     check.failed(path, f"sample {dataset.ids[index]!r}: its image {ref.path} is not in the cache")
-                named.setdefault(ref.path)
-        for name in sorted(known - named.keys()):
+                dataset_paths.setdefault(ref.path)
+        for name in sorted(cached_paths - dataset_paths.keys()):
             check.failed(self.output / INDEX_NAME, f"has {name}, which no sample of the dataset names")
-        order = {name: place for place, name in enumerate(named)}
-        places = [min(order.get(name, 0) for name in image.paths) for image in self._images]
-        if places != sorted(places):
+        order = {name: position for position, name in enumerate(dataset_paths)}
+        positions = [min(order.get(name, 0) for name in image.paths) for image in self._images]
+        if positions != sorted(positions):
             check.failed(self.output / INDEX_NAME, "is not in the order in which the dataset first names its images")
 
-    def _check_images(self, image_root: Location, progress: bool) -> None:
-        """Every path's file again: two that were the same may have become different ones."""
+    def _verify_sources(self, image_root: Location, progress: bool) -> None:
+        """Reads the file of each path, also of those with one image, because one of them may have been changed."""
         check = self.checks["sources"]
         paths = [(name, image.sha256) for image in self._images or () for name in image.paths]
 
-        def problem_of(item: tuple[str, str]) -> tuple[str, str | None]:
+        def find_problem(item: tuple[str, str]) -> tuple[str, str | None]:
             name, expected = item
             try:
                 found, _ = read_image_and_digest(name, image_root, "images.parquet")
@@ -177,13 +179,10 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
             except DecantError as error:
                 return name, str(error)
             if found != expected:
-                return (
-                    name,
-                    f"{name}: has SHA-256 {found}, features were computed from {expected}",
-                )
+                return name, f"{name}: has SHA-256 {found}, features were computed from {expected}"
             return name, None
 
-        with closing(prefetch_map(problem_of, paths, num_threads=_READERS, ahead=8 * _READERS)) as problems:
+        with closing(prefetch_map(find_problem, paths, num_threads=_NUM_READERS, ahead=8 * _NUM_READERS)) as problems:
             for name, problem in tqdm(problems, "reading", len(paths), unit=" images", disable=not progress):
                 check.passed()
                 if problem is not None:
@@ -191,7 +190,7 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
 
 
 def _manifest_problems(manifest: FeatureManifest) -> Iterator[str]:
-    """Sizes that nothing can have."""
+    """Yields sizes that no cache can have."""
     encoder = manifest.encoder
     sizes = manifest.num_images, manifest.images_per_shard, encoder.tokens_per_image, encoder.num_channels
     if min(sizes) < 1:
@@ -204,9 +203,10 @@ def _footer_problems(shard: FeatureFile, manifest: FeatureManifest) -> Iterator[
     version = shard.footer.get("schema_version")
     if version != str(FEATURE_SCHEMA_VERSION):
         yield f"its footer has schema version {version!r}, expected {FEATURE_SCHEMA_VERSION}"
-    if manifest_in(shard.footer, FeatureManifest) != manifest:
+    if parse_manifest(shard.footer, FeatureManifest) != manifest:
         yield "the manifest in its footer is not that of the output"
-    sizes, each = [shard.group_rows(group) for group in range(shard.num_groups)], manifest.images_per_group
+    sizes = [shard.group_rows(group) for group in range(shard.num_groups)]
+    each = manifest.images_per_group
     if any(size != each for size in sizes[:-1]) or not all(1 <= size <= each for size in sizes):
         yield f"its row groups hold {sizes} images, expected {each} each and at most so many in the last"
 

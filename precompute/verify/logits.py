@@ -1,9 +1,8 @@
-"""`verify-shards`: whether an output is whole and what it claims to be. Needs neither torch nor vLLM.
+"""Verifies an output of precompute-logits (`verify-shards`). Needs neither torch nor vLLM.
 
     manifest ─> for each shard: receipt ─> SHA-256 ─> columns ─> footer ─> pages ─> rows ─> totals and coverage
 
-Nothing that a file holds makes this crash: each finding is a problem in the report, and the walk goes on with
-what can still be read. A file whose bytes changed is not parsed.
+Verification goes on after each problem, with what can still be read.
 """
 
 import functools
@@ -38,78 +37,84 @@ _MEANINGS = {
 
 
 def verify_logits(output: Location, dataset: Location | None = None, *, progress: bool = True) -> Report:
-    """Checks everything that can be checked without the teacher; `dataset` adds a comparison with the source.
+    """Checks all that can be checked without the teacher; with `dataset`, also compares each sample with its source.
 
     Raises:
-        StorageError: the store did not give what it holds, so nothing can be said of it.
+        ShardError: there is no output at all.
+        StorageError: the disk or the store refused, so that nothing is known of the output.
     """
     return _LogitsVerifier(output).run(dataset, progress)
 
 
 class _LogitsVerifier(OutputVerifier[Manifest]):
-    """One walk over an output, collecting what is wrong."""
+    """Checks of one output with scores."""
 
     def __init__(self, output: Location) -> None:
         super().__init__(output, Manifest, _MEANINGS)
         self._dataset: Dataset | None = None
         self._seen_ids: set[str] = set()
         self._last_index = -1
-        # Of the rows of one sample, where the teacher wrote several responses to it.
-        self._number = 0
-        # Shards with rows, by the id of their image token.
+        # Position of the last row among the rows of its sample, which has several if the teacher wrote responses.
+        self._response_number = 0
+        # Shards that have rows, by the id of their image token.
         self._image_tokens: dict[int | None, list[Location]] = {}
 
     def run(self, dataset: Location | None, progress: bool) -> Report:
-        manifest = self.manifest(manifest_problems)
+        manifest = self.verify_manifest(manifest_problems)
         if manifest is not None:
             if dataset is not None:
                 expected = manifest.dataset
                 self._dataset = self.open_dataset(dataset, manifest.kind, expected.sha256, expected.num_samples)
-            with tqdm(self.shards(manifest), desc="verifying", unit=" shards", disable=not progress) as shown:
+            with tqdm(self.verify_files(manifest), desc="verifying", unit=" shards", disable=not progress) as shown:
                 for number in shown:
-                    check_rows = functools.partial(self._check_rows, number, manifest)
-                    self.check_shard(number, manifest, ShardFile, check_rows)
-            self._check_image_tokens()
+                    verify_rows = functools.partial(self._verify_rows, number, manifest)
+                    self.verify_shard(number, manifest, ShardFile, verify_rows)
+            self._compare_image_tokens()
         if dataset is None:
             del self.checks["dataset"]
         return self.report()
 
-    def _check_image_tokens(self) -> None:
-        """The shards of one tokenizer have one; those that differ from most are taken to be wrong."""
-        most = max(map(len, self._image_tokens.values()), default=0)
-        usual = next((token for token, shards in self._image_tokens.items() if len(shards) == most), None)
+    def _compare_image_tokens(self) -> None:
+        """Finds shards whose image token is not that of most shards, because one tokenizer has one image token."""
+        if not self._image_tokens:
+            return
+        usual = max(self._image_tokens, key=lambda token: len(self._image_tokens[token]))
         for token, shards in self._image_tokens.items():
             for path in shards if token != usual else ():
                 self.checks["footers"].failed(path, f"its image token is {token}, in most shards it is {usual}")
 
-    def _check_rows(self, number: int, manifest: Manifest, shard: ShardFile, receipt: Receipt) -> None:
-        self.note("footers", shard.path, "footer", footer_problems(shard, manifest))
+    def _verify_rows(self, number: int, manifest: Manifest, shard: ShardFile, receipt: Receipt) -> None:
+        self.add_problems("footers", shard.path, "footer", footer_problems(shard, manifest))
         if shard.num_rows:
             self._image_tokens.setdefault(shard.image_token_id, []).append(shard.path)
         indices: list[int] = []
         num_tokens = 0
         self._last_index = manifest.shard_range(number).start - 1
         sums = [iter(shard.read_column(prefix + "logprob_sum")) for prefix in PREFIXES[manifest.kind]]
-        for row in self._rows(shard):
+        for row in self._read_rows(shard):
             indices.append(row.index)
             where = f"row {row.index} ({row.sample.id!r})"
-            self._check_order(row, where, shard.path, manifest, manifest.shard_range(number))
-            self.note("messages", shard.path, where, message_problems(row, manifest))
-            self.note("images", shard.path, where, image_problems(row, manifest), len(row.sample.images))
-            self._check_against_dataset(row, where, shard.path, manifest)
+            self._verify_order(row, where, shard.path, manifest, manifest.shard_range(number))
+            self.add_problems("messages", shard.path, where, message_problems(row, manifest))
+            self.add_problems("images", shard.path, where, image_problems(row, manifest), len(row.sample.images))
+            self._compare_with_dataset(row, where, shard.path, manifest)
             for scored, column in zip(row.conversations, sums, strict=True):
                 total = next(column)
                 num_tokens += scored.scores.num_rows
-                wrong = list(token_problems(scored.encoded, len(row.sample.images), manifest))
-                self.note("tokens", shard.path, where, wrong)
-                self.note("kept", shard.path, where, kept_problems(scored.scores, manifest), scored.scores.ids.size)
-                self.note("mass", shard.path, where, mass_problems(scored.scores, manifest), scored.scores.num_rows)
-                if not wrong:
+                bad_tokens = list(token_problems(scored.encoded, len(row.sample.images), manifest))
+                self.add_problems("tokens", shard.path, where, bad_tokens)
+                self.add_problems(
+                    "kept", shard.path, where, kept_problems(scored.scores, manifest), scored.scores.ids.size
+                )
+                self.add_problems(
+                    "mass", shard.path, where, mass_problems(scored.scores, manifest), scored.scores.num_rows
+                )
+                if not bad_tokens:
                     problems = own_problems(scored.encoded, scored.scores, total, manifest)
-                    self.note("own", shard.path, where, problems, scored.scores.num_rows)
-        self._check_coverage(shard, receipt, indices, num_tokens, manifest)
+                    self.add_problems("own", shard.path, where, problems, scored.scores.num_rows)
+        self._verify_coverage(shard, receipt, indices, num_tokens, manifest)
 
-    def _rows(self, shard: ShardFile) -> Iterator[ShardRow]:
+    def _read_rows(self, shard: ShardFile) -> Iterator[ShardRow]:
         check = self.checks["pages"]
         for group in range(shard.num_groups):
             check.passed()
@@ -117,27 +122,27 @@ class _LogitsVerifier(OutputVerifier[Manifest]):
                 rows = shard.read_group(group)
             except ShardError as error:
                 check.failed(shard.path, f"row group {group}: {error}")
-                # The rows after a gap cannot be told from their columns read elsewhere.
+                # Columns that are read for the whole shard no longer match the rows after a gap.
                 return
             yield from rows
 
-    def _check_order(self, row: ShardRow, where: str, path: Location, manifest: Manifest, expected: range) -> None:
+    def _verify_order(self, row: ShardRow, where: str, path: Location, manifest: Manifest, expected: range) -> None:
         check = self.checks["order"]
         check.passed()
         if row.index not in expected:
             check.failed(path, f"{where}: this shard holds rows {expected.start} to {expected.stop - 1}")
         generated = manifest.capture.generate is not None
-        self._number = self._number + 1 if row.index == self._last_index else 0
+        self._response_number = self._response_number + 1 if row.index == self._last_index else 0
         if row.index < self._last_index or (row.index == self._last_index and not generated):
             check.failed(path, f"{where}: comes after row {self._last_index}")
-        if generated and not row.sample.id.endswith(f"#{self._number}"):
-            check.failed(path, f"{where}: is response {self._number} to its sample, so its id should end so")
+        if generated and not row.sample.id.endswith(f"#{self._response_number}"):
+            check.failed(path, f"{where}: is response {self._response_number} to its sample, so its id should end so")
         if row.sample.id in self._seen_ids:
             check.failed(path, f"{where}: its id occurs twice")
         self._last_index = row.index
         self._seen_ids.add(row.sample.id)
 
-    def _check_against_dataset(self, row: ShardRow, where: str, path: Location, manifest: Manifest) -> None:
+    def _compare_with_dataset(self, row: ShardRow, where: str, path: Location, manifest: Manifest) -> None:
         if self._dataset is None:
             return
         check = self.checks["dataset"]
@@ -150,27 +155,28 @@ class _LogitsVerifier(OutputVerifier[Manifest]):
         except DataError as error:
             check.failed(path, f"{where}: {error}")
             return
-        # Where shards hold image files, the dataset still has their paths alone.
+        # The dataset names images by their paths, also where shards hold the files.
         found = replace(row.sample, images=tuple(ImageRef(ref.path) for ref in row.sample.images))
         if manifest.capture.generate is not None:
-            sample = _without_response(replace(sample, id=f"{sample.id}#{self._number}"))
-            found = _without_response(found)
+            sample = _without_last_response(replace(sample, id=f"{sample.id}#{self._response_number}"))
+            found = _without_last_response(found)
         for name in ("id", "conversations", "images"):
             if getattr(sample, name) != getattr(found, name):
                 check.failed(path, f"{where}: its {name} differ from those of {sample.id!r} in the dataset")
 
-    def _check_coverage(
+    def _verify_coverage(
         self, shard: ShardFile, receipt: Receipt, indices: list[int], num_tokens: int, manifest: Manifest
     ) -> None:
         coverage, expected = self.checks["coverage"], manifest.shard_range(receipt.shard)
         generate = manifest.capture.generate
         rows_each = 1 if generate is None else generate.num_samples
-        left_out = [skipped.index for skipped in receipt.skipped]
-        if sorted([*indices, *left_out * rows_each]) != sorted([*expected] * rows_each):
+        skipped_indices = [skipped.index for skipped in receipt.skipped]
+        if sorted([*indices, *skipped_indices * rows_each]) != sorted([*expected] * rows_each):
+            suffix = "" if rows_each == 1 else f", {rows_each} rows each"
             coverage.failed(
                 shard.path,
-                f"{len(indices)} rows and {len(left_out)} skipped samples do not make up the samples "
-                f"{expected.start} to {expected.stop - 1}" + f", {rows_each} rows each" * (rows_each > 1),
+                f"{len(indices)} rows and {len(skipped_indices)} skipped samples do not make up the samples "
+                f"{expected.start} to {expected.stop - 1}{suffix}",
             )
         if (len(indices), num_tokens) != (receipt.num_rows, receipt.num_scored_tokens):
             coverage.failed(
@@ -193,6 +199,6 @@ class _LogitsVerifier(OutputVerifier[Manifest]):
                     )
 
 
-def _without_response(sample: Sample) -> Sample:
-    """The sample with its prompts alone."""
+def _without_last_response(sample: Sample) -> Sample:
+    """Returns the sample without the responses that it ends with."""
     return replace(sample, conversations=tuple(map(without_last_response, sample.conversations)))

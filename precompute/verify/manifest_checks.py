@@ -1,4 +1,4 @@
-"""What an output says made it: manifest.json, and the copy of it in each shard's footer."""
+"""Checks of an output's provenance: manifest.json, and the copy of it in each shard's footer."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ ManifestT = TypeVar("ManifestT", bound=ShardedManifest)
 
 
 def manifest_problems(manifest: Manifest) -> Iterator[str]:
-    """Sizes that nothing can have, settings that exclude each other."""
+    """Yields sizes that no output can have, and settings that exclude each other."""
     capture, generate, vocab_size = manifest.capture, manifest.capture.generate, manifest.tokenizer.vocab_size
     if manifest.samples_per_shard < 1 or manifest.dataset.num_samples < 1:
         yield "has no samples, or shards of none"
@@ -50,14 +50,15 @@ def manifest_problems(manifest: Manifest) -> Iterator[str]:
 
 
 def footer_problems(shard: ShardFile, manifest: Manifest) -> Iterator[str]:
-    """The version, the copy of the manifest, the image token, and row groups of the size by which rows are found.
+    """Yields problems of a shard's schema version, copy of the manifest, image token, and sizes of row groups.
 
-    The digest, the number and the token classes are checked when a shard is opened.
+    Readers find rows by the size of row groups. The digest, the number and the token classes are checked when a shard
+    is opened.
     """
     version, image_token_id = shard.footer.get("schema_version"), shard.image_token_id
     if version != str(SCHEMA_VERSION):
         yield f"its footer has schema version {version!r}, expected {SCHEMA_VERSION}"
-    if manifest_in(shard.footer, Manifest) != manifest:
+    if parse_manifest(shard.footer, Manifest) != manifest:
         yield "the manifest in its footer is not that of the output"
     if image_token_id is not None and not 0 <= image_token_id < manifest.tokenizer.vocab_size:
         yield f"its image token is {image_token_id}, the tokenizer has {manifest.tokenizer.vocab_size}"
@@ -66,16 +67,16 @@ def footer_problems(shard: ShardFile, manifest: Manifest) -> Iterator[str]:
         yield f"its row groups hold {sizes} rows, expected {ROWS_PER_GROUP} each and at most so many in the last"
 
 
-def manifest_of_shards(output: Location, schema: type[ManifestT]) -> ManifestT:
-    """The manifest as it stands in the shards: all footers that can be read agree on it, and all receipts name it.
+def restore_manifest(output: Location, schema: type[ManifestT]) -> ManifestT:
+    """Returns the manifest on which all readable footers agree and whose digest all readable receipts have.
 
     Raises:
-        ShardError: no shard can be read, or they do not agree. StorageError: the store did not give them.
+        ShardError: no shard can be read, or they do not agree. StorageError: the disk or the store refused.
     """
     numbers = published_shards(output)
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        manifests = [found for found in pool.map(lambda number: _in_footer(output, number, schema), numbers) if found]
-        digests = {found for found in pool.map(lambda number: _in_receipt(output, number), numbers) if found}
+        manifests = list(filter(None, pool.map(lambda n: _read_footer_manifest(output, n, schema), numbers)))
+        digests = set(filter(None, pool.map(lambda n: _read_manifest_digest(output, n), numbers)))
     different = digests | {manifest.sha256 for manifest in manifests}
     if not manifests:
         raise ShardError(f"{output}: none of {len(numbers)} shards with a receipt has a readable copy of the manifest")
@@ -87,14 +88,16 @@ def manifest_of_shards(output: Location, schema: type[ManifestT]) -> ManifestT:
     return manifests[0]
 
 
-def _in_footer(output: Location, number: int, schema: type[ManifestT]) -> ManifestT | None:
+def _read_footer_manifest(output: Location, number: int, schema: type[ManifestT]) -> ManifestT | None:
+    """Returns the manifest in a shard's footer, None if there is none that can be read."""
     try:
-        return manifest_in(read_footer(shard_path(output, number)), schema)
+        return parse_manifest(read_footer(shard_path(output, number)), schema)
     except ShardError:
         return None
 
 
-def _in_receipt(output: Location, number: int) -> str | None:
+def _read_manifest_digest(output: Location, number: int) -> str | None:
+    """Returns the manifest's digest in a shard's receipt, None if the receipt cannot be read."""
     try:
         return read_with_digest(receipt_path(output, number), Receipt).manifest_sha256
     except StorageError:
@@ -103,8 +106,8 @@ def _in_receipt(output: Location, number: int) -> str | None:
         return None
 
 
-def manifest_in(footer: dict[str, str], schema: type[ManifestT]) -> ManifestT | None:
-    """The manifest in a shard's footer; None unless it is what the digest beside it stands for."""
+def parse_manifest(footer: dict[str, str], schema: type[ManifestT]) -> ManifestT | None:
+    """Returns the manifest in a shard's footer; None unless it has the digest that is stored beside it."""
     try:
         manifest = schema.model_validate_json(footer.get("manifest", ""))
     except ValueError:

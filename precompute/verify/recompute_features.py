@@ -1,4 +1,4 @@
-"""`verify-shards --recompute` on a feature cache: random images through the vision tower again.
+"""Recomputes the features of random images with the vision tower (`verify-shards --recompute` on a feature cache).
 
 Legend: P tokens that the tower gives an image, D channels.
 
@@ -6,7 +6,6 @@ The difference of an image is |stored - recomputed| / |recomputed|, Euclidean no
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,14 +22,14 @@ from common.shards.feature_shard import FeatureCache
 from common.storage.files import Location
 from precompute.features.vision_tower import VisionTower, single_threaded_torch
 
-# Another device rounds otherwise in each of dozens of bfloat16 layers; q8 adds its codes' rounding. Features of
-# another image, or of another tower, differ by about 1.
+# Devices round differently in each of dozens of bfloat16 layers, and q8 adds the rounding of its codes. Features of
+# another image or another tower differ by about 1.
 TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class RecomputedFeatures:
-    """Stored against recomputed features. `num_exact` images have the very same values."""
+    """Comparison of stored with recomputed features. All values of `num_exact` images are equal."""
 
     num_images: int
     num_exact: int
@@ -41,15 +40,15 @@ class RecomputedFeatures:
 
     @property
     def ok(self) -> bool:
-        """Whether no image is off by more than the tolerance (or is not a number)."""
+        """True if no difference exceeds the tolerance or is not a number."""
         return self.max_difference <= self.tolerance
 
     def to_json(self) -> str:
-        """The result as one JSON object."""
+        """Returns the result as one JSON object."""
         return json.dumps(asdict(self) | {"ok": self.ok}, indent=1)
 
     def render(self) -> RenderableType:
-        """The result as a table."""
+        """Returns the result as a table."""
         table = Table(title=f"{self.num_images} images through the vision tower again", title_justify="left")
         table.add_column("measure")
         table.add_column("found", justify="right")
@@ -61,7 +60,7 @@ class RecomputedFeatures:
         return table
 
 
-def recompute_features(
+def recompute_features(  # noqa: PLR0913 - its arguments are the options of verify-shards --recompute
     output: Location,
     model_dir: Path,
     num_images: int,
@@ -70,11 +69,12 @@ def recompute_features(
     seed: int = 0,
     progress: bool = True,
 ) -> RecomputedFeatures:
-    """Computes `num_images` random images again, one at a time.
+    """Computes the features of `num_images` random images, one at a time, and compares them with the stored ones.
 
     Raises:
-        ProvenanceError: `model_dir` has another vision tower, or treats images otherwise.
-        ShardError: the cache is damaged. DataError: an image is not there any more, or was changed.
+        ProvenanceError: `model_dir` has another vision tower, or processes images differently.
+        ShardError: the cache is damaged.
+        DataError: an image is gone or was changed.
     """
     cache = FeatureCache(output)
     aspect_ratio = cache.manifest.encoder.aspect_ratio
@@ -83,12 +83,9 @@ def recompute_features(
     assert spec is not None
     chosen = np.random.default_rng(seed).choice(len(cache), min(num_images, len(cache)), replace=False)
     found: list[tuple[float, bool, str]] = []
-
-    def images() -> Iterator[int]:
-        yield from tqdm(np.sort(chosen).tolist(), desc="recomputing", unit=" images", disable=not progress)
-
+    indices = np.sort(chosen).tolist()
     with single_threaded_torch():
-        for index in images():
+        for index in tqdm(indices, desc="recomputing", unit=" images", disable=not progress):
             image = cache.images[index]
             path = image.paths[0]
             digest, data = read_image_and_digest(path, image_root, str(output))
@@ -97,9 +94,9 @@ def recompute_features(
             opened = load_image(ImageRef(path, data), image_root, aspect_ratio, spec.mean_rgb, str(output))
             group = cache.group_of(index)
             stored_PD = cache.read(group)[index - group.start]
-            again_PD = tower.features(tower.pixels([opened]))[0]
-            difference = float(np.linalg.norm(stored_PD - again_PD) / np.linalg.norm(again_PD))
-            found.append((difference, bool((stored_PD == again_PD).all()), path))
+            recomputed_PD = tower.features(tower.pixels([opened]))[0]
+            difference = float(np.linalg.norm(stored_PD - recomputed_PD) / np.linalg.norm(recomputed_PD))
+            found.append((difference, bool((stored_PD == recomputed_PD).all()), path))
     worst = max(found, key=lambda entry: np.nan_to_num(entry[0], nan=np.inf))
     return RecomputedFeatures(
         num_images=len(found),

@@ -1,9 +1,9 @@
-"""`verify-shards --recompute`: random rows scored again by another program, transformers in float32.
+"""Scores random rows with transformers in float32 and compares (`verify-shards --recompute`).
 
 Legend: R scored tokens, K kept entries, V the model's vocabulary, T' expanded sequence.
 
-The comparison is p, the stored distribution, with q, the recomputed one, over the kept entries and one bucket for
-the rest: KL(p || q) = sum_k p_k (ln p_k - ln q_k) + p_rest (ln p_rest - ln q_rest).
+The stored distribution p is compared with the recomputed one q over the kept entries and one bucket for the rest:
+KL(p || q) = sum_k p_k (ln p_k - ln q_k) + p_rest (ln p_rest - ln q_rest).
 """
 
 import json
@@ -30,19 +30,18 @@ from common.shards.scores import TeacherScores
 from common.storage.files import Location, parse_location, read_bytes
 from precompute.fingerprints import teacher_identity
 
-# Largest difference in nats, of own log-probs and of KL, by the dtype in which the engine computed. Half precision
-# logits near 20 are themselves rounded by up to 0.06, and layers add their own rounding; float32 engines differ in
-# the order of their sums alone.
+# Maximum difference in nats, of own log-probs and of KL, by the engine's dtype. Half precision logits near 20 are
+# rounded by up to 0.06, and each layer adds its rounding. float32 engines differ only in the order of their sums.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.25}
 
-# A root that is off by half a step adds up to this many squared steps to a row's KL, for each entry that it keeps:
-# p ln(p / q) - p + q is largest, 0.57 squared steps, where a root of 1.5 steps is stored as 1.
+# A kept entry whose square root is rounded by half a step adds up to this many squared steps to its row's KL:
+# p ln(p / q) - p + q has its maximum of 0.57 squared steps where a root of 1.5 steps is stored as 1.
 _STEPS_OF_KL = 0.6
 
 
 @dataclass(frozen=True)
 class RecomputedLogits:
-    """Stored against recomputed scores. KL and top-1 agreement are None for an output that keeps no best entries."""
+    """Comparison of stored with recomputed scores; KL and top-1 agreement are None where no best entries are kept."""
 
     num_rows: int
     num_scored_tokens: int
@@ -56,15 +55,15 @@ class RecomputedLogits:
 
     @property
     def ok(self) -> bool:
-        """Whether no own log-prob and no KL is off by more than its tolerance (or is not a number)."""
+        """True if no own log-prob and no KL exceeds its tolerance or is not a number."""
         return self.max_own_difference <= self.tolerance and (self.max_kl is None or self.max_kl <= self.kl_tolerance)
 
     def to_json(self) -> str:
-        """The result as one JSON object."""
+        """Returns the result as one JSON object."""
         return json.dumps(asdict(self) | {"ok": self.ok}, indent=1)
 
     def render(self) -> RenderableType:
-        """The result as a table."""
+        """Returns the result as a table."""
         table = Table(
             title=f"{self.num_rows} rows, {self.num_scored_tokens:,} tokens scored again in float32",
             title_justify="left",
@@ -87,7 +86,7 @@ class RecomputedLogits:
         return table
 
 
-def recompute_logits(
+def recompute_logits(  # noqa: PLR0913 - its arguments are the options of verify-shards --recompute
     output: Location,
     teacher_dir: Path,
     num_rows: int,
@@ -96,11 +95,14 @@ def recompute_logits(
     seed: int = 0,
     progress: bool = True,
 ) -> RecomputedLogits:
-    """Scores `num_rows` random rows again. `image_root` defaults to the one in the output's config.json.
+    """Scores `num_rows` random rows and compares with the stored scores.
+
+    `image_root` defaults to the one in the output's config.json.
 
     Raises:
         ProvenanceError: `teacher_dir` is not the teacher of this output, or processes images differently.
-        ShardError: the output is damaged. DataError: an image is not there any more.
+        ShardError: the output is damaged.
+        DataError: an image is gone.
     """
     manifest = read_manifest(output)
     teacher = teacher_identity(teacher_dir)
@@ -109,42 +111,42 @@ def recompute_logits(
             f"{teacher_dir}: is not the teacher of {output}\n" + "\n".join(f"  {line}" for line in differences)
         )
     reference = ReferenceTeacher(teacher_dir, manifest, image_root or _configured_image_root(output))
-    own, kl, agree = [], [], []
-    chosen = _random_rows(output, manifest, num_rows, seed)
-    count = 0
+    own_differences, kl, is_top1 = [], [], []
+    chosen = _draw_rows(output, manifest, num_rows, seed)
+    num_compared = 0
     for row in tqdm(chosen, total=num_rows, desc="recomputing", unit=" rows", disable=not progress):
-        count += 1
+        num_compared += 1
         for stored, logprobs_RV in zip(row.conversations, reference.logprobs(row), strict=True):
             ids_R = stored.encoded.response_ids
-            own.append(np.abs(stored.scores.own_logprobs - logprobs_RV[np.arange(len(ids_R)), ids_R]))
+            own_differences.append(np.abs(stored.scores.own_logprobs - logprobs_RV[np.arange(len(ids_R)), ids_R]))
             if manifest.capture.top_k:
                 kl.append(bucketed_kl(stored.scores, logprobs_RV))
                 best_R = logprobs_RV[:, : manifest.tokenizer.vocab_size].argmax(axis=1)
-                agree.append(stored.scores.topk()[0][:, 0] == best_R)
-    if not own:
+                is_top1.append(stored.scores.topk()[0][:, 0] == best_R)
+    if not own_differences:
         raise DataError(f"{output}: holds no rows to score again")
-    own_R = np.concatenate(own).astype(np.float64)
+    own_R = np.concatenate(own_differences).astype(np.float64)
     return RecomputedLogits(
-        num_rows=count,
+        num_rows=num_compared,
         num_scored_tokens=len(own_R),
         mean_kl=float(np.concatenate(kl).mean()) if kl else None,
         max_kl=float(np.concatenate(kl).max()) if kl else None,
-        top1_agreement=float(np.concatenate(agree).mean()) if agree else None,
+        top1_agreement=float(np.concatenate(is_top1).mean()) if is_top1 else None,
         mean_own_difference=float(own_R.mean()),
         max_own_difference=float(own_R.max()),
         tolerance=TOLERANCE[manifest.engine.dtype],
-        kl_tolerance=TOLERANCE[manifest.engine.dtype] + _codec_kl(manifest),
+        kl_tolerance=TOLERANCE[manifest.engine.dtype] + _max_rounding_kl(manifest),
     )
 
 
-def _codec_kl(manifest: Manifest) -> float:
-    """KL that storing a row's log-probs may add, nats."""
+def _max_rounding_kl(manifest: Manifest) -> float:
+    """Returns the KL in nats that rounding a row's log-probs may add."""
     levels = manifest.capture.coding.levels
     return _STEPS_OF_KL * manifest.capture.top_k / levels**2 if levels else 0.0
 
 
 class ReferenceTeacher:
-    """A teacher in transformers, float32, on a GPU if there is one."""
+    """The teacher in transformers, in float32, on a GPU if there is one."""
 
     def __init__(self, model_dir: Path, manifest: Manifest, image_root: Location | None) -> None:
         self._manifest = manifest
@@ -166,7 +168,7 @@ class ReferenceTeacher:
 
     @torch.inference_mode()
     def logprobs(self, row: ShardRow) -> Iterator[npt.NDArray[np.float32]]:
-        """For each conversation of `row`, float32 [R, V]: the distribution each scored token is drawn from."""
+        """Yields float32 [R, V] for each conversation of `row`: the distribution from which a scored token is drawn."""
         inputs: dict[str, Any] = {}
         if row.sample.images:
             assert self._spec is not None
@@ -189,37 +191,40 @@ class ReferenceTeacher:
 
 
 def bucketed_kl(scores: TeacherScores, logprobs_RV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """KL(stored || recomputed) of each row over the kept entries and the rest, float64 [R], in nats."""
+    """Returns KL(stored || recomputed) of each row over the kept entries and the rest, float64 [R], in nats."""
     ids_RK, kept_RK = scores.topk()
     p_RK = np.exp(kept_RK.astype(np.float64))
     log_q_RK = np.take_along_axis(logprobs_RV, ids_RK, axis=1).astype(np.float64)
-    used = p_RK > 0
-    terms = p_RK * (np.where(used, kept_RK, 0.0) - np.where(used, log_q_RK, 0.0))
-    q_rest_R = np.maximum(1.0 - np.where(used, np.exp(log_q_RK), 0.0).sum(axis=1), 1e-12)
+    is_used_RK = p_RK > 0
+    terms_RK = p_RK * (np.where(is_used_RK, kept_RK, 0.0) - np.where(is_used_RK, log_q_RK, 0.0))
+    q_rest_R = np.maximum(1.0 - np.where(is_used_RK, np.exp(log_q_RK), 0.0).sum(axis=1), 1e-12)
     p_rest_R = scores.rest_mass.astype(np.float64)
-    rest_R = p_rest_R * np.log(np.maximum(p_rest_R, 1e-12) / q_rest_R)
-    return np.asarray(terms.sum(axis=1) + rest_R)
+    rest_terms_R = p_rest_R * np.log(np.maximum(p_rest_R, 1e-12) / q_rest_R)
+    return np.asarray(terms_RK.sum(axis=1) + rest_terms_R)
 
 
-def _random_rows(output: Location, manifest: Manifest, num_rows: int, seed: int) -> Iterator[ShardRow]:
-    """Rows drawn without repetition from all complete shards, in the order in which they are stored."""
+def _draw_rows(output: Location, manifest: Manifest, num_rows: int, seed: int) -> Iterator[ShardRow]:
+    """Yields rows drawn without repetition from all published shards, in the order in which they are stored."""
     numbers = published_shards(output)
     starts = np.cumsum([0, *(read_receipt(output, number, manifest).num_rows for number in numbers)])
     total = int(starts[-1])
     picks = np.sort(np.random.default_rng(seed).choice(total, min(num_rows, total), replace=False))
     for number, start, stop in zip(numbers, starts[:-1], starts[1:], strict=True):
-        inside = picks[(picks >= start) & (picks < stop)] - start
-        if not len(inside):
+        picks_in_shard = picks[(picks >= start) & (picks < stop)] - start
+        if not len(picks_in_shard):
             continue
         shard = ShardFile(shard_path(output, number), manifest, number)
         edges = np.cumsum([0, *(shard.group_rows(group) for group in range(shard.num_groups))]).tolist()
-        for group in sorted({bisect_right(edges, int(pick)) - 1 for pick in inside}):
+        for group in sorted({bisect_right(edges, int(pick)) - 1 for pick in picks_in_shard}):
             rows = shard.read_group(group)
-            yield from (rows[pick - edges[group]] for pick in inside.tolist() if 0 <= pick - edges[group] < len(rows))
+            yield from (
+                rows[pick - edges[group]] for pick in picks_in_shard.tolist() if 0 <= pick - edges[group] < len(rows)
+            )
         shard.close()
 
 
 def _configured_image_root(output: Location) -> Location | None:
+    """Returns the image root in the output's config.json, None if there is none."""
     try:
         root = json.loads(read_bytes(output / "config.json"))["config"]["image_root"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,10 +1,10 @@
-"""`verify-shards --repair`: what is broken is moved aside, so that a rerun of the command that wrote it fills the gap.
+"""Moves what is broken aside, so that a rerun of the command that wrote it fills the gap (`verify-shards --repair`).
 
     Report ─> manifest.json, restored from the shards ─> both files of each broken shard ─> OUTPUT/broken/<UTC time>/
                                                          images.parquet of a feature cache
 
-Nothing is deleted. A receipt is moved before its shard: whatever stops this half way leaves a shard without a receipt,
-which does not exist to readers and is written again.
+Nothing is deleted. A receipt is moved before its shard, so that an interrupted repair leaves a shard without a receipt,
+which readers ignore and a rerun replaces.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ from common.shards.manifest import (
     write_with_digest,
 )
 from common.storage.files import Location, directory_lock, list_files, move
-from precompute.report import Report, ranges
+from precompute.report import Report, format_ranges
 
-# Their problems are of an output or of its source: no shard is moved for them.
-_OF_NO_SHARD = frozenset({"manifest", "dataset", "sources"})
+# Checks of the whole output or of its source, for whose problems no shard is moved.
+_CHECKS_WITHOUT_SHARD = frozenset({"manifest", "dataset", "sources"})
 
 
 @dataclass(frozen=True)
 class RepairResult:
-    """What was done. `moved` has file names, now in `destination`; `missing` the shards that a rerun is to write.
+    """Result of a repair: `moved` files are now in `destination`, `missing` shards are left for a rerun of `command`.
 
-    `command` is what writes them. `refusal` says why nothing could be done, if so.
+    `refusal` says why nothing could be done; None if it was.
     """
 
     output: Location
@@ -51,30 +51,30 @@ class RepairResult:
 
     @property
     def ok(self) -> bool:
-        """Whether there is nothing left to do, and was nothing to do."""
+        """True if nothing had to be done and nothing is left to do."""
         return not (self.moved or self.restored or self.missing or self.notes or self.refusal)
 
     def to_json(self) -> str:
-        """The result as one JSON object."""
+        """Returns the result as one JSON object."""
         place = None if self.destination is None else str(self.destination)
         return json.dumps({**vars(self), "output": str(self.output), "destination": place, "ok": self.ok}, indent=1)
 
     def render(self) -> RenderableType:
-        """What was moved, and what to run next."""
+        """Returns what was moved, and what to run next."""
         lines = []
         if self.refusal:
             lines.append(Text(f"not repaired: {self.refusal}", style="bold red"))
         if self.moved:
             numbers = sorted({number for name in self.moved if (number := shard_number(name)) is not None})
             others = [name for name in self.moved if shard_number(name) is None]
-            what = [f"shards {ranges(numbers)}"] * bool(numbers) + others
+            what = [f"shards {format_ranges(numbers)}", *others] if numbers else others
             lines.append(Text(f"moved {' and '.join(what)} ({len(self.moved)} files) to {self.destination}"))
         if self.restored:
             lines.append(Text(f"{MANIFEST_NAME} was restored from the shards"))
         lines += [Text(note) for note in self.notes]
         if self.missing or INDEX_NAME in self.moved:
             options = " --config FILE" if self.command == Manifest.command else ""
-            what_next = f"shards {ranges(self.missing)} and no others" if self.missing else INDEX_NAME
+            what_next = f"shards {format_ranges(self.missing)} and no others" if self.missing else INDEX_NAME
             lines.append(
                 Text(f"run the same {self.command} again (decant {self.command}{options}): it writes {what_next}")
             )
@@ -82,9 +82,9 @@ class RepairResult:
 
 
 def repair_output(report: Report) -> RepairResult:
-    """Moves aside what `report` found broken of the output, and restores its manifest.
+    """Moves aside the files that `report` found broken, and restores the manifest.
 
-    A shard whose files are not those that the report looked at is left alone: another process works on it.
+    A shard whose files have changed since verification began is left alone, because another process is writing it.
 
     Raises:
         StorageError: a file could not be moved; the same command may be run again.
@@ -94,7 +94,7 @@ def repair_output(report: Report) -> RepairResult:
     if broken_manifest and report.restored is None:
         refusal = f"{MANIFEST_NAME} is broken and cannot be restored from the shards (see above); nothing was moved"
         return RepairResult(output, None, (), False, (), (), refusal, report.schema.command)
-    names = {name for check in report.checks if check.name not in _OF_NO_SHARD for name in check.files}
+    names = {name for check in report.checks if check.name not in _CHECKS_WITHOUT_SHARD for name in check.files}
     numbers = sorted({number for name in names if (number := shard_number(name)) is not None})
     notes = [
         f"the problems of the check {check.name!r} are not the damage of a shard: nothing was moved for them"
@@ -103,26 +103,27 @@ def repair_output(report: Report) -> RepairResult:
     ]
     moved: list[str] = []
     with directory_lock(output) if numbers or INDEX_NAME in names or broken_manifest else contextlib.nullcontext():
-        destination = _unused(output / "broken")
-        now = list_files(output)
+        destination = _find_new_directory(output / "broken")
+        current_files = list_files(output)
+
+        def move_aside(path: Location) -> None:
+            if path.name in current_files:
+                move(path, destination / path.name)
+                moved.append(path.name)
+
         if broken_manifest:
             assert report.restored is not None
-            if MANIFEST_NAME in now:
-                move(output / MANIFEST_NAME, destination / MANIFEST_NAME)
-                moved.append(MANIFEST_NAME)
+            move_aside(output / MANIFEST_NAME)
             write_with_digest(output / MANIFEST_NAME, report.restored)
-        if INDEX_NAME in names and INDEX_NAME in now:
-            move(output / INDEX_NAME, destination / INDEX_NAME)
-            moved.append(INDEX_NAME)
+        if INDEX_NAME in names:
+            move_aside(output / INDEX_NAME)
         for number in numbers:
-            files = (receipt_path(output, number), shard_path(output, number))
-            if any(now.get(path.name) != report.listing.get(path.name) for path in files):
+            receipt_and_shard = (receipt_path(output, number), shard_path(output, number))
+            if any(current_files.get(path.name) != report.listing.get(path.name) for path in receipt_and_shard):
                 notes.append(f"shard {number} changed while it was checked: it was left alone; run the command again")
                 continue
-            for path in files:
-                if path.name in now:
-                    move(path, destination / path.name)
-                    moved.append(path.name)
+            for path in receipt_and_shard:
+                move_aside(path)
     manifest = read_with_digest(output / MANIFEST_NAME, report.schema)
     missing = set(range(manifest.num_shards)) - set(published_shards(output))
     return RepairResult(
@@ -136,8 +137,8 @@ def repair_output(report: Report) -> RepairResult:
     )
 
 
-def _unused(parent: Location) -> Location:
-    """A directory below `parent` that is named after the time and holds nothing."""
+def _find_new_directory(parent: Location) -> Location:
+    """Returns a directory below `parent` that is named after the time and holds nothing."""
     name = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
     candidate, count = parent / name, 1
     while list_files(candidate):

@@ -1,4 +1,4 @@
-"""What must hold of a row's sample, whoever wrote it: its messages and its images."""
+"""Checks of a row's sample: its messages and its images."""
 
 import io
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ _ROLES = frozenset(get_args(Role))
 
 
 def message_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
-    """Roles and texts, a marker for each image, as many scored ranges as responses, prompts that a pair shares."""
+    """Yields problems of roles, texts, image markers and scored ranges, and prompts that differ within a pair."""
     conversations, capture = row.sample.conversations, manifest.capture
-    broken = [turn for turns in conversations for turn in turns if not _is_sound(turn)]
+    broken = [turn for turns in conversations for turn in turns if not _is_valid(turn)]
     if broken or not all(conversations):
         yield f"turn {broken[0]}" if broken else "a conversation without turns"
         return
     ends_scored = manifest.kind == "dpo" or capture.generate is not None
     for turns, scored in zip(conversations, row.conversations, strict=True):
         num_markers = sum(turn.content.count(IMAGE_MARKER) for turn in turns)
-        # What the teacher wrote itself may spell the marker.
+        # A response that the teacher wrote may contain the marker as text.
         if num_markers != len(row.sample.images) and capture.generate is None:
             yield f"{num_markers} {IMAGE_MARKER} markers for {len(row.sample.images)} images"
         num_responses = sum(turn.role == "assistant" for turn in turns)
@@ -40,27 +40,26 @@ def message_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
 
 
 def image_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
-    """Files where they are stored, which can at least be opened; elsewhere paths alone."""
+    """Yields images without a usable file where files are stored, and images with a file where paths are stored."""
     for number, image in enumerate(row.sample.images):
         if manifest.capture.images == "bytes":
-            if problem := _file_problem(image):
+            if problem := _find_file_problem(image):
                 yield f"image {number} ({image.path}): {problem}"
         elif image.data is not None or not image.path:
             yield f"image {number} ({image.path}): expected a path and no file"
 
 
-def _is_sound(turn: Turn) -> bool:
+def _is_valid(turn: Turn) -> bool:
     return turn.role in _ROLES and isinstance(turn.content, str)
 
 
-def _file_problem(image: ImageRef) -> str | None:
-    """Why an image's file is of no use, from its head; its pixels are not decoded."""
+def _find_file_problem(image: ImageRef) -> str | None:
+    """Returns what is wrong with an image's file, None if nothing is. Reads its header and decodes no pixel."""
     if image.data is None:
         return "its file is not stored"
     try:
         with Image.open(io.BytesIO(image.data)) as opened:
             num_pixels = opened.width * opened.height
-    # Pillow's readers raise whatever the first bytes lead them to.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever the first bytes lead them to
         return f"its file cannot be opened ({error})"
     return f"has {num_pixels:,} pixels, the limit is {MAX_PIXELS:,}" if num_pixels > MAX_PIXELS else None

@@ -1,4 +1,4 @@
-"""What must hold of one scored conversation, whoever wrote it.
+"""Checks of one scored conversation: tokens, kept entries, masses and own log-probs.
 
 Legend: R scored tokens, N kept entries of all rows, T tokens of the conversation.
 """
@@ -16,14 +16,14 @@ from common.shards.scores import TeacherScores
 # A float32 softmax over 150,000 entries sums to 1 within this; the stored rest mass is computed from the entries.
 _MASS_TOLERANCE = 1e-4
 _REST_TOLERANCE = 1e-5
-# A log-prob of a certain token may round to just above 0.
+# Rounding may put the log-prob of a certain token just above 0.
 _LOGPROB_TOLERANCE = 1e-5
-# Of a sum in float64, in any order and with another machine's exp.
+# A float64 sum differs by less, whatever the order of its terms and the machine's exp.
 _SUM_TOLERANCE = 1e-9
 
 
 def token_problems(encoded: EncodedChat, num_images: int, manifest: Manifest) -> Iterator[str]:
-    """Ids within the vocabulary, spans inside the sequence, as many placeholders as images, within the limit."""
+    """Yields ids outside the vocabulary, wrong spans or numbers of placeholders, and sequences above the limit."""
     ids_T, spans = encoded.input_ids, encoded.spans
     vocab_size = manifest.tokenizer.vocab_size
     if ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < vocab_size:
@@ -41,10 +41,10 @@ def token_problems(encoded: EncodedChat, num_images: int, manifest: Manifest) ->
 
 
 def kept_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
-    """At most as many entries a row as asked for, finite.
+    """Yields rows with more entries than were asked for, and log-probs that are not finite or above 0.
 
-    That they are different tokens of the vocabulary, each drawn at least once, in the promised order, is how they are
-    read.
+    Reading a shard already checks that a row's entries are distinct tokens of the vocabulary in the stored order, each
+    drawn at least once.
     """
     counts_R, logprobs_N, max_kept = scores.counts, scores.logprobs, manifest.capture.max_kept
     if counts_R.size and not 0 <= counts_R.min() <= counts_R.max() <= max_kept:
@@ -56,24 +56,24 @@ def kept_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
 
 
 def mass_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
-    """Kept mass at most 1, rest mass from 0 to 1, both adding up to 1; no row ends before or after it should."""
+    """Yields masses outside 0 to 1 or with another sum than 1, and rows with too few or too many entries."""
     rest_R = scores.rest_mass
     if not ((rest_R >= 0) & (rest_R <= 1)).all():
         yield f"rest masses from {rest_R.min()} to {rest_R.max()}, expected 0 to 1"
     with np.errstate(over="ignore", invalid="ignore"):
         if scores.draws is None:
-            weights_N, total, tolerance = np.exp(scores.logprobs, dtype=np.float64), 1, _MASS_TOLERANCE
+            weights_N, total_weight, tolerance = np.exp(scores.logprobs, dtype=np.float64), 1, _MASS_TOLERANCE
         else:
             assert manifest.capture.num_draws is not None
-            # Added before the division, so that a row of all draws has a mass of exactly 1.
-            weights_N, total, tolerance = scores.draws.astype(np.float64), manifest.capture.num_draws, 0.0
-        mass_R = _sum(weights_N, scores) / total
+            # Draws are added before the division, so that a row that keeps all of them has a mass of exactly 1.
+            weights_N, total_weight, tolerance = scores.draws.astype(np.float64), manifest.capture.num_draws, 0.0
+        mass_R = _sum_by_row(weights_N, scores) / total_weight
         error_R = np.abs(np.clip(1.0 - mass_R, 0.0, 1.0) - scores.rest_mass)
         rounding_N = probability_error(scores, manifest.capture.coding)
-        # What the best entries but the last hold at least; what all of them may be off together.
-        before_last_R = mass_R - _last(weights_N + rounding_N, scores.counts) / total
-        # Of a quantised row the sum is right although its terms are not.
-        slack_R = _sum(rounding_N, scores) if manifest.capture.precision == "fp16" else np.zeros(scores.num_rows)
+        # Minimum mass of the entries before the last.
+        before_last_R = mass_R - _last_of_row(weights_N + rounding_N, scores.counts) / total_weight
+        # fp16 rounds each entry; quantised rows are scaled, so that their sum is right although each entry is rounded.
+        slack_R = _sum_by_row(rounding_N, scores) if manifest.capture.precision == "fp16" else np.zeros(scores.num_rows)
     if (mass_R > 1.0 + tolerance + slack_R).any():
         yield f"a row keeps a mass of {mass_R.max():.6f}, expected at most 1"
     if (error_R > _REST_TOLERANCE + slack_R).any():
@@ -92,22 +92,23 @@ def _length_problems(
     slack_R: npt.NDArray[np.float64],
     manifest: Manifest,
 ) -> Iterator[str]:
-    """Best entries: a row holds all it can, or just enough for `top_p` and `min_k`. `before_last_R`: mass but the last.
+    """Yields rows that end too early or too late: a row keeps all it can, or just enough for `top_p` and `min_k`.
 
-    It holds all it can with `top_k` entries, less those that were padding of the output layer (a shard does not say
-    how many they were, but there cannot be more than there are), or with no mass left.
+    A row keeps all it can if it has no mass left, or `top_k` entries less those of the output layer's padding. A shard
+    does not say how many of the best entries were padding, so up to all padding rows may be missing. `before_last_R` is
+    the mass without the last entry.
     """
     capture = manifest.capture
     num_padding = manifest.teacher.vocab_size - manifest.tokenizer.vocab_size
-    # Without top_p no mass is enough.
-    enough = np.inf if capture.top_p is None else capture.top_p
+    # Without top_p, no mass ends a row.
+    target_mass = np.inf if capture.top_p is None else capture.top_p
     slack_R = slack_R + (_SUM_TOLERANCE if capture.precision == "fp32" else _REST_TOLERANCE)
-    holds_all_R = (counts_R >= capture.top_k - num_padding) | (mass_R >= 1.0 - _REST_TOLERANCE)
-    short_R = ~holds_all_R & ((mass_R < enough - slack_R) | (counts_R < capture.min_k))
-    long_R = (before_last_R >= enough + slack_R) & (counts_R > capture.min_k)
-    for wrong_R, what in ((short_R, "few"), (long_R, "many")):
-        if wrong_R.any():
-            row = int(wrong_R.argmax())
+    keeps_all_R = (counts_R >= capture.top_k - num_padding) | (mass_R >= 1.0 - _REST_TOLERANCE)
+    is_short_R = ~keeps_all_R & ((mass_R < target_mass - slack_R) | (counts_R < capture.min_k))
+    is_long_R = (before_last_R >= target_mass + slack_R) & (counts_R > capture.min_k)
+    for is_wrong_R, what in ((is_short_R, "few"), (is_long_R, "many")):
+        if is_wrong_R.any():
+            row = int(is_wrong_R.argmax())
             wanted = f"{capture.top_k}" if capture.top_p is None else f"{capture.top_p} in as few as hold it"
             yield (
                 f"row {row} keeps too {what} entries: {counts_R[row]} with a mass of {mass_R[row]:.6f}, "
@@ -116,15 +117,14 @@ def _length_problems(
 
 
 def own_problems(encoded: EncodedChat, scores: TeacherScores, logprob_sum: float, manifest: Manifest) -> Iterator[str]:
-    """Own log-probs finite, at most 0, equal to the kept entry of the same id or below all kept; and their sum.
+    """Yields own log-probs that are not finite, above 0, or contradict the kept entries, and a wrong sum of them.
 
-    A kept log-prob that is stored with less precision leaves its own token's that much room.
-
-    What was drawn says nothing of the own token's log-prob.
+    An own log-prob equals that of the kept entry with the same id, within the precision of kept log-probs; without such
+    an entry it is at most the lowest kept one. Drawn entries do not bound it.
 
     `encoded` must have passed `token_problems`, and `scores` must have a row for each of its scored tokens.
     """
-    own_R, ids_R, rows_N = scores.own_logprobs, encoded.response_ids, _rows(scores)
+    own_R, ids_R, rows_N = scores.own_logprobs, encoded.response_ids, _row_numbers(scores)
     if not np.isfinite(own_R).all():
         yield f"{int((~np.isfinite(own_R)).sum())} own log-probs are not finite"
     if (own_R > _LOGPROB_TOLERANCE).any():
@@ -134,32 +134,33 @@ def own_problems(encoded: EncodedChat, scores: TeacherScores, logprob_sum: float
     if scores.draws is not None:
         return
     own_N = own_R[rows_N]
-    same_N = scores.ids == ids_R[rows_N]
+    is_own_N = scores.ids == ids_R[rows_N]
     rounding_N = probability_error(scores, manifest.capture.coding)
     with np.errstate(divide="ignore"):
         low_N, high_N = (
-            np.log(np.maximum(np.exp(scores.logprobs, dtype=np.float64) + d, 0)) for d in (-rounding_N, rounding_N)
+            np.log(np.maximum(np.exp(scores.logprobs, dtype=np.float64) + offset_N, 0))
+            for offset_N in (-rounding_N, rounding_N)
         )
-    if ((own_N < low_N - _LOGPROB_TOLERANCE) | (own_N > high_N + _LOGPROB_TOLERANCE))[same_N].any():
+    if ((own_N < low_N - _LOGPROB_TOLERANCE) | (own_N > high_N + _LOGPROB_TOLERANCE))[is_own_N].any():
         yield "a token's own log-prob is not that of its kept entry"
     is_kept_R = np.zeros(scores.num_rows, bool)
-    is_kept_R[rows_N[same_N]] = True
+    is_kept_R[rows_N[is_own_N]] = True
     if (own_N > high_N + _LOGPROB_TOLERANCE)[~is_kept_R[rows_N]].any():
         yield "a token that is not kept has a higher log-prob than a kept one"
 
 
-def _sum(values_N: npt.NDArray[np.float64], scores: TeacherScores) -> npt.NDArray[np.float64]:
-    """Sum over each row's entries, float64 [R]."""
-    return np.bincount(_rows(scores), values_N, minlength=scores.num_rows).astype(np.float64)
+def _sum_by_row(values_N: npt.NDArray[np.float64], scores: TeacherScores) -> npt.NDArray[np.float64]:
+    """Returns the sum over each row's entries, float64 [R]."""
+    return np.bincount(_row_numbers(scores), values_N, minlength=scores.num_rows).astype(np.float64)
 
 
-def _rows(scores: TeacherScores) -> npt.NDArray[np.int64]:
-    """Row of each kept entry, int64 [N]."""
+def _row_numbers(scores: TeacherScores) -> npt.NDArray[np.int64]:
+    """Returns the row of each kept entry, int64 [N]."""
     return np.repeat(np.arange(scores.num_rows, dtype=np.int64), np.maximum(scores.counts, 0))
 
 
-def _last(values_N: npt.NDArray[np.float64], counts_R: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    """Value of each row's last entry, 0 where it has none, float64 [R]."""
+def _last_of_row(values_N: npt.NDArray[np.float64], counts_R: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Returns the value of each row's last entry, 0 where it has none, float64 [R]."""
     last_R = np.zeros(len(counts_R))
     last_R[counts_R > 0] = values_N[np.cumsum(np.maximum(counts_R, 0))[counts_R > 0] - 1]
     return last_R

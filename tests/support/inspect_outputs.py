@@ -1,8 +1,9 @@
-"""Small outputs to look at, written without a teacher."""
+"""Writes small outputs without a teacher."""
 
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 
 from common.data.chat_encoding import EncodedChat
@@ -14,6 +15,13 @@ from common.storage.files import Location
 from tests.support.builders import make_manifest, make_rows
 
 
+def run_sql(query: str) -> list[Any]:
+    """Returns the rows that DuckDB finds, each as a tuple."""
+    relation = duckdb.sql(query)
+    assert relation is not None
+    return relation.fetchall()
+
+
 def write_output(
     out: Location,
     kind: Kind = "kd",
@@ -23,7 +31,7 @@ def write_output(
     num_shards: int | None = None,
     **capture: Any,
 ) -> Manifest:
-    """Random rows; of the output's shards only the first `num_shards` are written."""
+    """Writes an output of random rows, or only the first `num_shards` of its shards."""
     manifest = make_manifest(kind, num_samples, shard, **capture)
     open_output(out, manifest)
     rows = make_rows(kind, num_samples, top_k=manifest.capture.top_k, num_draws=manifest.capture.num_draws)
@@ -35,7 +43,7 @@ def write_output(
 def write_known_output(
     out: Path, *, sample_id: str = "one", answer: str = "An answer.", images: tuple[ImageRef, ...] = (), **other: Any
 ) -> Manifest:
-    """One row of three scored tokens, 7, 8 and 9, whose distributions can be worked out by hand; two skipped samples.
+    """Writes one row of three scored tokens, 7, 8 and 9, with simple probabilities, and two skipped samples.
 
     Probabilities of ids 7, 8, 5: (1/2, 1/4, 1/8) and a rest of 1/8; (1/4, 1/2, -) and 1/4; (0, 1, 0) and no rest.
     """

@@ -1,6 +1,6 @@
-"""Damage of every kind, at random and by the thousand: it is reported, or it changes nothing; nothing crashes.
+"""Thousands of random damages: each is reported or changes no value, and none makes verification crash.
 
-The counts stand in the summary of the test run.
+The counts are shown in the summary of the test run.
 """
 
 import itertools
@@ -25,13 +25,13 @@ from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
-from tests.support.outputs import all_rows, contents, sign_again, values
+from tests.support.outputs import all_rows, contents, rewrite_receipt, row_values
 
 ROOT = Path(__file__).parents[3]
 
 NUM_SHARDS = 3
 
-SETS: dict[str, dict[str, Any]] = {
+CAPTURES: dict[str, dict[str, Any]] = {
     "best entries, q8": {"precision": "q8"},
     "drawn entries": {"top_k": 0, "num_draws": 10, "seed": 3},
     "pairs": {"kind": "dpo", "top_k": 4},
@@ -39,56 +39,57 @@ SETS: dict[str, dict[str, Any]] = {
 }
 
 Record = Callable[[str], None]
+Changes = list[tuple[Path, Path | None]]
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> dict[str, Path]:
-    """An output of each kind, of six samples in three shards."""
+def intact_outputs(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> dict[str, Path]:
+    """Outputs with each kind of settings, of six samples in three shards."""
     outputs = {}
-    for number, (name, settings) in enumerate(SETS.items()):
+    for number, (name, settings) in enumerate(CAPTURES.items()):
         root = tmp_path_factory.mktemp(f"set-{number}")
         records = (preference_records if settings.get("kind") == "dpo" else conversation_records)(root, 6)
         config = make_config(root, llava_dir, records, samples_per_shard=2, **settings)
-        # So few entries would have one table.
+        # Without this, so few entries would have a single table.
         with patch("common.shards.token_order.ENTRIES_A_TABLE", 40):
             run_capture(config, progress=False, start_teacher=FakeTeacher)
-        outputs[name] = config.output
+        outputs[name] = root / "out"
     return outputs
 
 
 @pytest.fixture
-def sets(pristine: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
-    return {name: shutil.copytree(output, tmp_path / name) for name, output in pristine.items()}
+def outputs(intact_outputs: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    return {name: shutil.copytree(output, tmp_path / name) for name, output in intact_outputs.items()}
 
 
-def everything(output: Path) -> list[Any]:
-    """All that readers take from an output: manifest, receipts, footers, and each row's values."""
+def read_everything(output: Path) -> list[Any]:
+    """Returns all that readers take from an output: manifest, receipts, footers, and each row's values."""
     manifest = read_manifest(output)
     footers = [read_footer(shard_path(output, number)) for number in published_shards(output)]
     for footer in footers:
-        # Zstd and base64 have bits that stand for nothing.
+        # Some bits of zstd and base64 have no meaning, so decoded classes are compared.
         classes = classes_from_text(footer["token_classes"].encode(), manifest.tokenizer.vocab_size, "here")
         footer["token_classes"] = classes.tobytes().hex()
-    return [manifest, read_receipts(output, manifest), footers, [list(values(row)) for row in all_rows(output)]]
+    return [manifest, read_receipts(output, manifest), footers, [list(row_values(row)) for row in all_rows(output)]]
 
 
-class Damaged:
-    """An output that is damaged again and again, and mended in between; counts what came of it."""
+class DamagedOutput:
+    """An output that is damaged and restored repeatedly; `counts` has the outcomes."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
         self.files = contents(output)
         self.counts: Counter[str] = Counter()
-        self.expected = everything(output)
+        self.expected = read_everything(output)
 
-    def judge(self, what: object) -> None:
-        """Verifies the output as it is now, counts the outcome, and mends it."""
+    def verify_and_restore(self, what: object) -> None:
+        """Verifies the output, counts the outcome, and restores the files."""
         try:
             outcome = "harmless" if verify_logits(self.output, progress=False).ok else "reported"
         except DecantError as error:
             raise AssertionError(f"{what}: {error}") from error
         if outcome == "harmless":
-            assert everything(self.output) == self.expected, f"{what}: passes, and reads otherwise"
+            assert read_everything(self.output) == self.expected, f"{what}: passes, but has other values"
         self.counts[outcome] += 1
         for path in self.output.glob("shard-*"):
             if path.name not in self.files:
@@ -99,70 +100,72 @@ class Damaged:
                 path.write_bytes(data)
 
 
-def told(counts: Counter[str]) -> str:
+def summarise(counts: Counter[str]) -> str:
     return f"{counts['reported']:,} reported, {counts['harmless']:,} without effect, 0 unnoticed, 0 crashes"
 
 
-def draw_bit(choice: random.Random, files: dict[str, bytes]) -> tuple[str, int]:
-    """A file, and a bit in it; all files are as likely, however small."""
+def choose_bit(choice: random.Random, files: dict[str, bytes]) -> tuple[str, int]:
+    """Returns a random file and a random bit in it; every file is equally likely."""
     name = choice.choice(sorted(files))
     return name, choice.randrange(8 * len(files[name]))
 
 
-def flipped(data: bytes, bit: int) -> bytes:
+def flip_bit(data: bytes, bit: int) -> bytes:
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETS)
-def test_flipped_bits_are_reported_or_change_nothing(sets: dict[str, Path], name: str, record_counts: Record) -> None:
-    """500 of 2,000, anywhere in shards, receipts and manifest."""
-    damaged, choice = Damaged(sets[name]), random.Random(name)
+@pytest.mark.parametrize("name", CAPTURES)
+def test_flipped_bits_are_reported_or_change_nothing(
+    outputs: dict[str, Path], name: str, record_counts: Record
+) -> None:
+    """Flips 500 of 2,000 bits, anywhere in shards, receipts and manifest."""
+    damaged, choice = DamagedOutput(outputs[name]), random.Random(name)
     for _ in range(500):
-        file, bit = draw_bit(choice, damaged.files)
-        (damaged.output / file).write_bytes(flipped(damaged.files[file], bit))
-        damaged.judge(f"bit {bit} of {file}")
+        file, bit = choose_bit(choice, damaged.files)
+        (damaged.output / file).write_bytes(flip_bit(damaged.files[file], bit))
+        damaged.verify_and_restore(f"bit {bit} of {file}")
     assert damaged.counts["reported"] > 400
-    record_counts(f"500 flipped bits, {name}: {told(damaged.counts)}")
+    record_counts(f"500 flipped bits, {name}: {summarise(damaged.counts)}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", CAPTURES)
 def test_flipped_bits_behind_a_matching_receipt_are_reported_or_change_nothing(
-    sets: dict[str, Path], name: str, record_counts: Record
+    outputs: dict[str, Path], name: str, record_counts: Record
 ) -> None:
-    """As if the file had been written so: pages have checksums, the footer is compared with what it repeats."""
-    damaged, choice = Damaged(sets[name]), random.Random(name)
+    """Pages have checksums, and the footer is compared with manifest and receipt."""
+    damaged, choice = DamagedOutput(outputs[name]), random.Random(name)
     shards = {file: data for file, data in damaged.files.items() if file.endswith(".parquet")}
     for _ in range(100):
-        file, bit = draw_bit(choice, shards)
-        (damaged.output / file).write_bytes(flipped(shards[file], bit))
-        sign_again(damaged.output, int(file[6:11]))
+        file, bit = choose_bit(choice, shards)
+        (damaged.output / file).write_bytes(flip_bit(shards[file], bit))
+        rewrite_receipt(damaged.output, int(file[6:11]))
         damaged.expected[1] = read_receipts(damaged.output, read_manifest(damaged.output))
-        damaged.judge(f"bit {bit} of {file}")
-    record_counts(f"100 flipped bits behind a matching receipt, {name}: {told(damaged.counts)}")
+        damaged.verify_and_restore(f"bit {bit} of {file}")
+    record_counts(f"100 flipped bits behind a matching receipt, {name}: {summarise(damaged.counts)}")
 
 
 @pytest.mark.slow
-def test_files_that_are_cut_short_are_reported(sets: dict[str, Path], record_counts: Record) -> None:
+def test_files_that_are_cut_short_are_reported(outputs: dict[str, Path], record_counts: Record) -> None:
     choice, counts = random.Random(0), Counter[str]()
-    for output in sets.values():
-        damaged = Damaged(output)
+    for output in outputs.values():
+        damaged = DamagedOutput(output)
         for _ in range(50):
             file = choice.choice(sorted(damaged.files))
             length = choice.randrange(len(damaged.files[file]))
             (output / file).write_bytes(damaged.files[file][:length])
-            damaged.judge(f"{file} cut to {length} bytes")
+            damaged.verify_and_restore(f"{file} cut to {length} bytes")
         counts += damaged.counts
-    # The line break at the end of a JSON file carries nothing.
+    # A JSON file may lose its last line break without effect.
     assert counts["reported"] >= 195
-    record_counts(f"200 files cut short: {told(counts)}")
+    record_counts(f"200 files cut short: {summarise(counts)}")
 
 
-def rearrangements(output: Path, other: Path) -> Iterator[tuple[str, list[tuple[Path, Path | None]]]]:
-    """Kinds of disorder, each as files and what takes their places; None: nothing does."""
+def rearrangements(output: Path, other: Path) -> Iterator[tuple[str, Changes]]:
+    """Yields kinds of misplaced files: each file with the file that replaces it, None if it is removed."""
     kinds = {kind: [output / f"shard-0000{number}.{kind}" for number in range(NUM_SHARDS)] for kind in _KINDS}
     for files in kinds.values():
         for a, b in itertools.combinations(files, 2):
@@ -174,11 +177,11 @@ def rearrangements(output: Path, other: Path) -> Iterator[tuple[str, list[tuple[
                 yield "renamed", [(file, None), (file.with_name(name + file.suffix), file)]
         for a, b in itertools.permutations(files, 2):
             yield "duplicated", [(b, a)]
-    for a, b in itertools.combinations(range(NUM_SHARDS), 2):
-        yield "both files swapped", [(kinds[k][i], kinds[k][j]) for k in _KINDS for i, j in ((a, b), (b, a))]
+    for m, n in itertools.combinations(range(NUM_SHARDS), 2):
+        yield "both files swapped", [(kinds[k][i], kinds[k][j]) for k in _KINDS for i, j in ((m, n), (n, m))]
     for number in range(NUM_SHARDS):
         yield "both files missing", [(files[number], None) for files in kinds.values()]
-        past = [
+        past: Changes = [
             (files[number].with_name(f"shard-00007{files[number].suffix}"), files[number]) for files in kinds.values()
         ]
         yield "both files duplicated past the end", past
@@ -190,31 +193,31 @@ _KINDS = ("parquet", "json")
 
 
 @pytest.mark.slow
-def test_files_in_other_places_are_reported(sets: dict[str, Path], record_counts: Record) -> None:
+def test_files_in_other_places_are_reported(outputs: dict[str, Path], record_counts: Record) -> None:
     counts: dict[str, Counter[str]] = {}
-    outputs = list(sets.values())
-    for output, other in zip(outputs, [*outputs[1:], outputs[0]], strict=True):
-        damaged, elsewhere = Damaged(output), contents(other)
+    first, *others = outputs.values()
+    for output, other in zip([first, *others], [*others, first], strict=True):
+        damaged, elsewhere = DamagedOutput(output), contents(other)
         for kind, changes in rearrangements(output, other):
             for file, source in changes:
                 if source is None:
                     file.unlink(missing_ok=True)
                 else:
                     file.write_bytes((damaged.files if source.parent == output else elsewhere)[source.name])
-            damaged.judge(f"{kind}: {changes}")
+            damaged.verify_and_restore(f"{kind}: {changes}")
             counts.setdefault(kind, Counter()).update(damaged.counts)
             damaged.counts.clear()
     for kind, found in counts.items():
         assert not found["harmless"], kind
-        record_counts(f"{found.total()} times {kind}: {told(found)}")
+        record_counts(f"{found.total()} times {kind}: {summarise(found)}")
 
 
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 from precompute.config import PrecomputeConfig
-from precompute.logits.run import run
-from tests.support.fake_teacher import StandInTeacher
+from precompute.logits.run import run_capture
+from tests.support.fake_teacher import FakeTeacher
 
 config = PrecomputeConfig.model_validate_json(sys.argv[1])
 moments = random.Random(0)
@@ -224,7 +227,7 @@ while num_killed < int(sys.argv[2]):
     child = os.fork()
     if not child:
         own = config.model_copy(update={"output": output})
-        run(own, progress=False, start_teacher=lambda plan: StandInTeacher(plan, delay_s=0.02))
+        run_capture(own, progress=False, start_teacher=lambda plan: FakeTeacher(plan, delay_s=0.02))
         os._exit(0)
     time.sleep(moments.uniform(0.02, 0.3))
     os.kill(child, signal.SIGKILL)
@@ -239,7 +242,7 @@ sys.stdout.write(f"{num_completed}")
 def test_what_killed_runs_left_is_completed_with_the_same_bytes(
     tmp_path: Path, llava_dir: Path, record_counts: Record
 ) -> None:
-    """SIGKILL at random moments of one run after the other; what is visible between them is right, or absent."""
+    """Runs are killed at random moments one after the other; each published shard has the right bytes."""
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 10), samples_per_shard=2)
     undisturbed = config.model_copy(update={"output": tmp_path / "undisturbed"})
     run_capture(undisturbed, progress=False, start_teacher=FakeTeacher)
@@ -265,7 +268,7 @@ def test_what_killed_runs_left_is_completed_with_the_same_bytes(
 
 
 def complete_and_compare(config: PrecomputeConfig, expected: dict[str, bytes], *, is_complete: bool) -> None:
-    """What is there is right; a last run adds what is missing."""
+    """Checks that published shards have the expected bytes, and that a last run adds the missing ones."""
     for number in published_shards(config.output):
         path = shard_path(config.output, number)
         assert path.read_bytes() == expected[path.name]

@@ -1,6 +1,7 @@
-"""A capture whose every read and write fails in turn, on an object store and on a disk."""
+"""Every read and write of a capture fails in turn, on an object store and on a disk."""
 
 import errno
+import functools
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from common.data.chat_encoding import ChatEncoder
 from common.errors import StorageError
 from common.shards.manifest import published_shards, shard_path
 from common.storage import object_store
-from common.storage.files import parse_location, publish
+from common.storage.files import Location, parse_location, publish
 from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
@@ -26,18 +27,18 @@ from tests.support.fake_teacher import FakeTeacher, conversation_records, make_c
 from tests.support.object_store import BUCKET, DENIED, SLOW_DOWN, Fault, Store
 from train.data.sources import ShardSource
 
-# A server is started.
+# The tests start a server.
 pytestmark = pytest.mark.slow
 
 NUM_SAMPLES = 6
 
 
-def score(config: PrecomputeConfig) -> None:
+def capture(config: PrecomputeConfig) -> None:
     assert run_capture(config, progress=False, start_teacher=FakeTeacher).complete
 
 
 def upload(local: PrecomputeConfig, root: Path) -> PrecomputeConfig:
-    """The same run with dataset, images and output in a store."""
+    """Uploads dataset and images; returns the same configuration with addresses in the store."""
     prefix = parse_location(f"s3://{BUCKET}/{uuid4()}")
     for path in (path for path in root.iterdir() if path.is_file()):
         publish(prefix / "data" / path.name, path.read_bytes())
@@ -56,28 +57,31 @@ def _published(_running_store: Store, tmp_path_factory: pytest.TempPathFactory, 
     local = make_config(root, llava_dir, conversation_records(root, NUM_SAMPLES), num_loader_threads=1)
     _running_store.clear()
     remote = upload(local, root)
-    score(remote)
+    capture(remote)
     return remote
 
 
 @pytest.fixture
-def remote(_published: PrecomputeConfig, store: Store) -> PrecomputeConfig:
+def remote(
+    _published: PrecomputeConfig,
+    store: Store,  # noqa: ARG001 - clears the server of the faults that the test before set
+) -> PrecomputeConfig:
     """A complete output in the store."""
     return _published
 
 
-def content(files: dict[str, bytes]) -> dict[str, bytes]:
-    """All but the configuration, which names the output."""
+def without_config(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Returns all files but the configuration, which differs because it names the output."""
     return {name: data for name, data in files.items() if name not in ("config.json", ".lock")}
 
 
-def on_disk(output: Path) -> dict[str, bytes]:
-    return content({path.name: path.read_bytes() for path in output.iterdir()}) if output.is_dir() else {}
+def read_from_disk(output: Location) -> dict[str, bytes]:
+    return without_config({path.name: path.read_bytes() for path in output.iterdir()}) if output.is_dir() else {}
 
 
-def in_store(store: Store, config: PrecomputeConfig) -> dict[str, bytes]:
+def read_from_store(store: Store, config: PrecomputeConfig) -> dict[str, bytes]:
     assert isinstance(config.output, UPath)
-    return content(store.objects(config.output.path.removeprefix(f"{BUCKET}/")))
+    return without_config(store.objects(config.output.path.removeprefix(f"{BUCKET}/")))
 
 
 def assert_nothing_is_half_published(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
@@ -90,11 +94,11 @@ def assert_nothing_is_half_published(found: dict[str, bytes], expected: dict[str
 def test_dataset_images_and_shards_may_all_be_in_a_store(
     local: PrecomputeConfig, tmp_path: Path, llava_dir: Path, store: Store
 ) -> None:
-    score(local)
+    capture(local)
     remote = upload(local, tmp_path)
     store.clear()
-    score(remote)
-    assert in_store(store, remote) == on_disk(Path(local.output))
+    capture(remote)
+    assert read_from_store(store, remote) == read_from_disk(local.output)
     for number in range(2):
         assert store.count("PUT", f"shard-{number:05d}.parquet") == 1
         assert store.count("PUT", f"shard-{number:05d}.json") == 1
@@ -120,31 +124,31 @@ def test_a_run_that_is_repeated_finds_its_shards_in_the_store(remote: Precompute
 def test_each_call_to_a_store_fails_in_turn_and_a_rerun_completes(
     local: PrecomputeConfig, tmp_path: Path, store: Store
 ) -> None:
-    """Every second time all later calls fail too."""
-    score(local)
-    expected = on_disk(Path(local.output))
+    """At every second position, all later calls fail too."""
+    capture(local)
+    expected = read_from_disk(local.output)
     remote = upload(local, tmp_path)
     for failing in itertools.count():
         config = remote.model_copy(update={"output": remote.output.with_name(f"out-{failing}")})
         store.clear()
-        failed = fail(store, failing, lasting=failing % 2 == 1)
+        failed = deny_requests(store, failing, lasting=failing % 2 == 1)
         try:
-            score(config)
+            capture(config)
         except StorageError as error:
             assert any(f"s3://{BUCKET}/{key}" in str(error) for key in failed)
             assert "run the same command again" in str(error)
         else:
             assert not failed
             break
-        assert_nothing_is_half_published(in_store(store, config), expected)
+        assert_nothing_is_half_published(read_from_store(store, config), expected)
         store.clear()
-        score(config)
-        assert in_store(store, config) == expected
+        capture(config)
+        assert read_from_store(store, config) == expected
     assert failing > 20
 
 
-def fail(store: Store, failing: int, lasting: bool) -> list[str]:
-    """Lets request number `failing`, and those after it if `lasting`, be denied; their keys will be in the list."""
+def deny_requests(store: Store, failing: int, lasting: bool) -> list[str]:
+    """Makes the store deny request number `failing`, and all later ones if `lasting`; lists their keys."""
     failed: list[str] = []
 
     def fault(number: int, _: str, key: str) -> Fault:
@@ -157,27 +161,32 @@ def fail(store: Store, failing: int, lasting: bool) -> list[str]:
     return failed
 
 
-def test_a_run_outlives_throttling_and_dropped_connections(
+def test_a_run_survives_throttling_and_dropped_connections(
     local: PrecomputeConfig, tmp_path: Path, store: Store
 ) -> None:
-    score(local)
+    capture(local)
     remote = upload(local, tmp_path)
     store.clear()
     faults: list[Fault] = [SLOW_DOWN, "drop", "drop answer", "cut", (500, "InternalError")]
     store.fault = lambda number, *_: faults[number // 3 % 5] if number % 3 == 1 else None
-    score(remote)
+    capture(remote)
     assert sum(request.status == 503 for request in store.requests) > 2
-    assert in_store(store, remote) == on_disk(Path(local.output))
+    assert read_from_store(store, remote) == read_from_disk(local.output)
+
+
+def fault_at(key_end: str, fault: Fault, _number: int, _method: str, key: str) -> Fault:
+    """Returns the fault for keys that end with `key_end`, None for others."""
+    return fault if key.endswith(key_end) else None
 
 
 @pytest.mark.parametrize("fault", [DENIED, "drop"])
-def test_a_store_that_fails_is_no_damage_for_verify_shards(
+def test_verify_shards_does_not_take_a_failing_store_for_damage(
     remote: PrecomputeConfig, store: Store, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     monkeypatch.setattr(object_store, "ATTEMPTS", 2)
     for key_end in ("manifest.json", "shard-00001.json", "shard-00001.parquet", "data.jsonl"):
         store.clear()
-        store.fault = lambda _, __, key, end=key_end: fault if key.endswith(end) else None
+        store.fault = functools.partial(fault_at, key_end, fault)
         with pytest.raises(StorageError, match=f"{key_end}: could not .* again"):
             verify_logits(remote.output, remote.dataset, progress=False)
 
@@ -187,7 +196,7 @@ def test_verify_shards_finds_damage_in_a_store(remote: PrecomputeConfig) -> None
     publish(path, b"PAR1 damaged PAR1")
     report = verify_logits(remote.output, progress=False)
     assert [check.name for check in report.checks if not check.ok] == ["checksums"]
-    score(remote)
+    capture(remote)
     assert verify_logits(remote.output, progress=False).ok
 
 
@@ -198,7 +207,7 @@ def test_verify_shards_takes_addresses(remote: PrecomputeConfig) -> None:
 
 
 class FullDisk:
-    """Lets one of the steps of writing fail: opening, flushing and renaming a file, flushing its directory."""
+    """Makes step number `failing` of writing fail: opening, flushing or renaming a file, or flushing its directory."""
 
     def __init__(self, patch: pytest.MonkeyPatch, failing: int) -> None:
         self._count = 0
@@ -229,21 +238,21 @@ class FullDisk:
 def test_a_disk_is_full_at_each_write_in_turn_and_a_rerun_completes(
     local: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score(local)
-    expected = on_disk(Path(local.output))
+    capture(local)
+    expected = read_from_disk(local.output)
     for failing in itertools.count():
-        config = local.model_copy(update={"output": Path(local.output).with_name(f"out-{failing}")})
+        config = local.model_copy(update={"output": local.output.with_name(f"out-{failing}")})
         with monkeypatch.context() as patch:
             disk = FullDisk(patch, failing)
             try:
-                score(config)
+                capture(config)
             except StorageError as error:
                 assert "No space left on device" in str(error)
                 assert "run the same command again" in str(error)
             else:
                 assert not disk.failed
                 break
-        assert_nothing_is_half_published(on_disk(Path(config.output)), expected)
-        score(config)
-        assert on_disk(Path(config.output)) == expected
+        assert_nothing_is_half_published(read_from_disk(config.output), expected)
+        capture(config)
+        assert read_from_disk(config.output) == expected
     assert failing == 4 * (2 + 2 * len(published_shards(local.output)))

@@ -1,4 +1,4 @@
-"""A shard that is damaged or gone stops every rank, and every rank names it."""
+"""A damaged or missing shard stops every rank, and every rank names it."""
 
 from pathlib import Path
 
@@ -23,12 +23,12 @@ def test_a_fault_found_while_training_stops_all_ranks_and_names_the_file(
     else:
         data = bytearray(bad.read_bytes())
         data[len(data) // 3] ^= 1
-        bad.write_bytes(data)
+        bad.write_bytes(bytes(data))
     config = stage(
         tmp_path / "run",
         student,
         trainable=["adapter", "language_model"],
-        # In the order on disk, so that some steps are whole and one rank reads the bad shard first.
+        # Samples are read in the order on disk, so that some steps succeed before one rank reads the bad shard.
         data={
             "shards": str(scores),
             "image_root": str(dataset.parent),

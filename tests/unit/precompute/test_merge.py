@@ -1,8 +1,7 @@
-"""Outputs that were made apart become one, and shards another size: no value changes, to the bit."""
+"""Joining outputs and writing shards of another size changes no value, to the bit."""
 
 import io
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,35 @@ from precompute.merge import MergeResult, merge_outputs
 from precompute.verify.logits import verify_logits
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
 from tests.support.object_store import BUCKET, Store
-from tests.support.outputs import all_rows, contents, flip, part, rows_of, values
+from tests.support.outputs import all_rows, contents, copy_file, flip, part, row_values, rows_of
 
 
-def shown(merged: MergeResult) -> str:
+def render_text(merged: MergeResult) -> str:
     console = Console(width=1000, file=io.StringIO())
     console.print(merged.render())
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 @pytest.mark.slow
-def test_parts_become_the_whole_byte_for_byte(whole: Path, tmp_path: Path) -> None:
+def test_parts_are_joined_byte_for_byte(whole: Path, tmp_path: Path) -> None:
     parts = [part(whole / "out", tmp_path / "a", 0, 2), part(whole / "out", tmp_path / "b", 1)]
     merged = merge_outputs(parts, tmp_path / "merged", progress=False)
     assert (merged.num_shards, merged.num_new_shards, merged.missing, merged.num_rows) == (3, 3, (), 10)
     assert contents(tmp_path / "merged") == contents(whole / "out")
-    assert shown(merged).endswith("complete\n")
+    assert render_text(merged).endswith("complete\n")
     assert verify_logits(tmp_path / "merged", whole / "data.jsonl", progress=False).ok
 
 
 def test_what_is_missing_is_listed(whole: Path, tmp_path: Path) -> None:
     merged = merge_outputs([part(whole / "out", tmp_path / "a", 1)], tmp_path / "merged", progress=False)
     assert merged.missing == (0, 2)
-    assert "incomplete: shards 0, 2 are in none of the outputs" in shown(merged)
+    assert "incomplete: shards 0, 2 are in none of the outputs" in render_text(merged)
 
 
-def test_a_merge_goes_on_where_it_ended(whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_merge_continues(whole: Path, tmp_path: Path) -> None:
     merge_outputs([part(whole / "out", tmp_path / "a", 0)], tmp_path / "merged", progress=False)
     kept = shard_path(tmp_path / "merged", 0).stat().st_mtime_ns
-    shutil.copy(shard_path(whole / "out", 1), tmp_path / "merged")
+    copy_file(shard_path(whole / "out", 1), shard_path(tmp_path / "merged", 1))
     merged = merge_outputs([part(whole / "out", tmp_path / "b", 0, 1, 2)], tmp_path / "merged", progress=False)
     assert merged.num_new_shards == 2
     assert shard_path(tmp_path / "merged", 0).stat().st_mtime_ns == kept
@@ -79,7 +78,7 @@ def test_outputs_of_other_provenance_are_refused_with_every_difference(whole: Pa
     assert not (tmp_path / "merged").exists()
 
 
-def test_outputs_in_other_sizes_are_refused_with_the_way_out(whole: Path, tmp_path: Path) -> None:
+def test_outputs_in_other_sizes_are_refused_with_what_to_do(whole: Path, tmp_path: Path) -> None:
     merge_outputs([whole / "out"], tmp_path / "fives", 5, progress=False)
     with pytest.raises(ProvenanceError, match="merge-shards ONE --samples-per-shard N"):
         merge_outputs([whole / "out", tmp_path / "fives"], tmp_path / "merged", progress=False)
@@ -87,7 +86,7 @@ def test_outputs_in_other_sizes_are_refused_with_the_way_out(whole: Path, tmp_pa
         merge_outputs([whole / "out"], tmp_path / "fives", 3, progress=False)
 
 
-def test_a_shard_that_was_scored_twice_is_taken_once_and_said(whole: Path, tmp_path: Path) -> None:
+def test_the_first_copy_of_a_shard_that_was_scored_twice_is_taken_with_a_notice(whole: Path, tmp_path: Path) -> None:
     other = part(whole / "out", tmp_path / "other", 0, 1)
     rows = rows_of(other, 1)
     write_shard(other, 1, read_manifest(other), [*rows[:3], rows[0]], [])
@@ -98,7 +97,7 @@ def test_a_shard_that_was_scored_twice_is_taken_once_and_said(whole: Path, tmp_p
     write_with_digest(receipt_path(other, 1), changed)
     merged = merge_outputs([whole / "out", other], tmp_path / "merged", progress=False)
     assert len(merged.notes) == 1
-    assert re.search(r"shard 1 was scored twice: .*the first is taken", shown(merged))
+    assert re.search(r"shard 1 was scored twice: .*the first is taken", render_text(merged))
     assert contents(tmp_path / "merged") == contents(whole / "out")
 
 
@@ -114,7 +113,7 @@ def test_copies_with_other_samples_are_refused(whole: Path, tmp_path: Path, what
 
 
 @pytest.mark.parametrize("size", [None, 5])
-def test_a_damaged_copy_is_passed_over_for_a_whole_one(whole: Path, tmp_path: Path, size: int | None) -> None:
+def test_an_intact_copy_is_taken_instead_of_a_damaged_one(whole: Path, tmp_path: Path, size: int | None) -> None:
     damaged = part(whole / "out", tmp_path / "damaged", 0, 1)
     flip(shard_path(damaged, 1), 2000)
     shard_path(damaged, 0).unlink()
@@ -122,7 +121,7 @@ def test_a_damaged_copy_is_passed_over_for_a_whole_one(whole: Path, tmp_path: Pa
     assert merged.missing == ()
     if size is None:
         assert contents(tmp_path / "merged") == contents(whole / "out")
-        assert shown(merged).count("is gone or not what its receipt names") == 2
+        assert render_text(merged).count("is gone or not what its receipt names") == 2
     assert verify_logits(tmp_path / "merged", whole / "data.jsonl", progress=False).ok
     with pytest.raises(ShardError, match=r"shard-0000\d.parquet: gone, or not the bytes that the receipt names"):
         merge_outputs([damaged], tmp_path / "second", progress=False)
@@ -152,14 +151,14 @@ def capture(root: Path, teacher: Path, what: str, num_samples: int = 11) -> Prec
 @pytest.mark.parametrize("what", CAPTURES)
 def test_values_are_the_same_to_the_bit_in_shards_of_any_size(tmp_path: Path, llava_dir: Path, what: str) -> None:
     config = capture(tmp_path, llava_dir, what)
-    before = [list(values(row)) for row in all_rows(config.output)]
+    before = [list(row_values(row)) for row in all_rows(config.output)]
     last = config.output
-    # From one size to the next: what coding twice would add is added up.
+    # Shards are written from one size to the next, so that errors of repeated coding would add up.
     for size in (1, 100, 3, 7):
         merged = merge_outputs([last], tmp_path / f"of-{size}", size, progress=False)
         last = tmp_path / f"of-{size}"
         assert (merged.num_shards, merged.num_rows) == (-(-11 // size), 10)
-        assert [list(values(row)) for row in all_rows(last)] == before
+        assert [list(row_values(row)) for row in all_rows(last)] == before
         report = verify_logits(last, config.dataset, progress=False)
         assert report.ok
         assert report.num_skipped == 1
@@ -167,7 +166,7 @@ def test_values_are_the_same_to_the_bit_in_shards_of_any_size(tmp_path: Path, ll
     assert contents(tmp_path / "back") == contents(config.output)
 
 
-def test_writing_in_another_size_goes_on_where_it_ended(whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_change_of_size_continues(whole: Path, tmp_path: Path) -> None:
     merge_outputs([whole / "out"], tmp_path / "fives", 3, progress=False)
     before = contents(tmp_path / "fives")
     receipt_path(tmp_path / "fives", 1).unlink()

@@ -1,4 +1,4 @@
-"""Every number that is shown is held against another program's, or against one worked out by hand."""
+"""Every number of an inspection is compared with another program's, or with one computed by hand."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -22,37 +21,37 @@ from common.shards.score_shard import ShardFile
 from common.storage.files import Location, parse_location
 from precompute.inspection import formatting, terminal
 from precompute.inspection.collect import FOOTERS, Inspection, evenly_spaced, inspect_output, open_target
-from precompute.inspection.statistics import ENTROPY, KEPT, StreamingDistribution, entropies
+from precompute.inspection.statistics import ENTROPY, NUM_KEPT, StreamingDistribution, entropies
 from precompute.inspection.unpack import unpack_output
 from tests.support.builders import make_draws, make_scores
-from tests.support.inspect_outputs import write_known_output, write_output
+from tests.support.inspect_outputs import run_sql, write_known_output, write_output
 from tests.support.models import tiny_tokenizer
 from tests.support.object_store import BUCKET, Store
 
 
-def look(path: Location, **options: object) -> Inspection:
+def inspect(path: Location, **options: object) -> Inspection:
     return inspect_output(path, progress=False, **options)  # type: ignore[arg-type]
 
 
-def shown(inspection: Inspection, width: int = 100, max_tokens: int = 48) -> str:
+def render_text(inspection: Inspection, width: int = 100, max_tokens: int = 48) -> str:
     console = Console(width=width, force_terminal=False)
     with console.capture() as captured:
         console.print(terminal.render_terminal(inspection, max_tokens=max_tokens))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def by_name(inspection: Inspection) -> dict[str, tuple[float, ...]]:
+def numbers_by_metric(inspection: Inspection) -> dict[str, tuple[float, ...]]:
     return {d.measure.name: (*d.quantiles, d.mean, d.num_values) for d in inspection.distributions}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
-def test_distributions_are_those_that_duckdb_and_scipy_find(tmp_path: Path, kind: Kind, drawn: bool) -> None:
+def test_distributions_are_those_of_duckdb_and_scipy(tmp_path: Path, kind: Kind, drawn: bool) -> None:
     capture = {"top_k": 0, "num_draws": 20} if drawn else {"top_k": 6}
     write_output(tmp_path / "out", kind, **capture)
     unpack_output(open_target(tmp_path / "out"), tmp_path / "lists", progress=False)
-    found = by_name(look(tmp_path / "out"))
+    found = numbers_by_metric(inspect(tmp_path / "out"))
 
     files = f"'{tmp_path}/lists/*.parquet'"
     prefixes = ("",) if kind == "kd" else ("chosen_", "rejected_")
@@ -71,12 +70,12 @@ def test_distributions_are_those_that_duckdb_and_scipy_find(tmp_path: Path, kind
         queries["margin"] = f"select chosen_logprob_sum - rejected_logprob_sum as x from {files}"
     levels = "[0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]"
     for name, query in queries.items():
-        (answer,) = duckdb.sql(f"select quantile_cont(x::double, {levels}), avg(x), count(*) from ({query})").fetchall()
+        (answer,) = run_sql(f"select quantile_cont(x::double, {levels}), avg(x), count(*) from ({query})")
         assert found.pop(name) == pytest.approx((*answer[0], *answer[1:]), rel=1e-6, abs=1e-6), name
 
     rows = []
     for p in prefixes:
-        lists = duckdb.sql(f"select unnest({p}topk_logprobs), unnest({p}rest_mass) from {files}").fetchall()
+        lists = run_sql(f"select unnest({p}topk_logprobs), unnest({p}rest_mass) from {files}")
         rows += [scipy.special.entr([*np.exp(np.array(logprobs, np.float64)), rest]).sum() for logprobs, rest in lists]
     expected = (*np.quantile(rows, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]), np.mean(rows), len(rows))
     assert found.pop("entropy") == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -85,7 +84,7 @@ def test_distributions_are_those_that_duckdb_and_scipy_find(tmp_path: Path, kind
 
 def test_a_histogram_holds_each_value_once(tmp_path: Path) -> None:
     write_output(tmp_path, top_k=6)
-    for d in look(tmp_path).distributions:
+    for d in inspect(tmp_path).distributions:
         assert sum(d.counts) == d.num_values
         assert d.edges[0] <= d.quantiles[0]
         assert d.edges[-1] >= np.float32(d.quantiles[-1])
@@ -105,7 +104,7 @@ def test_entropy_never_exceeds_that_of_the_whole_distribution() -> None:
             assert found[row] == pytest.approx(spread_out - float(scores.rest_mass[row]) * math.log(10), abs=1e-7)
 
 
-def test_thinned_values_keep_their_ends_and_mean_and_nearly_their_quantiles() -> None:
+def test_dropped_values_change_neither_ends_nor_mean_and_hardly_quantiles() -> None:
     rng = np.random.default_rng(0)
     numbers = rng.exponential(1, 100_003)
     values = StreamingDistribution(ENTROPY, max_held=5000)
@@ -115,42 +114,42 @@ def test_thinned_values_keep_their_ends_and_mean_and_nearly_their_quantiles() ->
     assert found is not None
     assert (found.num_values, found.quantiles[0], found.quantiles[-1]) == (100_003, numbers.min(), numbers.max())
     assert found.mean == pytest.approx(numbers.mean(), rel=1e-9)
-    # Several standard errors of a quantile of 2,500 values.
+    # The tolerance is several standard errors of a quantile of 2,500 values.
     assert found.quantiles[1:-1] == pytest.approx(np.quantile(numbers, [0.05, 0.25, 0.5, 0.75, 0.95]), rel=0.2)
     assert 2500 <= sum(found.counts) <= 5000
 
 
-def test_whole_numbers_have_whole_bins() -> None:
-    for least, greatest in ((3, 3), (0, 35), (0, 36), (5, 1000)):
-        values = StreamingDistribution(KEPT)
-        values.add(np.arange(least, greatest + 1))
+def test_bins_of_whole_numbers_have_a_whole_width() -> None:
+    for low, high in ((3, 3), (0, 35), (0, 36), (5, 1000)):
+        values = StreamingDistribution(NUM_KEPT)
+        values.add(np.arange(low, high + 1))
         found = values.distribution()
         assert found is not None
         width = found.edges[1] - found.edges[0]
         assert all(edge % 1 == 0.5 for edge in found.edges)
         assert set(found.counts[:-1]) <= {width}
-        assert sum(found.counts) == greatest - least + 1
+        assert sum(found.counts) == high - low + 1
 
 
 def test_bytes_by_column_are_those_of_duckdb_and_add_up_to_the_files(tmp_path: Path) -> None:
     write_output(tmp_path)
-    found = look(tmp_path)
+    found = inspect(tmp_path)
     columns = {column.name: column.num_bytes for column in found.columns}
-    answers = duckdb.sql(
+    answers = run_sql(
         f"select split_part(path_in_schema, ', ', 1), sum(total_compressed_size) "
         f"from parquet_metadata('{tmp_path}/*.parquet') group by 1"
-    ).fetchall()
+    )
     footers = columns.pop(FOOTERS)
     assert columns == {name: int(num_bytes) for name, num_bytes in answers}
     num_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
     assert footers + sum(columns.values()) == num_bytes == found.counts.num_bytes
     assert {c.name for c in found.columns if c.is_packed} == {name for name in columns if name.startswith("topk_")}
-    # For eyes the numbered ones are one.
-    shown = {name: num_bytes for name, num_bytes, _, _ in formatting.column_rows(found)}
-    assert shown["topk_logprobs_0 to _3"] == sum(columns[f"topk_logprobs_{plane}"] for plane in range(4))
-    assert len(shown) == len(columns) + 1 - 3 - 3
-    assert sum(shown.values()) == num_bytes
-    assert list(shown.values()) == sorted(shown.values(), reverse=True)
+    # In the table, numbered columns are added up.
+    render_text = {name: num_bytes for name, num_bytes, _, _ in formatting.column_rows(found)}
+    assert render_text["topk_logprobs_0 to _3"] == sum(columns[f"topk_logprobs_{plane}"] for plane in range(4))
+    assert len(render_text) == len(columns) + 1 - 3 - 3
+    assert sum(render_text.values()) == num_bytes
+    assert list(render_text.values()) == sorted(render_text.values(), reverse=True)
 
 
 def test_positions_are_spread_evenly() -> None:
@@ -165,22 +164,22 @@ def test_positions_are_spread_evenly() -> None:
         assert abs(positions[0] - (count - 1 - positions[-1])) <= 1
 
 
-def test_only_some_row_groups_are_read_and_that_is_said(tmp_path: Path) -> None:
+def test_the_number_of_row_groups_read_is_limited_and_shown(tmp_path: Path) -> None:
     write_output(tmp_path, num_samples=260, shard=130, top_k=3)
-    part, whole = look(tmp_path, max_groups=2), look(tmp_path, max_groups=None)
+    part, whole = inspect(tmp_path, max_groups=2), inspect(tmp_path, max_groups=None)
     assert (part.counts.num_groups, part.counts.num_groups_read) == (6, 2)
-    # Groups 1 and 4 of 64, 64, 2, 64, 64, 2 rows.
+    # Row groups 1 and 4 are read; the six have 64, 64, 2, 64, 64, 2 rows.
     assert part.counts.num_rows_read == 128
     assert part.counts.num_rows == whole.counts.num_rows == whole.counts.num_rows_read == 260
     assert part.columns == whole.columns
-    assert "2 of 6 row groups: 128 rows, 1,024 scored tokens" in shown(part)
-    assert "all 6 row groups" in shown(whole)
+    assert "2 of 6 row groups: 128 rows, 1,024 scored tokens" in render_text(part)
+    assert "all 6 row groups" in render_text(whole)
 
 
-def test_a_known_sample_is_printed_as_worked_out_by_hand(tmp_path: Path) -> None:
+def test_a_known_sample_is_printed_as_computed_by_hand(tmp_path: Path) -> None:
     write_known_output(tmp_path)
-    found = look(tmp_path)
-    text = shown(found, 80)
+    found = inspect(tmp_path)
+    text = render_text(found, 80)
     # 1/2 ln 2 + 1/4 ln 4 + 2/8 ln 8 = 1.213; 1/2 ln 2 + 2/4 ln 4 = 1.040; -20 ln 2 = -13.863.
     assert text[text.index("sample one") :].splitlines() == [
         "sample one, position 0 in the dataset, shard 0",
@@ -198,17 +197,17 @@ def test_a_known_sample_is_printed_as_worked_out_by_hand(tmp_path: Path) -> None
     assert f"teacher weights  {'1' * 16}…" in text
 
 
-def test_a_long_sample_is_cut_and_that_is_said(tmp_path: Path) -> None:
+def test_a_long_sample_is_cut_with_a_notice(tmp_path: Path) -> None:
     write_known_output(tmp_path, answer="word " * 200)
-    text = shown(look(tmp_path, max_tokens=2))
+    text = render_text(inspect(tmp_path, max_tokens=2))
     assert "and 1 more scored tokens" in text
     assert "(400 more characters)" in text
-    assert shown(look(tmp_path), max_tokens=2) == text
+    assert render_text(inspect(tmp_path), max_tokens=2) == text
 
 
 def test_what_a_terminal_would_obey_is_spelled_out(tmp_path: Path) -> None:
     write_known_output(tmp_path, sample_id="\x1b[2Jx", answer="a\x1b]0;b\x07\u202ec [bold]d[/bold]")
-    text = shown(look(tmp_path))
+    text = render_text(inspect(tmp_path))
     assert "\\x1b[2Jx" in text
     assert "a\\x1b]0;b\\x07\\x202ec [bold]d[/bold]" in text
     assert "\x1b" not in text
@@ -217,16 +216,16 @@ def test_what_a_terminal_would_obey_is_spelled_out(tmp_path: Path) -> None:
 def test_samples_are_found_by_id_and_by_position(tmp_path: Path) -> None:
     write_output(tmp_path, num_samples=150, shard=140, top_k=2)
     for wanted, index in (("s139", 139), ("139", 139), ("s70", 70), ("s140", 140), ("0", 0)):
-        assert look(tmp_path, sample=wanted).samples[0].index == index
+        assert inspect(tmp_path, sample=wanted).samples[0].index == index
     for wanted in ("s150", "150", "-1", ""):
         with pytest.raises(ConfigError, match="holds sample"):
-            look(tmp_path, sample=wanted)
+            inspect(tmp_path, sample=wanted)
 
 
 def test_samples_are_the_first_row_and_others_evenly_spread(tmp_path: Path) -> None:
     write_output(tmp_path, num_samples=70, shard=32, top_k=2)
-    assert [s.index for s in look(tmp_path, num_samples=8).samples] == [0, 4, 13, 21, 30, 39, 48, 56]
-    assert [s.index for s in look(tmp_path, sample="s9", num_samples=2).samples] == [9, 17]
+    assert [s.index for s in inspect(tmp_path, num_samples=8).samples] == [0, 4, 13, 21, 30, 39, 48, 56]
+    assert [s.index for s in inspect(tmp_path, sample="s9", num_samples=2).samples] == [9, 17]
 
 
 def test_tokens_have_the_scores_of_the_shard(tmp_path: Path) -> None:
@@ -235,7 +234,7 @@ def test_tokens_have_the_scores_of_the_shard(tmp_path: Path) -> None:
     row = next(iter(shard))
     shard.close()
     (scored,) = row.conversations
-    found = look(tmp_path, sample="s4", num_alternatives=6).samples[0]
+    found = inspect(tmp_path, sample="s4", num_alternatives=6).samples[0]
     tokens = [token for span in found.conversations[0].spans for token in span]
     assert [len(span) for span in found.conversations[0].spans] == [3, 5]
     assert [t.token_id for t in tokens] == scored.encoded.response_ids.tolist()
@@ -250,31 +249,31 @@ def test_tokens_have_the_scores_of_the_shard(tmp_path: Path) -> None:
 def test_without_kept_entries_only_own_log_probs_are_shown(tmp_path: Path) -> None:
     manifest = write_output(tmp_path, "dpo", num_samples=3, top_k=0)
     assert manifest.capture.max_kept == 0
-    found = look(tmp_path)
+    found = inspect(tmp_path)
     assert [d.measure.name for d in found.distributions] == ["own log-prob", "margin", "scored tokens", "length"]
-    assert "no entries, the log-probs of the tokens alone" in shown(found)
+    assert "no entries, the log-probs of the tokens alone" in render_text(found)
 
 
 def test_an_output_under_way_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     write_output(tmp_path, num_shards=1)
-    found = look(tmp_path)
+    found = inspect(tmp_path)
     assert found.ok and found.counts.num_rows == 4
-    assert "1 of 3, not complete yet" in shown(found)
+    assert "1 of 3, not complete yet" in render_text(found)
     write_output(tmp_path / "begun", num_shards=0)
-    begun = look(tmp_path / "begun")
+    begun = inspect(tmp_path / "begun")
     assert begun.ok and not begun.samples
-    assert "0 of 3, not complete yet" in shown(begun)
+    assert "0 of 3, not complete yet" in render_text(begun)
 
 
 def test_one_shard_file_is_shown_alone(tmp_path: Path) -> None:
     write_output(tmp_path)
-    found = look(shard_path(tmp_path, 1))
+    found = inspect(shard_path(tmp_path, 1))
     assert (found.counts.num_rows, found.samples[0].index) == (4, 4)
     assert found.counts.num_bytes == shard_path(tmp_path, 1).stat().st_size
-    assert "1 of 1, complete" in shown(found)
+    assert "1 of 1, complete" in render_text(found)
     shard_path(tmp_path, 1).with_suffix(".json").unlink()
     with pytest.raises(ShardError, match="never finished"):
-        look(shard_path(tmp_path, 1))
+        inspect(shard_path(tmp_path, 1))
 
 
 def test_damaged_shards_are_named_and_the_rest_is_shown(
@@ -287,12 +286,12 @@ def test_damaged_shards_are_named_and_the_rest_is_shown(
     column = pq.read_metadata(flipped).row_group(0).column(0)
     data = bytearray(flipped.read_bytes())
     data[column.data_page_offset + column.total_compressed_size - 1] ^= 0x10
-    flipped.write_bytes(data)
-    found = look(tmp_path, num_samples=3)
+    flipped.write_bytes(bytes(data))
+    found = inspect(tmp_path, num_samples=3)
     assert [Path(problem.path) for problem in found.problems] == [cut, gone, flipped]
     assert {s.shard for s in found.samples} == {3}
     assert found.counts.num_rows_read == 3
-    text = shown(found, 200)
+    text = render_text(found, 200)
     assert "4 of 4, complete; 2 of them cannot be read" in text
     assert all(str(path) in text for path in (cut, gone, flipped))
 
@@ -304,9 +303,12 @@ def test_damaged_shards_are_named_and_the_rest_is_shown(
     assert "shard-00002.parquet" in capsys.readouterr().out
 
 
-def test_a_damaged_manifest_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="does not exist"):
-        look(tmp_path)
+def test_an_output_without_a_manifest_is_an_error(tmp_path: Path) -> None:
+    write_output(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    for path in (tmp_path, shard_path(tmp_path, 1)):
+        with pytest.raises(ShardError, match=r"manifest\.json: does not exist"):
+            inspect(path)
 
 
 def test_token_texts_come_from_the_tokenizer_of_the_shards_alone(tmp_path: Path) -> None:
@@ -314,21 +316,21 @@ def test_token_texts_come_from_the_tokenizer_of_the_shards_alone(tmp_path: Path)
     sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     identity = TokenizerIdentity(sha256=sha256, vocab_size=len(tokenizer), template_sha256="4" * 64)
     write_known_output(tmp_path / "out", tokenizer=identity)
-    found = look(tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    found = inspect(tmp_path / "out", tokenizer=tmp_path / "tokenizer")
     (span,) = found.samples[0].conversations[0].spans
     # Single bytes below 128 are text.
     assert [t.text for t in span] == [tokenizer.decode([i]) for i in (7, 8, 9)] == ["(", ")", "*"]
 
     write_known_output(tmp_path / "other")
     with pytest.raises(ProvenanceError, match=sha256):
-        look(tmp_path / "other", tokenizer=tmp_path / "tokenizer")
+        inspect(tmp_path / "other", tokenizer=tmp_path / "tokenizer")
     with pytest.raises(ModelError, match="no such model directory"):
-        look(tmp_path / "out", tokenizer=tmp_path / "nowhere")
+        inspect(tmp_path / "out", tokenizer=tmp_path / "nowhere")
 
 
 def test_json_says_what_the_terminal_says(tmp_path: Path) -> None:
     write_known_output(tmp_path, images=(ImageRef("a.png", b"12345"),))
-    found = look(tmp_path)
+    found = inspect(tmp_path)
     body = json.loads(json.dumps(formatting.to_dict(found)))
     assert body["manifest"] == read_manifest(tmp_path).model_dump(mode="json")
     assert body["counts"]["num_scored_tokens"] == 3 and body["counts"]["num_skipped"] == 2
@@ -363,14 +365,14 @@ def test_an_output_in_an_object_store_is_inspected_and_unpacked_like_a_local_one
     remote = parse_location(f"s3://{BUCKET}/{tmp_path.name}")
     for output in (tmp_path / "out", remote):
         write_output(output, num_samples=640, shard=320, top_k=60)
-    here, there = look(tmp_path / "out", num_samples=3), look(remote, num_samples=3)
+    here, there = inspect(tmp_path / "out", num_samples=3), inspect(remote, num_samples=3)
     assert (here.counts, here.columns, here.distributions) == (there.counts, there.columns, there.distributions)
     assert here.samples == there.samples
-    assert look(shard_path(remote, 1), max_groups=1).counts.num_rows_read == 64
+    assert inspect(shard_path(remote, 1), max_groups=1).counts.num_rows_read == 64
 
     # Of ten row groups the first, for its first row, and one more; footers are read by themselves.
     store.clear()
-    look(remote, max_groups=1)
+    inspect(remote, max_groups=1)
     assert sum(request.num_received for request in store.requests) < here.counts.num_bytes
 
     for output, name in ((tmp_path / "out", "a"), (remote, "b")):

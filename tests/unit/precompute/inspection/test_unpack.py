@@ -1,10 +1,9 @@
-"""The unpacked export, read by programs that know nothing of this project."""
+"""Unpacked shards are read by programs that know nothing of this project."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -15,12 +14,13 @@ from common.data.samples import Kind
 from common.errors import ConfigError, ShardError, StorageError
 from common.shards.manifest import shard_path
 from common.shards.score_shard import PREFIXES, ShardFile
+from common.storage.files import Location
 from precompute.inspection.collect import open_target
 from precompute.inspection.unpack import unpack_output
-from tests.support.inspect_outputs import write_output
+from tests.support.inspect_outputs import run_sql, write_output
 
 
-def export(output: Path, out: Path) -> Any:
+def unpack(output: Location, out: Path) -> Any:
     return unpack_output(open_target(output), out, progress=False)
 
 
@@ -30,7 +30,7 @@ def export(output: Path, out: Path) -> Any:
 def test_lists_hold_what_the_shards_hold(tmp_path: Path, kind: Kind, drawn: bool) -> None:
     capture = {"top_k": 0, "num_draws": 20} if drawn else {"top_k": 6}
     manifest = write_output(tmp_path / "out", kind, num_samples=150, shard=140, **capture)
-    done = export(tmp_path / "out", tmp_path / "lists")
+    done = unpack(tmp_path / "out", tmp_path / "lists")
     assert done.ok and (done.num_files, done.num_rows) == (2, 150)
     assert sorted(path.name for path in (tmp_path / "lists").iterdir()) == [
         "shard-00000.parquet",
@@ -68,12 +68,12 @@ def test_duckdb_pandas_and_datasets_open_it(tmp_path: Path) -> None:
     import datasets
 
     write_output(tmp_path / "out", top_k=3)
-    export(tmp_path / "out", tmp_path / "lists")
+    unpack(tmp_path / "out", tmp_path / "lists")
     files = sorted(map(str, (tmp_path / "lists").glob("*.parquet")))
     counts = [len(ids) for record in pq.read_table(files).to_pylist() for ids in record["topk_ids"]]
-    (answer,) = duckdb.sql(
+    (answer,) = run_sql(
         f"select count(*), sum(len(i)) from (select unnest(topk_ids) as i from '{tmp_path}/lists/*.parquet')"
-    ).fetchall()
+    )
     assert answer == (len(counts), sum(counts))
     frame = pd.concat(map(pd.read_parquet, files))
     assert sum(len(ids) for row in frame["topk_ids"] for ids in row) == sum(counts)
@@ -85,12 +85,12 @@ def test_duckdb_pandas_and_datasets_open_it(tmp_path: Path) -> None:
 
 def test_an_export_is_not_taken_for_a_shard(tmp_path: Path) -> None:
     manifest = write_output(tmp_path / "out")
-    export(tmp_path / "out", tmp_path / "lists")
+    unpack(tmp_path / "out", tmp_path / "lists")
     with pytest.raises(ShardError, match="columns are not those"):
         ShardFile(shard_path(tmp_path / "lists", 0), manifest, 0)
 
 
-def test_a_destination_that_is_taken_is_refused(tmp_path: Path) -> None:
+def test_a_destination_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     write_output(tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
@@ -98,22 +98,22 @@ def test_a_destination_that_is_taken_is_refused(tmp_path: Path) -> None:
     before = sorted((tmp_path / "out").iterdir())
     for out in ("out", "out/lists", "out/../out/a/b", "link/lists", "full", "full/thesis.txt"):
         with pytest.raises(ConfigError, match="choose a"):
-            export(tmp_path / "out", tmp_path / out)
+            unpack(tmp_path / "out", tmp_path / out)
     assert sorted((tmp_path / "out").iterdir()) == before
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
-    assert export(tmp_path / "out", tmp_path / "empty").ok
+    assert unpack(tmp_path / "out", tmp_path / "empty").ok
 
 
 def test_a_damaged_shard_leaves_no_file_and_the_others_are_written(tmp_path: Path) -> None:
     write_output(tmp_path / "out", num_samples=200, shard=100, top_k=3)
     path = shard_path(tmp_path / "out", 0)
-    # In the second row group, when the first is written already.
+    # The damage is in the second row group, which is read when the first is already written.
     column = pq.read_metadata(path).row_group(1).column(0)
     data = bytearray(path.read_bytes())
     data[column.data_page_offset + column.total_compressed_size - 1] ^= 0x10
-    path.write_bytes(data)
-    done = export(tmp_path / "out", tmp_path / "lists")
+    path.write_bytes(bytes(data))
+    done = unpack(tmp_path / "out", tmp_path / "lists")
     assert not done.ok
     assert [problem.path for problem in done.problems] == [str(path)]
     assert [p.name for p in (tmp_path / "lists").iterdir()] == ["shard-00001.parquet"]
@@ -128,18 +128,18 @@ def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space left"):
-        export(tmp_path / "out", tmp_path / "lists")
+        unpack(tmp_path / "out", tmp_path / "lists")
     assert list((tmp_path / "lists").iterdir()) == []
 
 
 def test_one_shard_is_unpacked_alone(tmp_path: Path) -> None:
     write_output(tmp_path / "out")
-    assert export(shard_path(tmp_path / "out", 1), tmp_path / "lists").num_rows == 4
+    assert unpack(shard_path(tmp_path / "out", 1), tmp_path / "lists").num_rows == 4
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
-    """Arrow's peak for sixteen row groups is about that for four."""
+    """The peak of Arrow's memory is about the same for sixteen row groups as for four."""
     peaks = []
     for name, num_samples in (("four", 256), ("sixteen", 1024)):
         write_output(tmp_path / name, num_samples=num_samples, shard=num_samples, top_k=200)

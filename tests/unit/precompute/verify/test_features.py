@@ -1,4 +1,4 @@
-"""`verify-shards` on a feature cache: each damage is found under its own name, moved aside, and written again."""
+"""`verify-shards` on a feature cache: each damage is found by its check, moved aside, and written again."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ from precompute.verify.features import verify_features
 from precompute.verify.recompute_features import recompute_features
 from precompute.verify.repair import repair_output
 from tests.support.models import tiny_llava
-from tests.support.outputs import failed, flip
+from tests.support.outputs import copy_file, first_problems, flip
 from tests.support.training import ROOT, write_mixed_dataset
 
 
@@ -64,24 +64,24 @@ def rows_of(output: Path, number: int) -> list[FeatureRow]:
     return rows
 
 
-def rewrite(output: Path, change: Callable[[list[FeatureRow]], list[FeatureRow]], number: int = 1) -> None:
+def rewrite_shard(output: Path, change: Callable[[list[FeatureRow]], list[FeatureRow]], number: int = 1) -> None:
     """Writes a shard again with other rows, and a receipt that fits."""
     write_feature_shard(output, number, read_feature_manifest(output), change(rows_of(output, number)))
 
 
-def with_packed(row: FeatureRow, name: str, data: bytes) -> FeatureRow:
+def replace_packed(row: FeatureRow, name: str, data: bytes) -> FeatureRow:
     return dataclasses.replace(row, packed={**row.packed, name: data})
 
 
-def with_infinity(rows: list[FeatureRow]) -> list[FeatureRow]:
+def put_infinity(rows: list[FeatureRow]) -> list[FeatureRow]:
     low, high = (bytearray(rows[1].packed[name]) for name in ("features_low", "features_high"))
     low[7], high[7] = 0x80, 0x7F
-    changed = with_packed(with_packed(rows[1], "features_low", bytes(low)), "features_high", bytes(high))
+    changed = replace_packed(replace_packed(rows[1], "features_low", bytes(low)), "features_high", bytes(high))
     return [rows[0], changed, rows[2]]
 
 
-def list_twice(output: Path) -> None:
-    """The list and the manifest agree on an image that stands there twice."""
+def list_image_twice(output: Path) -> None:
+    """Lists an image twice, with a manifest that agrees with the list."""
     manifest = read_feature_manifest(output)
     images = read_index(output, manifest)
     images[4] = images[3]
@@ -91,7 +91,7 @@ def list_twice(output: Path) -> None:
 
 SHARD_1 = ["shard-00001.json", "shard-00001.parquet"]
 
-# What breaks, under which name it is found, what is said, and which files are moved for it.
+# For each damage: what causes it, the check that finds it, its message, and the files that a repair moves.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str, list[str]]] = {
     "a flipped bit": (lambda out: flip(shard_path(out, 1), 900), "checksums", "its receipt says", SHARD_1),
     "a truncated shard": (
@@ -109,25 +109,35 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str, list[str]]] = {
     "a receipt is gone": (lambda out: receipt_path(out, 1).unlink(), "files", "has no receipt", SHARD_1[1:]),
     "a receipt is broken": (lambda out: receipt_path(out, 1).write_bytes(b"{}"), "receipts", "damaged", SHARD_1),
     "another shard's file": (
-        lambda out: [shutil.copy(a, b) for a, b in ((shard_path(out, 0), shard_path(out, 1)),)],
+        lambda out: copy_file(shard_path(out, 0), shard_path(out, 1)),
         "checksums",
         "its receipt says",
         SHARD_1,
     ),
-    "an infinite value": (lambda out: rewrite(out, with_infinity), "features", "image 4: 1 of 1,024 values", SHARD_1),
+    "an infinite value": (
+        lambda out: rewrite_shard(out, put_infinity),
+        "features",
+        "image 4: 1 of 1,024 values",
+        SHARD_1,
+    ),
     "another shape": (
-        lambda out: rewrite(out, lambda rows: [with_packed(row, "features_low", b"") for row in rows]),
+        lambda out: rewrite_shard(out, lambda rows: [replace_packed(row, "features_low", b"") for row in rows]),
         "features",
         "features_low has 0 bytes, expected 1,024",
         SHARD_1,
     ),
     "another image's row": (
-        lambda out: rewrite(out, lambda rows: [dataclasses.replace(rows[0], image=rows[1].image), *rows[1:]]),
+        lambda out: rewrite_shard(out, lambda rows: [dataclasses.replace(rows[0], image=rows[1].image), *rows[1:]]),
         "rows",
         "the list has",
         SHARD_1,
     ),
-    "a lost row": (lambda out: rewrite(out, lambda rows: rows[1:]), "coverage", "are not the images 3 to 5", SHARD_1),
+    "a lost row": (
+        lambda out: rewrite_shard(out, lambda rows: rows[1:]),
+        "coverage",
+        "are not the images 3 to 5",
+        SHARD_1,
+    ),
     "the list is gone": (lambda out: (out / "images.parquet").unlink(), "index", "cannot be read", []),
     "the list is broken": (
         lambda out: flip(out / "images.parquet", 300),
@@ -144,7 +154,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str, list[str]]] = {
 }
 
 
-def test_a_whole_cache_passes_every_check(root: Path) -> None:
+def test_an_intact_cache_passes_every_check(root: Path) -> None:
     data = root / "data"
     report = verify_features(root / "out", data / "kd.json", data, progress=False)
     assert report.ok
@@ -154,11 +164,11 @@ def test_a_whole_cache_passes_every_check(root: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_named_moved_and_written_again(root: Path, output: Path, what: str) -> None:
+def test_damage_is_found_moved_and_written_again(root: Path, output: Path, what: str) -> None:
     damage, name, message, moved = DAMAGE[what]
     damage(output)
     report = verify_features(output, progress=False)
-    assert message in failed(report)[name]
+    assert message in first_problems(report)[name]
     result = repair_output(report)
     assert sorted(result.moved) == moved
     summary = run_features(settings(root, output), progress=False)
@@ -186,20 +196,20 @@ def test_the_manifest_is_restored_from_the_shards(root: Path, output: Path, how:
 
 
 def test_an_image_that_is_listed_twice_is_found(output: Path) -> None:
-    list_twice(output)
-    problems = failed(verify_features(output, progress=False))
-    # The manifest is not that of the shards; what they say is checked against the list.
+    list_image_twice(output)
+    problems = first_problems(verify_features(output, progress=False))
+    # The edited manifest is replaced by that of the shards, with which the list does not agree.
     assert "is not the manifest of the shards" in problems["manifest"]
     assert "not the list of images" in problems["index"]
 
 
-def test_what_to_run_next_is_told(output: Path) -> None:
+def test_a_repair_says_what_to_run_next(output: Path) -> None:
     flip(shard_path(output, 1), 900)
     (output / "images.parquet").unlink()
     console = Console(width=1000, file=io.StringIO())
     console.print(repair_output(verify_features(output, progress=False)).render())
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "run the same precompute-features again (decant precompute-features): it writes shards 1 and no" in shown
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "run the same precompute-features again (decant precompute-features): it writes shards 1 and no" in text
 
 
 def test_another_dataset_and_changed_images_are_found_and_nothing_is_moved(
@@ -214,14 +224,14 @@ def test_another_dataset_and_changed_images_are_found_and_nothing_is_moved(
     (images / "8.png").unlink()
     report = verify_features(output, other, images, progress=False)
     checks = {check.name: check for check in report.checks}
-    said = [problem.what for problem in checks["dataset"].problems]
-    assert any("the output was made from" in what for what in said)
-    assert any("sample 's2': its image new.png is not in the cache" in what for what in said)
-    assert any("has 2.png, which no sample of the dataset names" in what for what in said)
-    said = [problem.what for problem in checks["sources"].problems]
-    assert len(said) == 2
-    assert any("6.png: has SHA-256" in what for what in said)
-    assert any("8.png does not exist" in what for what in said)
+    messages = [problem.what for problem in checks["dataset"].problems]
+    assert any("the output was made from" in what for what in messages)
+    assert any("sample 's2': its image new.png is not in the cache" in what for what in messages)
+    assert any("has 2.png, which no sample of the dataset names" in what for what in messages)
+    messages = [problem.what for problem in checks["sources"].problems]
+    assert len(messages) == 2
+    assert any("6.png: has SHA-256" in what for what in messages)
+    assert any("8.png does not exist" in what for what in messages)
     assert repair_output(report).moved == ()
     assert contents(output) == contents(root / "out")
 
@@ -230,8 +240,8 @@ def test_features_are_computed_again_and_compared(root: Path, output: Path, tmp_
     data, model = root / "data", root / "model"
     again = recompute_features(output, model, 100, image_root=data, progress=False)
     assert (again.num_images, again.num_exact, again.max_difference, again.ok) == (7, 7, 0.0, True)
-    # A cache that passes every check, and yet has one image's features under another's name.
-    rewrite(
+    # Swapped features of two images pass every check.
+    rewrite_shard(
         output,
         lambda rows: [
             dataclasses.replace(rows[0], packed=rows[1].packed),
@@ -254,7 +264,7 @@ def test_features_are_computed_again_and_compared(root: Path, output: Path, tmp_
         recompute_features(output, model, 7, image_root=images, progress=False)
 
 
-def test_the_command_knows_a_cache(root: Path, output: Path) -> None:
+def test_the_command_recognises_a_feature_cache(root: Path, output: Path) -> None:
     def run(*arguments: str) -> tuple[int, str]:
         done = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200"})
         return done.exit_code, done.output + str(done.exception or "")
@@ -304,5 +314,5 @@ def test_random_damage_never_makes_verification_crash(root: Path, tmp_path: Path
         output = shutil.copytree(root / "out", tmp_path / str(number))
         path = sorted(path for path in output.iterdir() if path.stat().st_size)[rng.integers(8)]
         flip(path, int(rng.integers(path.stat().st_size)))
-        # Of images.parquet what it lists is checked, not what its file says of itself.
+        # The digest of images.parquet covers its rows, not its Parquet metadata.
         assert not verify_features(output, progress=False).ok or path.name == "images.parquet"

@@ -1,4 +1,4 @@
-"""Every kind of damage is found under its own name, and none makes verification crash."""
+"""Each kind of damage is found by its check, and none makes verification crash."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,6 @@ import io
 import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,15 +34,15 @@ from precompute.report import MAX_LISTED
 from precompute.verify.logits import verify_logits
 from tests.support.builders import read_table
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
-from tests.support.outputs import failed, flip, rows_of, sign_again, with_sample
+from tests.support.outputs import copy_file, first_problems, flip, replace_sample, rewrite_receipt, rows_of
 from tests.support.real_weights import write_jsonl
 
 ROOT = Path(__file__).parents[4]
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 
-def test_a_whole_output_passes_every_check(whole: Path) -> None:
+def test_an_intact_output_passes_every_check(whole: Path) -> None:
     report = verify_logits(whole / "out", whole / "data.jsonl", progress=False)
     assert report.ok
     assert all(check.num_checked for check in report.checks)
@@ -57,8 +56,12 @@ def test_preference_pairs_pass_every_check(tmp_path: Path, llava_dir: Path) -> N
     assert verify_logits(config.output, config.dataset, progress=False).ok
 
 
+def remove_two_shards(output: Path) -> None:
+    for path in output.glob("shard-0000[12].*"):
+        path.unlink()
+
+
 FILE_DAMAGE: dict[str, tuple[Damage, str, str]] = {
-    "no output": (shutil.rmtree, "manifest", "does not exist"),
     "manifest gone": (lambda out: (out / "manifest.json").unlink(), "manifest", "does not exist"),
     "manifest edited": (
         lambda out: (out / "manifest.json").write_text((out / "manifest.json").read_text().replace("512", "513")),
@@ -72,19 +75,19 @@ FILE_DAMAGE: dict[str, tuple[Damage, str, str]] = {
         "damaged",
     ),
     "receipt of another shard": (
-        lambda out: shutil.copy(receipt_path(out, 0), receipt_path(out, 1)),
+        lambda out: copy_file(receipt_path(out, 0), receipt_path(out, 1)),
         "receipts",
         "is the receipt of shard 0",
     ),
     "receipt gone": (lambda out: receipt_path(out, 1).unlink(), "files", "has no receipt"),
     "shard gone": (lambda out: shard_path(out, 1).unlink(), "files", "receipt of a shard that is not there"),
     "number past the end": (
-        lambda out: shutil.copy(shard_path(out, 1), shard_path(out, 7)),
+        lambda out: copy_file(shard_path(out, 1), shard_path(out, 7)),
         "files",
         "last shard is 2",
     ),
     "shards missing": (
-        lambda out: [path.unlink() for path in out.glob("shard-0000[12].*")],
+        remove_two_shards,
         "coverage",
         "2 of 3 shards are missing: 1-2",
     ),
@@ -102,7 +105,7 @@ FILE_DAMAGE: dict[str, tuple[Damage, str, str]] = {
 def test_damage_to_files_is_found(output: Path, what: str) -> None:
     damage, check, message = FILE_DAMAGE[what]
     damage(output)
-    found = failed(verify_logits(output, progress=False))
+    found = first_problems(verify_logits(output, progress=False))
     assert re.search(message, found[check]), found
 
 
@@ -110,32 +113,32 @@ def test_a_flipped_bit_behind_a_matching_receipt_is_found_by_the_page_checksum(o
     file = pq.ParquetFile(shard_path(output, 1)).metadata.row_group(0)
     column = next(file.column(i) for i in range(file.num_columns) if file.column(i).path_in_schema == "topk_ids_3")
     flip(shard_path(output, 1), column.data_page_offset + column.total_compressed_size - 8)
-    sign_again(output, 1)
-    assert "row group 0" in failed(verify_logits(output, progress=False))["pages"]
+    rewrite_receipt(output, 1)
+    assert "row group 0" in first_problems(verify_logits(output, progress=False))["pages"]
 
 
 def test_a_shard_under_another_number_is_found(output: Path) -> None:
-    shutil.copy(shard_path(output, 0), shard_path(output, 1))
-    sign_again(output, 1)
-    assert "the file was renamed" in failed(verify_logits(output, progress=False))["columns"]
+    copy_file(shard_path(output, 0), shard_path(output, 1))
+    rewrite_receipt(output, 1)
+    assert "the file was renamed" in first_problems(verify_logits(output, progress=False))["columns"]
 
 
 def test_a_shard_of_another_schema_is_found(output: Path) -> None:
     table = pq.read_table(shard_path(output, 1))
     pq.write_table(table.drop_columns(["rest_mass"]), shard_path(output, 1))
-    sign_again(output, 1)
-    assert "its columns are not those of a kd shard" in failed(verify_logits(output, progress=False))["columns"]
+    rewrite_receipt(output, 1)
+    assert "its columns are not those of a kd shard" in first_problems(verify_logits(output, progress=False))["columns"]
 
 
 def test_a_wrong_logprob_sum_is_found(output: Path) -> None:
-    path = shard_path(output, 1)
+    path = output / "shard-00001.parquet"
     table = read_table(path)
     place = table.schema.get_field_index("logprob_sum")
     values = [value.as_py() + 1e-3 for value in table.column(place)]
     field = table.schema.field(place)
     pq.write_table(table.set_column(place, field, [values]), path, write_page_checksum=True)
-    sign_again(output, 1)
-    assert "its tokens' log-probs sum to" in failed(verify_logits(output, progress=False))["own"]
+    rewrite_receipt(output, 1)
+    assert "its tokens' log-probs sum to" in first_problems(verify_logits(output, progress=False))["own"]
 
 
 def test_more_kept_entries_than_asked_for_are_found(output: Path) -> None:
@@ -145,17 +148,17 @@ def test_more_kept_entries_than_asked_for_are_found(output: Path) -> None:
     for number in range(3):
         shard = ShardFile(shard_path(output, number), manifest, number)
         write_shard(output, number, lower, list(shard), [])
-    assert "expected at most 3" in failed(verify_logits(output, progress=False))["kept"]
+    assert "expected at most 3" in first_problems(verify_logits(output, progress=False))["kept"]
 
 
 @pytest.mark.parametrize(
     "rows", [lambda rows: rows[:-1], lambda rows: rows[::-1], lambda rows: [rows[0], rows[0], *rows[2:]]]
 )
-def test_lost_repeated_and_disordered_rows_are_found(
+def test_missing_repeated_and_reordered_rows_are_found(
     output: Path, rows: Callable[[list[ShardRow]], list[ShardRow]]
 ) -> None:
     write_shard(output, 1, read_manifest(output), rows(rows_of(output, 1)), [])
-    found = failed(verify_logits(output, progress=False))
+    found = first_problems(verify_logits(output, progress=False))
     assert found.keys() & {"coverage", "order"}
 
 
@@ -166,9 +169,9 @@ def test_rows_and_skipped_samples_together_cover_the_range(output: Path, whole: 
     assert report.ok
     assert report.num_skipped == 1
     write_shard(output, 1, read_manifest(output), rows, [SkippedSample(index=4, id="s4", reason="too long")])
-    assert "coverage" in failed(verify_logits(output, progress=False))
+    assert "coverage" in first_problems(verify_logits(output, progress=False))
     write_shard(output, 1, read_manifest(output), rows[1:], [SkippedSample(index=4, id="s5", reason="too long")])
-    found = failed(verify_logits(output, whole / "data.jsonl", progress=False))
+    found = first_problems(verify_logits(output, whole / "data.jsonl", progress=False))
     assert "another sample" in found["dataset"]
     assert "lists 's5' as skipped; its id occurs twice" in found["order"]
 
@@ -176,7 +179,7 @@ def test_rows_and_skipped_samples_together_cover_the_range(output: Path, whole: 
 def test_a_receipt_with_other_counts_is_found(output: Path) -> None:
     receipt: Receipt = read_receipt(output, 1, read_manifest(output))
     write_with_digest(receipt_path(output, 1), receipt.model_copy(update={"num_scored_tokens": 1}))
-    assert "its receipt says 4 with 1" in failed(verify_logits(output, progress=False))["coverage"]
+    assert "its receipt says 4 with 1" in first_problems(verify_logits(output, progress=False))["coverage"]
 
 
 def test_another_dataset_is_found(output: Path, whole: Path, tmp_path: Path) -> None:
@@ -196,8 +199,10 @@ def test_a_dataset_of_another_length_is_found(output: Path, whole: Path, tmp_pat
     assert check.num_problems == 2 + 5
 
 
-def test_a_dataset_that_is_not_there_is_a_problem(output: Path, tmp_path: Path) -> None:
-    assert "cannot be read" in failed(verify_logits(output, tmp_path / "nowhere.jsonl", progress=False))["dataset"]
+def test_a_missing_dataset_is_a_problem(output: Path, tmp_path: Path) -> None:
+    assert (
+        "cannot be read" in first_problems(verify_logits(output, tmp_path / "nowhere.jsonl", progress=False))["dataset"]
+    )
 
 
 def test_changed_messages_are_found(output: Path, whole: Path) -> None:
@@ -206,11 +211,13 @@ def test_changed_messages_are_found(output: Path, whole: Path) -> None:
     forged = dataclasses.replace(rows[0], sample=Sample(rows[0].sample.id, "kd", rows[0].sample.images, turns))
     write_shard(output, 1, read_manifest(output), [forged, *rows[1:]], [])
     assert verify_logits(output, progress=False).ok
-    assert "conversations differ" in failed(verify_logits(output, whole / "data.jsonl", progress=False))["dataset"]
+    assert (
+        "conversations differ" in first_problems(verify_logits(output, whole / "data.jsonl", progress=False))["dataset"]
+    )
 
 
-def generated_output(output: Path, num_samples: int) -> Callable[[int, list[ShardRow]], None]:
-    """Makes the output one of responses that the teacher wrote; returns what writes a shard's rows anew."""
+def make_generated_output(output: Path, num_samples: int) -> Callable[[int, list[ShardRow]], None]:
+    """Turns the output into one of generated responses; returns a function that writes the rows of a shard again."""
     before = read_manifest(output)
     generate = GenerateSettings(temperature=1.0, top_p=1.0, num_samples=num_samples, max_new_tokens=64)
     manifest = before.model_copy(update={"capture": before.capture.model_copy(update={"generate": generate})})
@@ -221,12 +228,12 @@ def generated_output(output: Path, num_samples: int) -> Callable[[int, list[Shar
         write_shard(output, number, manifest, rows, [])
 
     for number, rows in original.items():
-        write(number, [response(row, n) for row in rows for n in range(num_samples)])
+        write(number, [make_response(row, n) for row in rows for n in range(num_samples)])
     return write
 
 
-def response(row: ShardRow, number: int) -> ShardRow:
-    """The row with another text of the last turn, which alone is scored, as response `number` to its sample."""
+def make_response(row: ShardRow, number: int) -> ShardRow:
+    """Returns the row as response `number` to its sample: with another last turn, which alone is scored."""
     turns = (*row.sample.conversations[0][:-1], Turn("assistant", f"written by the teacher {number}"))
     (scored,) = row.conversations
     start, stop = scored.encoded.spans[-1]
@@ -238,14 +245,14 @@ def response(row: ShardRow, number: int) -> ShardRow:
     cut = {name: getattr(scored.scores, name)[before:] for name in ("own_logprobs", "rest_mass", "counts")}
     entries = {name: getattr(scored.scores, name)[num_entries:] for name in ("ids", "logprobs")}
     last = ScoredConversation(encoded, TeacherScores(**cut, **entries))
-    return with_sample(
+    return replace_sample(
         dataclasses.replace(row, conversations=(last,)), id=f"{row.sample.id}#{number}", conversations=(turns,)
     )
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_generated_responses_pass_every_check(output: Path, whole: Path, num_samples: int) -> None:
-    write = generated_output(output, num_samples)
+    write = make_generated_output(output, num_samples)
     report = verify_logits(output, whole / "data.jsonl", progress=False)
     assert report.ok
     assert report.num_rows == 10 * num_samples
@@ -262,36 +269,40 @@ def test_generated_responses_pass_every_check(output: Path, whole: Path, num_sam
     assert verify_logits(output, whole / "data.jsonl", progress=False).ok
 
 
-def turns_of(row: ShardRow, *, first: Turn | None = None, last: Turn | None = None) -> ShardRow:
+def replace_turns(row: ShardRow, *, first: Turn | None = None, last: Turn | None = None) -> ShardRow:
     turns = list(row.sample.conversations[0])
     turns[0], turns[-1] = first or turns[0], last or turns[-1]
-    return with_sample(row, conversations=(tuple(turns),))
+    return replace_sample(row, conversations=(tuple(turns),))
 
 
-# What happens to the rows of shard 1, which are three responses each to the samples 4 to 7.
+# For each damage: what it does to the rows of shard 1 (three responses to each of the samples 4 to 7), check, message.
 GENERATED_DAMAGE: dict[str, tuple[Callable[[list[ShardRow]], list[ShardRow]], str, str]] = {
     "a response is missing": (lambda rows: [*rows[:2], *rows[3:]], "coverage", "4 to 7, 3 rows each"),
     "a response too many": (
-        lambda rows: [*rows[:3], with_sample(rows[2], id="s4#3"), *rows[3:]],
+        lambda rows: [*rows[:3], replace_sample(rows[2], id="s4#3"), *rows[3:]],
         "coverage",
         "13 rows and 0 skipped samples",
     ),
     "responses in another order": (lambda rows: [rows[1], rows[0], *rows[2:]], "order", "is response 0 to its sample"),
     "a response numbered twice": (
-        lambda rows: [*rows[:2], with_sample(rows[2], id="s4#1"), *rows[3:]],
+        lambda rows: [*rows[:2], replace_sample(rows[2], id="s4#1"), *rows[3:]],
         "order",
         "is response 2 to its sample|its id occurs twice",
     ),
-    "an id without a number": (lambda rows: [with_sample(rows[0], id="s4"), *rows[1:]], "order", "should end so"),
+    "an id without a number": (lambda rows: [replace_sample(rows[0], id="s4"), *rows[1:]], "order", "should end so"),
     "samples in another order": (lambda rows: [*rows[3:6], *rows[:3], *rows[6:]], "order", "comes after row 5"),
-    "the id of another sample": (lambda rows: [with_sample(rows[0], id="t4#0"), *rows[1:]], "dataset", "its id differ"),
+    "the id of another sample": (
+        lambda rows: [replace_sample(rows[0], id="t4#0"), *rows[1:]],
+        "dataset",
+        "its id differ",
+    ),
     "another prompt": (
-        lambda rows: [turns_of(rows[0], first=Turn("user", "<image>\nforged")), *rows[1:]],
+        lambda rows: [replace_turns(rows[0], first=Turn("user", "<image>\nforged")), *rows[1:]],
         "dataset",
         "its conversations differ",
     ),
     "a last turn of the user's": (
-        lambda rows: [turns_of(rows[0], last=Turn("user", "mine")), *rows[1:]],
+        lambda rows: [replace_turns(rows[0], last=Turn("user", "mine")), *rows[1:]],
         "dataset",
         "its conversations differ",
     ),
@@ -300,16 +311,16 @@ GENERATED_DAMAGE: dict[str, tuple[Callable[[list[ShardRow]], list[ShardRow]], st
 
 @pytest.mark.parametrize("what", GENERATED_DAMAGE)
 def test_damage_to_generated_rows_is_found(output: Path, whole: Path, what: str) -> None:
-    write = generated_output(output, 3)
+    write = make_generated_output(output, 3)
     damage, check, message = GENERATED_DAMAGE[what]
     write(1, damage(rows_of(output, 1)))
-    found = failed(verify_logits(output, whole / "data.jsonl", progress=False))
+    found = first_problems(verify_logits(output, whole / "data.jsonl", progress=False))
     assert re.search(message, found[check]), found
 
 
 @pytest.mark.slow
 def test_random_damage_never_crashes_and_never_passes(output: Path) -> None:
-    """Bits flipped and bytes cut anywhere, in every kind of file, receipts made to fit or not."""
+    """Flips bits and cuts bytes anywhere, in every kind of file."""
     choice = random.Random(0)
     files = {path: path.read_bytes() for path in output.iterdir() if path.suffix in (".json", ".parquet")}
     del files[output / "config.json"]
@@ -330,7 +341,7 @@ def test_random_damage_never_crashes_and_never_passes(output: Path) -> None:
 
 
 def _same_json(damaged: bytes, original: bytes) -> bool:
-    """A bit may turn a space into another white space, which changes nothing."""
+    """Returns True if the JSON values are equal, as when a bit turns a space into other white space."""
     try:
         return bool(json.loads(damaged) == json.loads(original))
     except ValueError:
@@ -354,8 +365,8 @@ def test_a_report_names_the_first_problems_and_counts_all(output: Path) -> None:
 @pytest.mark.slow
 def test_verification_loads_no_engine(whole: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from precompute.verify.logits import verify\n"
-        "assert verify(Path(sys.argv[1]), Path(sys.argv[2]), progress=False).ok\n"
+        "import sys; from pathlib import Path; from precompute.verify.logits import verify_logits\n"
+        "assert verify_logits(Path(sys.argv[1]), Path(sys.argv[2]), progress=False).ok\n"
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     )
     arguments = [sys.executable, "-c", code, str(whole / "out"), str(whole / "data.jsonl")]

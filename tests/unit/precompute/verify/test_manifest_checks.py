@@ -1,4 +1,4 @@
-"""What readers take from footers, messages and images is checked too: damage behind a receipt that matches it."""
+"""Damage to footers, manifests, messages and images is found, also if the receipt matches the damaged file."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ from precompute.verify.logits import verify_logits
 from precompute.verify.manifest_checks import manifest_problems
 from tests.support.builders import make_manifest
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
-from tests.support.outputs import failed, rewrite, rows_of, with_sample
+from tests.support.outputs import first_problems, replace_sample, rewrite_shard, rows_of
 
 FOOTER_DAMAGE: dict[str, tuple[dict[str, Any], str, str]] = {
     "another version": ({"schema_version": "2"}, "footers", "schema version '2', expected 5"),
@@ -43,20 +43,20 @@ FOOTER_DAMAGE: dict[str, tuple[dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("what", FOOTER_DAMAGE)
 def test_damage_to_a_footer_is_found(output: Path, what: str) -> None:
     changes, check, message = FOOTER_DAMAGE[what]
-    rewrite(output, 1, **changes)
-    found = failed(verify_logits(output, progress=False))
+    rewrite_shard(output, 1, **changes)
+    found = first_problems(verify_logits(output, progress=False))
     assert re.search(message, found[check]), found
 
 
 def test_a_file_that_is_written_again_without_changes_passes(output: Path) -> None:
-    rewrite(output, 1)
+    rewrite_shard(output, 1)
     assert verify_logits(output, progress=False).ok
 
 
 def test_a_shard_under_a_number_written_otherwise_is_missing(output: Path) -> None:
-    """No reader would find it."""
+    """Readers look for the canonical name, so they would not find it."""
     (output / "shard-00001.parquet").rename(output / "shard-000001.parquet")
-    assert "a shard that is not there" in failed(verify_logits(output, progress=False))["files"]
+    assert "a shard that is not there" in first_problems(verify_logits(output, progress=False))["files"]
 
 
 MANIFEST_DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
@@ -78,7 +78,7 @@ MANIFEST_DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", MANIFEST_DAMAGE)
-def test_settings_that_cannot_be_are_found(output: Path, what: str) -> None:
+def test_impossible_settings_are_found(output: Path, what: str) -> None:
     changes, message = MANIFEST_DAMAGE[what]
     before = read_manifest(output)
     body = before.model_dump()
@@ -87,26 +87,26 @@ def test_settings_that_cannot_be_are_found(output: Path, what: str) -> None:
     manifest = type(before).model_validate(body)
     assert not list(manifest_problems(before))
     write_with_digest(output / "manifest.json", manifest)
-    assert message in failed(verify_logits(output, progress=False))["manifest"]
+    assert message in first_problems(verify_logits(output, progress=False))["manifest"]
 
 
-def test_a_broken_manifest_does_not_hide_what_else_is_broken(output: Path) -> None:
-    rewrite(output, 1, schema_version="2")
+def test_a_broken_manifest_does_not_hide_other_damage(output: Path) -> None:
+    rewrite_shard(output, 1, schema_version="2")
     (output / "manifest.json").unlink()
     report = verify_logits(output, progress=False)
-    assert failed(report).keys() == {"manifest", "footers"}
+    assert first_problems(report).keys() == {"manifest", "footers"}
     assert report.num_rows == 10
 
 
 def test_the_manifest_of_another_output_is_found_once(output: Path) -> None:
     write_with_digest(output / "manifest.json", read_manifest(output).model_copy(update={"samples_per_shard": 5}))
     report = verify_logits(output, progress=False)
-    assert failed(report).keys() == {"manifest"}
-    assert "is not the manifest of the shards" in failed(report)["manifest"]
+    assert first_problems(report).keys() == {"manifest"}
+    assert "is not the manifest of the shards" in first_problems(report)["manifest"]
 
 
-def last_span_twice(row: ShardRow) -> ShardRow:
-    """Two scored ranges where there is one response."""
+def split_last_span(row: ShardRow) -> ShardRow:
+    """Splits the scored range of the last response into two."""
     (scored,) = row.conversations
     start, stop = scored.encoded.spans[-1]
     spans = np.array([[start, start + 1], [start + 1, stop]], np.int32)
@@ -114,23 +114,27 @@ def last_span_twice(row: ShardRow) -> ShardRow:
     return dataclasses.replace(row, conversations=(dataclasses.replace(scored, encoded=encoded),))
 
 
-def with_turn(row: ShardRow, turn: Turn) -> ShardRow:
-    return with_sample(row, conversations=((turn, *row.sample.conversations[0][1:]),))
+def replace_first_turn(row: ShardRow, turn: Turn) -> ShardRow:
+    return replace_sample(row, conversations=((turn, *row.sample.conversations[0][1:]),))
 
 
-# What happens to the first row of shard 1: one image, a question and an answer.
+# For each damage: what it does to the first row of shard 1 (one image, a question, an answer), check, message.
 SAMPLE_DAMAGE: dict[str, tuple[Callable[[ShardRow], ShardRow], str, str]] = {
-    "an unknown role": (lambda row: with_turn(row, Turn("tool", "x")), "messages", "role='tool'"),  # type: ignore[arg-type]
-    "no text": (lambda row: with_turn(row, Turn("user", None)), "messages", "content=None"),  # type: ignore[arg-type]
-    "no turns": (lambda row: with_sample(row, conversations=((),)), "messages", "without turns"),
-    "a marker too few": (lambda row: with_turn(row, Turn("user", "what?")), "messages", "0 <image> markers for 1"),
-    "more ranges than responses": (last_span_twice, "messages", "2 scored ranges for 1 responses"),
+    "an unknown role": (lambda row: replace_first_turn(row, Turn("tool", "x")), "messages", "role='tool'"),  # type: ignore[arg-type]
+    "no text": (lambda row: replace_first_turn(row, Turn("user", None)), "messages", "content=None"),  # type: ignore[arg-type]
+    "no turns": (lambda row: replace_sample(row, conversations=((),)), "messages", "without turns"),
+    "a marker too few": (
+        lambda row: replace_first_turn(row, Turn("user", "what?")),
+        "messages",
+        "0 <image> markers for 1",
+    ),
+    "more ranges than responses": (split_last_span, "messages", "2 scored ranges for 1 responses"),
     "a file where paths are to do": (
-        lambda row: with_sample(row, images=(ImageRef("4-0.png", b"x"),)),
+        lambda row: replace_sample(row, images=(ImageRef("4-0.png", b"x"),)),
         "images",
         r"image 0 \(4-0.png\): expected a path and no file",
     ),
-    "no path": (lambda row: with_sample(row, images=(ImageRef(None),)), "images", r"image 0 \(None\)"),
+    "no path": (lambda row: replace_sample(row, images=(ImageRef(None),)), "images", r"image 0 \(None\)"),
 }
 
 
@@ -139,7 +143,7 @@ def test_damage_to_a_sample_is_found(output: Path, what: str) -> None:
     damage, check, message = SAMPLE_DAMAGE[what]
     rows = rows_of(output, 1)
     write_shard(output, 1, read_manifest(output), [damage(rows[0]), *rows[1:]], [])
-    found = failed(verify_logits(output, progress=False))
+    found = first_problems(verify_logits(output, progress=False))
     assert re.search(message, found[check]), found
 
 
@@ -158,9 +162,9 @@ def test_damage_to_a_pair_is_found(
     assert verify_logits(config.output, config.dataset, progress=False).ok
     rows = rows_of(config.output, 0)
     chosen, rejected = rows[0].sample.conversations
-    forged = with_sample(rows[0], conversations=(change(chosen), rejected))
+    forged = replace_sample(rows[0], conversations=(change(chosen), rejected))
     write_shard(config.output, 0, read_manifest(config.output), [forged, *rows[1:]], [])
-    assert message in failed(verify_logits(config.output, progress=False))["messages"]
+    assert message in first_problems(verify_logits(config.output, progress=False))["messages"]
 
 
 @pytest.fixture(scope="module")
@@ -168,18 +172,18 @@ def stored(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
     root = tmp_path_factory.mktemp("stored")
     config = make_config(root, llava_dir, conversation_records(root, 4), store_images=True)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
-    return config.output
+    return root / "out"
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [(None, "its file is not stored"), (b"", "cannot be opened"), (b"\x89PNG\r\n\x1a\n\0\0", "cannot be opened")],
 )
-def test_a_stored_image_that_is_none_is_found(stored: Path, data: bytes | None, message: str) -> None:
+def test_a_stored_file_that_is_not_an_image_is_found(stored: Path, data: bytes | None, message: str) -> None:
     rows = rows_of(stored, 0)
-    damaged = with_sample(rows[1], images=(ImageRef("1-0.png", data),))
+    damaged = replace_sample(rows[1], images=(ImageRef("1-0.png", data),))
     write_shard(stored, 0, read_manifest(stored), [rows[0], damaged, *rows[2:]], [])
-    found = failed(verify_logits(stored, progress=False))["images"]
+    found = first_problems(verify_logits(stored, progress=False))["images"]
     write_shard(stored, 0, read_manifest(stored), rows, [])
     assert re.search(message, found), found
     report = verify_logits(stored, progress=False)
@@ -189,4 +193,4 @@ def test_a_stored_image_that_is_none_is_found(stored: Path, data: bytes | None, 
 
 def test_stored_images_of_too_many_pixels_are_found(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precompute.verify.sample_checks.MAX_PIXELS", 50)
-    assert "pixels, the limit is 50" in failed(verify_logits(stored, progress=False))["images"]
+    assert "pixels, the limit is 50" in first_problems(verify_logits(stored, progress=False))["images"]

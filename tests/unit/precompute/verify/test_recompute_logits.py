@@ -1,3 +1,5 @@
+"""Recomputing with transformers finds scores that are not the teacher's."""
+
 import json
 from pathlib import Path
 
@@ -14,22 +16,22 @@ from tests.support.models import tiny_llava
 
 
 @pytest.fixture(scope="module")
-def invented(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> PrecomputeConfig:
-    """An output whose scores the teacher never gave."""
+def fake_scores(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> PrecomputeConfig:
+    """An output whose scores are not the teacher's."""
     root = tmp_path_factory.mktemp("invented")
     config = make_config(root, llava_dir, conversation_records(root, 10))
     run_capture(config, progress=False, start_teacher=FakeTeacher)
     return config
 
 
-def test_scores_that_the_teacher_never_gave_are_noticed(invented: PrecomputeConfig, llava_dir: Path) -> None:
-    result = recompute_logits(invented.output, llava_dir, 3, progress=False)
+def test_scores_that_are_not_the_teachers_are_found(fake_scores: PrecomputeConfig, llava_dir: Path) -> None:
+    result = recompute_logits(fake_scores.output, llava_dir, 3, progress=False)
     assert not result.ok
     assert result.num_rows == 3
     assert json.loads(result.to_json())["ok"] is False
 
 
-def test_of_drawn_entries_the_own_log_probs_alone_are_compared(tmp_path: Path, llava_dir: Path) -> None:
+def test_drawn_entries_are_compared_only_by_their_own_log_probs(tmp_path: Path, llava_dir: Path) -> None:
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 4), top_k=0, num_draws=20)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
     result = recompute_logits(config.output, llava_dir, 2, progress=False)
@@ -38,7 +40,7 @@ def test_of_drawn_entries_the_own_log_probs_alone_are_compared(tmp_path: Path, l
     assert result.num_scored_tokens > 2
 
 
-def test_rows_that_end_by_mass_are_compared_like_others(tmp_path: Path, llava_dir: Path) -> None:
+def test_rows_of_top_p_are_compared_by_kl(tmp_path: Path, llava_dir: Path) -> None:
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 4), top_k=50, top_p=0.5)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
     result = recompute_logits(config.output, llava_dir, 2, progress=False)
@@ -46,29 +48,31 @@ def test_rows_that_end_by_mass_are_compared_like_others(tmp_path: Path, llava_di
     assert result.max_kl > result.tolerance
 
 
-def test_the_seed_chooses_the_rows(invented: PrecomputeConfig, llava_dir: Path) -> None:
-    first, again, other = (recompute_logits(invented.output, llava_dir, 4, seed=s, progress=False) for s in (0, 0, 1))
+def test_the_seed_chooses_the_rows(fake_scores: PrecomputeConfig, llava_dir: Path) -> None:
+    first, again, other = (
+        recompute_logits(fake_scores.output, llava_dir, 4, seed=s, progress=False) for s in (0, 0, 1)
+    )
     assert first == again
     assert first != other
 
 
-def test_no_row_is_drawn_twice(invented: PrecomputeConfig, llava_dir: Path) -> None:
-    everything = recompute_logits(invented.output, llava_dir, 99, progress=False)
+def test_no_row_is_drawn_twice(fake_scores: PrecomputeConfig, llava_dir: Path) -> None:
+    everything = recompute_logits(fake_scores.output, llava_dir, 99, progress=False)
     assert everything.num_rows == 10
 
 
-def test_another_teacher_is_refused(invented: PrecomputeConfig, tmp_path: Path) -> None:
+def test_another_teacher_is_refused(fake_scores: PrecomputeConfig, tmp_path: Path) -> None:
     other = tiny_llava(tmp_path, seed=1)
     with pytest.raises(ProvenanceError, match=r"is not the teacher of .*\n  weights_sha256"):
-        recompute_logits(invented.output, other, 1, progress=False)
+        recompute_logits(fake_scores.output, other, 1, progress=False)
 
 
-def test_an_image_that_is_gone_is_named(invented: PrecomputeConfig, llava_dir: Path, tmp_path: Path) -> None:
+def test_a_missing_image_is_named(fake_scores: PrecomputeConfig, llava_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        recompute_logits(invented.output, llava_dir, 10, image_root=tmp_path, progress=False)
+        recompute_logits(fake_scores.output, llava_dir, 10, image_root=tmp_path, progress=False)
 
 
-def test_kl_is_that_of_the_kept_entries_and_one_bucket_for_the_rest() -> None:
+def test_kl_is_computed_over_the_kept_entries_and_one_bucket_for_the_rest() -> None:
     ids = np.array([[0, 1], [3, 2]])
     kept = np.log(np.array([[0.5, 0.3], [0.75, 0.25]], np.float32))
     scores = scores_from_topk(np.zeros(2, np.float32), ids, kept)
@@ -78,7 +82,7 @@ def test_kl_is_that_of_the_kept_entries_and_one_bucket_for_the_rest() -> None:
     np.testing.assert_allclose(bucketed_kl(scores, uniform), [first, second], rtol=1e-6)
 
 
-def test_kl_of_a_distribution_with_itself_is_zero_also_where_rows_keep_different_numbers() -> None:
+def test_kl_of_a_distribution_with_itself_is_zero_for_rows_of_different_lengths() -> None:
     logprobs = np.log(np.random.default_rng(0).dirichlet(np.ones(6), 3)).astype(np.float32)
     order = np.argsort(-logprobs, axis=1)[:, :4]
     kept = np.take_along_axis(logprobs, order, axis=1)

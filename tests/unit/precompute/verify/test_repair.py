@@ -1,8 +1,7 @@
-"""What is broken is moved aside, nothing is lost, and a rerun writes exactly what is missing."""
+"""A repair moves broken files aside and loses none, and a rerun writes exactly what is missing."""
 
 import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,31 +23,36 @@ from precompute.verify.logits import verify_logits
 from precompute.verify.repair import RepairResult, repair_output
 from tests.support.fake_teacher import FakeTeacher, conversation_records
 from tests.support.object_store import BUCKET, Store
-from tests.support.outputs import config_of, contents, flip, rewrite, rows_of
+from tests.support.outputs import contents, copy_file, flip, load_config, rewrite_shard, rows_of
 from tests.support.real_weights import write_jsonl
 
 
-def run_again(output: Path) -> int:
-    """Continues the capture; returns how many shards it wrote."""
-    return run_capture(config_of(output), progress=False, start_teacher=FakeTeacher).num_new_shards
+def continue_capture(output: Path) -> int:
+    """Continues the capture; returns the number of shards that it wrote."""
+    return run_capture(load_config(output), progress=False, start_teacher=FakeTeacher).num_new_shards
 
 
-def shown(result: RepairResult) -> str:
+def render_text(result: RepairResult) -> str:
     console = Console(width=1000, file=io.StringIO())
     console.print(result.render())
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def damage_two_shards(output: Path) -> None:
+    flip(shard_path(output, 0), 2000)
+    receipt_path(output, 2).unlink()
 
 
 def lose_a_row(output: Path) -> None:
     write_shard(output, 1, read_manifest(output), rows_of(output, 1)[1:], [])
 
 
-def skip_what_is_there(output: Path) -> None:
+def list_stored_sample_as_skipped(output: Path) -> None:
     rows = rows_of(output, 1)
     write_shard(output, 1, read_manifest(output), rows, [SkippedSample(index=4, id="s4", reason="?")])
 
 
-# What breaks, and the files that are moved for it.
+# For each damage: what causes it, and the files that a repair moves.
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a flipped bit": (lambda out: flip(shard_path(out, 1), 2000), ["shard-00001.json", "shard-00001.parquet"]),
     "an emptied receipt": (
@@ -58,18 +62,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no receipt": (lambda out: receipt_path(out, 1).unlink(), ["shard-00001.parquet"]),
     "no shard": (lambda out: shard_path(out, 1).unlink(), ["shard-00001.json"]),
     "another version": (
-        lambda out: rewrite(out, 1, schema_version="2"),
+        lambda out: rewrite_shard(out, 1, schema_version="2"),
         ["shard-00001.json", "shard-00001.parquet"],
     ),
     "a lost row": (lose_a_row, ["shard-00001.json", "shard-00001.parquet"]),
-    "a row that is said to be skipped": (skip_what_is_there, ["shard-00001.json", "shard-00001.parquet"]),
+    "a row that is said to be skipped": (list_stored_sample_as_skipped, ["shard-00001.json", "shard-00001.parquet"]),
     "another shard's file": (
-        lambda out: shutil.copy(shard_path(out, 0), shard_path(out, 1)),
+        lambda out: copy_file(shard_path(out, 0), shard_path(out, 1)),
         ["shard-00001.json", "shard-00001.parquet"],
     ),
-    "a number past the end": (lambda out: shutil.copy(shard_path(out, 1), shard_path(out, 7)), ["shard-00007.parquet"]),
+    "a number past the end": (lambda out: copy_file(shard_path(out, 1), shard_path(out, 7)), ["shard-00007.parquet"]),
     "two shards": (
-        lambda out: [flip(shard_path(out, 0), 2000), receipt_path(out, 2).unlink()],
+        damage_two_shards,
         ["shard-00000.json", "shard-00000.parquet", "shard-00002.parquet"],
     ),
     "everything": (
@@ -93,16 +97,16 @@ def test_a_rerun_after_a_repair_writes_exactly_what_was_broken(output: Path, who
         name: broken[name] for name in expected
     }
     assert contents(output) == {name: data for name, data in broken.items() if name not in expected}
-    assert run_again(output) == len(result.missing)
+    assert continue_capture(output) == len(result.missing)
     assert contents(output) == contents(whole / "out")
     assert verify_logits(output, whole / "data.jsonl", progress=False).ok
 
 
-def test_where_nothing_is_broken_nothing_is_touched(output: Path, whole: Path) -> None:
+def test_an_intact_output_is_not_touched(output: Path, whole: Path) -> None:
     result = repair_output(verify_logits(output, progress=False))
     assert result.ok
     assert (result.moved, result.missing, result.destination) == ((), (), None)
-    assert shown(result) == "nothing was broken, nothing was moved\n"
+    assert render_text(result) == "nothing was broken, nothing was moved\n"
     assert contents(output) == contents(whole / "out")
     assert not (output / "broken").exists()
 
@@ -112,16 +116,16 @@ def test_missing_shards_are_named_and_nothing_is_moved(output: Path) -> None:
         path.unlink()
     result = repair_output(verify_logits(output, progress=False))
     assert (result.moved, result.missing) == ((), (2,))
-    assert "it writes shards 2 and no others" in shown(result)
+    assert "it writes shards 2 and no others" in render_text(result)
 
 
-def test_another_dataset_moves_nothing_and_is_told(output: Path, whole: Path, tmp_path: Path) -> None:
+def test_another_dataset_is_reported_and_moves_nothing(output: Path, whole: Path, tmp_path: Path) -> None:
     records = conversation_records(whole, 10)
     records[3]["conversations"][1]["value"] = "something else"
     result = repair_output(verify_logits(output, write_jsonl(tmp_path / "other.jsonl", records), progress=False))
     assert contents(output) == contents(whole / "out")
     assert result.moved == ()
-    assert "the check 'dataset' are not the damage of a shard" in shown(result)
+    assert "the check 'dataset' are not the damage of a shard" in render_text(result)
 
 
 @pytest.mark.parametrize("how", ["gone", "edited", "rubbish", "another output's"])
@@ -141,36 +145,40 @@ def test_the_manifest_is_restored_from_the_shards(output: Path, whole: Path, how
     assert result.restored
     assert result.moved == (*(["manifest.json"] if how != "gone" else []), "shard-00001.json", "shard-00001.parquet")
     assert (output / "manifest.json").read_bytes() == (whole / "out" / "manifest.json").read_bytes()
-    assert "manifest.json was restored from the shards" in shown(result)
-    assert run_again(output) == 1
+    assert "manifest.json was restored from the shards" in render_text(result)
+    assert continue_capture(output) == 1
     assert contents(output) == contents(whole / "out")
 
 
-def test_a_manifest_on_which_the_shards_do_not_agree_is_not_guessed(output: Path) -> None:
+def test_a_manifest_on_which_the_shards_disagree_is_not_restored(output: Path) -> None:
     other = read_manifest(output).model_copy(update={"samples_per_shard": 5})
     write_shard(output, 1, other, rows_of(output, 1), [])
     (output / "manifest.json").unlink()
     before = contents(output)
     result = repair_output(verify_logits(output, progress=False))
     assert result.refusal is not None
-    assert "not repaired: manifest.json is broken and cannot be restored" in shown(result)
+    assert "not repaired: manifest.json is broken and cannot be restored" in render_text(result)
     assert contents(output) == before
     assert not (output / "broken").exists()
 
 
-def test_without_shards_a_manifest_cannot_be_restored(tmp_path: Path) -> None:
-    result = repair_output(verify_logits(tmp_path / "nowhere", progress=False))
+def test_without_shards_a_manifest_cannot_be_restored(output: Path) -> None:
+    for path in output.glob("shard-*"):
+        path.unlink()
+    (output / "manifest.json").write_text("{}")
+    result = repair_output(verify_logits(output, progress=False))
     assert result.refusal is not None
-    assert not (tmp_path / "nowhere").exists()
+    assert (output / "manifest.json").read_text() == "{}"
+    assert not (output / "broken").exists()
 
 
-def test_a_shard_that_is_written_during_the_check_is_left_alone(output: Path, whole: Path) -> None:
+def test_a_shard_that_is_written_during_verification_is_left_alone(output: Path, whole: Path) -> None:
     receipt_path(output, 1).unlink()
     report = verify_logits(output, progress=False)
-    shutil.copy(receipt_path(whole / "out", 1), receipt_path(output, 1))
+    copy_file(receipt_path(whole / "out", 1), receipt_path(output, 1))
     result = repair_output(report)
     assert result.moved == ()
-    assert "shard 1 changed while it was checked" in shown(result)
+    assert "shard 1 changed while it was checked" in render_text(result)
     assert published_shards(output) == (0, 1, 2)
 
 
@@ -178,13 +186,13 @@ def test_repairs_in_one_second_do_not_share_a_directory(output: Path) -> None:
     for round_ in range(3):
         shard_path(output, 1).write_bytes(bytes([round_]))
         assert repair_output(verify_logits(output, progress=False)).moved
-        run_again(output)
+        continue_capture(output)
     moved = [path.read_bytes() for path in (output / "broken").glob("*/shard-00001.parquet")]
     assert sorted(moved) == [b"\0", b"\1", b"\2"]
 
 
 @pytest.mark.slow
-def test_objects_are_copied_before_they_are_deleted(store: Store, output: Path, whole: Path) -> None:
+def test_objects_are_copied_before_they_are_deleted(store: Store, output: Path) -> None:
     flip(shard_path(output, 1), 2000)
     for name, data in contents(output).items():
         parse_location(f"s3://{BUCKET}/scores/{name}").write_bytes(data)
