@@ -92,8 +92,9 @@ def plan(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
 ) -> None:
     """Say what a precompute-logits run and a stage of training will take, before anything is spent.
 
-    Reads the dataset and the models' configurations, tokenizers and image processors: no weights, no engine, no GPU.
-    --config is the file of precompute-logits. Memory is in binary units, 1 GiB = 2^30 bytes.
+    Reads the dataset and the models' small files: no weights, no engine, no GPU.
+    --config is the file of precompute-logits.
+    Memory is in binary units: 1 GiB is 2^30 bytes.
     """
     import json
     from dataclasses import asdict

@@ -42,8 +42,9 @@ def precompute_logits(
 ) -> None:
     """Score a dataset with the teacher, once: dataset in, Parquet shards out.
 
-    Kind "kd" keeps the top of the teacher's distribution and the log-prob of every response token; kind "dpo" keeps
-    the reference log-probs of chosen and rejected answers. An interrupted run continues when it is started again.
+    Kind "kd" keeps the top of the teacher's distribution for each response token.
+    Kind "dpo" keeps the reference log-probs of chosen and rejected answers.
+    An interrupted run continues when it is started again.
     """
     from common.config import load_config
     from precompute.config import PrecomputeConfig
@@ -86,8 +87,9 @@ def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option 
 ) -> None:
     """Compute the frozen vision tower's output once for each distinct image, for training with data.features.
 
-    Image files are read twice: first all of them to find those that are the same. An interrupted run continues when
-    it is started again. Training then needs neither the tower nor the images.
+    Image files are read twice, because the first reading finds duplicates.
+    An interrupted run continues when it is started again.
+    Training then needs neither the tower nor the images.
     """
     from common.storage.files import parse_location
     from precompute.features.run import FeatureSettings, run_features
@@ -112,7 +114,7 @@ def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option 
 
 
 def verify_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
-    path: Annotated[str, typer.Argument(help="Output of precompute-logits or precompute-features.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Output of precompute-logits or precompute-features.")],
     dataset: Annotated[str | None, typer.Option(help="The dataset file: check that all of it is covered.")] = None,
     recompute: Annotated[
         int, typer.Option(min=0, metavar="N", help="Compute N random rows (images) again with transformers.")
@@ -137,9 +139,13 @@ def verify_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the
 ) -> None:
     """Check everything that training relies on: provenance, checksums, schema, values, coverage.
 
-    Exit code 0 if all checks hold, 1 if one does not. Without --recompute no model is loaded. --dataset wants the very
-    file that was scored, byte for byte; --against compares with one that may have changed, once all checks hold, and
-    gives 1 if a scored sample was changed or removed. --repair deletes nothing, and gives 1 if it moved something.
+    The exit code is 0 if all checks hold, 1 if one does not.
+    Without --recompute no model is loaded.
+
+    --dataset wants the very file that was scored, byte for byte.
+    --against compares with a file that may have changed, once all checks hold.
+    It gives exit code 1 if a scored sample was changed or removed.
+    --repair deletes nothing, and gives exit code 1 if it moved something.
     """
     from common.shards.feature_shard import is_feature_cache
     from common.storage.files import parse_location
@@ -175,7 +181,7 @@ def verify_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the
 
 
 def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
-    path: Annotated[str, typer.Argument(help="Output of precompute-logits, or one shard file in it.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Output of precompute-logits, or one shard file in it.")],
     sample: Annotated[
         str | None, typer.Option(metavar="ID", help="Sample to print: its id, or its position in the dataset.")
     ] = None,
@@ -194,7 +200,8 @@ def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of th
 ) -> None:
     """Show what shards hold: provenance, counts, bytes by column, distributions, and one sample token by token.
 
-    Needs no model and no GPU. Exit code 1 if something cannot be read; the rest is shown.
+    Needs no model and no GPU.
+    The exit code is 1 if something cannot be read; the rest is shown.
     """
     from common.storage.files import parse_location, publish
     from precompute.inspection import formatting, html_page, terminal
@@ -242,10 +249,13 @@ def merge_shards(
         int | None, typer.Option(min=1, metavar="N", help="Write shards of N samples; all shards must be there.")
     ] = None,
 ) -> None:
-    """Join outputs that were made apart, or write an output's shards in another size. No score changes.
+    """Join outputs that were made apart, or write an output's shards in another size.
 
-    Without --samples-per-shard files are copied byte for byte, and what is missing is listed. Outputs that differ in
-    teacher, dataset or settings are refused. An interrupted merge continues when it is started again.
+    No score changes.
+    Without --samples-per-shard files are copied byte for byte.
+    Shards that are missing are listed.
+    Outputs that differ in teacher, dataset or settings are refused.
+    An interrupted merge continues when it is started again.
     """
     from common.storage.files import parse_location
     from precompute.merge import merge_outputs

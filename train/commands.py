@@ -27,10 +27,12 @@ def train(
 ) -> None:
     """Train one stage of a student: alone, or on many GPUs under the deepspeed launcher or torchrun.
 
-    configs/llava-mod holds the four stages with the paper's settings; configs/llava and configs/moe-llava need no
-    teacher. SIGTERM and Ctrl-C save a checkpoint (exit code 143 and 130); a run that was stopped or killed continues
-    from its newest whole checkpoint when it is started again. The student ends up in OUTPUT/final, a plain Hugging
-    Face directory.
+    configs/llava-mod holds the four stages with the paper's settings.
+    configs/llava and configs/moe-llava need no teacher.
+
+    SIGTERM and Ctrl-C save a checkpoint; the exit code is 143 or 130.
+    A run that was stopped or killed continues from its newest whole checkpoint.
+    The student ends up in OUTPUT/final, a plain Hugging Face directory.
     """
     from common.config import load_config
     from train.config import TrainConfig
@@ -46,7 +48,9 @@ def train(
 
 
 def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
-    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=check_local_path)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Directory to make.", show_default=False, callback=check_local_path)
+    ],
     vision: Annotated[
         Path | None,
         typer.Option(
@@ -79,7 +83,7 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
 ) -> None:
     """Make a student: from a vision tower, a language model and a fresh adapter, or by sparse upcycling of a dense one.
 
-    Without --noise the upcycled student gives the same outputs as the dense one it comes from.
+    Without --noise the upcycled student gives the outputs of the dense one.
     """
     if (dense is None) == (vision is None and language is None) or (dense is None and not (vision and language)):
         raise typer.BadParameter("give --vision and --language, or --dense alone")
@@ -96,12 +100,15 @@ def export(
     source: Annotated[
         Path,
         typer.Argument(
+            metavar="SOURCE",
             help="A stage's output, one of its checkpoints, or a student.",
             show_default=False,
             callback=check_local_path,
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=check_local_path)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Directory to make.", show_default=False, callback=check_local_path)
+    ],
 ) -> None:
     """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed."""
     from train.model.export import export_student

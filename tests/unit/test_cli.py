@@ -1,9 +1,11 @@
 """The command line as a user meets it: exit codes, messages, help."""
 
+import importlib.metadata
 import json
 import resource
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ COMMANDS = (
     "precompute-logits",
     "precompute-features",
     "verify-shards",
+    "inspect-shards",
     "merge-shards",
     "plan",
     "train",
@@ -34,9 +37,9 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def decant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str]:
-        # Wide enough that tables are not folded.
-        monkeypatch.setenv("COLUMNS", "200")
+    def run(*arguments: str, columns: int = 200) -> tuple[int, str]:
+        # The default is wide enough that tables are not folded.
+        monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr(sys, "argv", ["decant", *arguments])
         code = 0
         try:
@@ -86,6 +89,32 @@ def test_help_imports_nothing_that_is_slow_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_that_of_the_project(decant: Run) -> None:
+    project = tomllib.loads(Path(cli.__file__).with_name("pyproject.toml").read_text("utf-8"))["project"]
+    assert decant("--version") == (0, f"decant {project['version']}\n")
+
+
+def test_a_source_tree_that_is_not_installed_knows_its_version(decant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = decant("--version")
+
+    def not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    assert decant("--version") == installed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_not_folded_within_a_sentence_at_80_columns(decant: Run, command: str) -> None:
+    """The first paragraph is filled to the width; in the others each line of the docstring stays a line."""
+    narrow, wide = (
+        [line.strip() for line in decant(command, "--help", columns=columns)[1].partition("╭")[0].splitlines()]
+        for columns in (80, 200)
+    )
+    # Usage, the first paragraph, then what has to be the same; an empty line stands before each.
+    assert narrow[narrow.index("", 3) :] == wide[wide.index("", 3) :]
 
 
 def test_every_option_is_explained(decant: Run) -> None:
