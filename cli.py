@@ -160,10 +160,28 @@ def _set_up_logging() -> None:
 
 
 def _silence_libraries() -> None:
-    # The engines' own warnings are for their developers; ours are log lines. `python -W` shows them all.
+    """Hides what libraries tell their own developers, here and in the processes that are started from here.
+
+    Our own warnings are log lines. `python -W` and PYTHONWARNINGS show those of the libraries again.
+    """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        # This one is for users: it says why a GPU is not used.
+        warnings.filterwarnings("default", message="CUDA initialization")
+        os.environ["PYTHONWARNINGS"] = "ignore,default:CUDA initialization"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("DeepSpeed").addFilter(_is_not_about_missing_gpu)
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_not_about_torchvision)
+
+
+def _is_not_about_missing_gpu(record: logging.LogRecord) -> bool:
+    """Returns False for DeepSpeed's warning that it found no GPU: transformers imports it to save any model."""
+    return record.funcName != "get_accelerator" or record.levelno > logging.WARNING
+
+
+def _is_not_about_torchvision(record: logging.LogRecord) -> bool:
+    """Returns False for the warning that images are processed by PIL, because torchvision is no requirement of ours."""
+    return "requires torchvision" not in record.getMessage() or record.levelno > logging.WARNING
 
 
 if __name__ == "__main__":

@@ -115,9 +115,13 @@ class _Chain:
 
     def module(self, name: str, *arguments: str, unless: str | None = None) -> None:
         """Runs a module of the demo."""
-        self._run(f"python -m {name}", ["-m", name, *arguments], arguments, unless)
+        # No module trains. DeepSpeed, which transformers imports to save a model, would warn of a missing GPU.
+        self._run(f"python -m {name}", ["-m", name, *arguments], arguments, unless, DS_ACCELERATOR="cpu")
 
-    def _run(self, shown: str, command: Sequence[str], arguments: Sequence[str], unless: str | None) -> None:
+    def _run(
+        self, shown: str, command: Sequence[str], arguments: Sequence[str], unless: str | None, **variables: str
+    ) -> None:
+        """Runs Python with a command and these environment variables, and prints `shown` with the arguments."""
         line = f"{shown} {shlex.join(_short(a) for a in arguments)}"
         if unless is not None and (self._directory / unless).exists():
             self._console.print(f"[dim]$ {line}   (done before)[/dim]")
@@ -131,7 +135,10 @@ class _Chain:
             # Models this small lose more to the threads' meeting points than they gain from a second one.
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            # Of transformers; the steps have bars of their own.
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            **variables,
         }
         code = subprocess.run([sys.executable, *command], cwd=self._directory, env=environment, check=False).returncode
         self.seconds[line] = round(time.monotonic() - started, 1)

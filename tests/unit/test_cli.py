@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -115,6 +116,36 @@ def test_help_is_not_folded_within_a_sentence_at_80_columns(decant: Run, command
     )
     # Usage, the first paragraph, then what has to be the same; an empty line stands before each.
     assert narrow[narrow.index("", 3) :] == wide[wide.index("", 3) :]
+
+
+def test_warnings_for_developers_are_hidden_and_errors_are_not() -> None:
+    code = """
+import logging, subprocess, sys, warnings
+import cli
+
+def get_accelerator():
+    logging.getLogger("DeepSpeed").warning("hidden: no GPU")
+    logging.getLogger("DeepSpeed").error("shown: DeepSpeed's error")
+
+warn = "import warnings; warnings.warn('hidden'); warnings.warn('CUDA initialization: shown')"
+sys.argv = ["decant", "--version"]
+try:
+    cli.main()
+except SystemExit:
+    exec(warn)
+    subprocess.run([sys.executable, "-c", warn], check=True)
+    get_accelerator()
+    logging.getLogger("DeepSpeed").warning("shown: another warning")
+    imports = logging.getLogger("transformers.utils.import_utils")
+    imports.warning("`CLIPImageProcessor` requires torchvision (not installed); falling back to PIL: hidden")
+    imports.warning("shown: a warning on an import")
+"""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=True)
+    assert "hidden" not in done.stderr
+    assert done.stderr.count("UserWarning: CUDA initialization: shown") == 2
+    for message in ("DeepSpeed's error", "another warning", "a warning on an import"):
+        assert f"shown: {message}" in done.stderr
 
 
 def test_every_option_is_explained(decant: Run) -> None:
