@@ -5,10 +5,12 @@ Exit codes: 0 done, 1 an error that the message explains or a failed verificatio
 Every heavy import stands inside its command, so that `--help` answers at once.
 """
 
+import json
 import logging
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,9 +98,6 @@ def plan(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
     --config is the file of precompute-logits.
     Memory is in binary units: 1 GiB is 2^30 bytes.
     """
-    import json
-    from dataclasses import asdict
-
     from common.config import load_config
     from precompute.config import PrecomputeConfig
     from precompute.planning.capture_cost import estimate_capture

@@ -89,12 +89,12 @@ def run_demo(out: Path, *, seed: int) -> None:
     console.rule("Held-out images")
     chain.module("demo.report", ".")
     minutes = (time.monotonic() - started) / 60
-    _record(out, {"minutes": round(minutes, 2), "seconds": chain.seconds})
+    _add_to_report(out, {"minutes": round(minutes, 2), "seconds": chain.seconds})
     console.print(f"{out}: finished in {minutes:.1f} minutes; the exported student is {out / 'student'}")
 
 
 class _Chain:
-    """Runs steps in the demo's directory."""
+    """The demo's directory, in which it runs one step after another."""
 
     def __init__(self, directory: Path, seed: int, console: Console) -> None:
         self._directory = directory
@@ -122,7 +122,7 @@ class _Chain:
         self, shown: str, command: Sequence[str], arguments: Sequence[str], unless: str | None, **variables: str
     ) -> None:
         """Runs Python with a command and these environment variables, and prints `shown` with the arguments."""
-        line = f"{shown} {shlex.join(_short(a) for a in arguments)}"
+        line = f"{shown} {shlex.join(_shorten_config_path(a) for a in arguments)}"
         if unless is not None and (self._directory / unless).exists():
             self._console.print(f"[dim]$ {line}   (done before)[/dim]")
             return
@@ -147,10 +147,10 @@ class _Chain:
         self._console.print(f"[dim]{self.seconds[line]:.0f} s[/dim]")
 
 
-def _short(argument: str) -> str:
+def _shorten_config_path(argument: str) -> str:
     return f"configs/demo/{Path(argument).name}" if argument.startswith(str(CONFIGS)) else argument
 
 
-def _record(out: Path, entries: dict[str, object]) -> None:
+def _add_to_report(out: Path, entries: dict[str, object]) -> None:
     path = out / "report.json"
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **entries}, indent=1) + "\n", "utf-8")

@@ -3,6 +3,7 @@
 Every heavy import stands inside its command, so that `--help` answers at once.
 """
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ def precompute_logits(
     from precompute.logits.run import run_capture
 
     settings = load_config(PrecomputeConfig, config, overrides or ())
-    # Ray deals out the shards itself: a driver in an srun step is not one of several that share them.
+    # Ray deals out the shards itself, so a driver in an srun step is not one of several that share them.
     settings = resolve_nodes(settings, node_rank, num_nodes, {} if engine == "ray" else os.environ)
     with report_interrupt():
         summary = run_capture(settings, engine=engine)
@@ -65,7 +66,7 @@ def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option 
     model: Annotated[
         Path,
         typer.Option(
-            help="LLaVA or CLIP directory whose vision tower computes: the student's.",
+            help="LLaVA or CLIP directory with the vision tower of the student.",
             show_default=False,
             callback=check_local_path,
         ),
@@ -80,10 +81,10 @@ def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option 
         typer.Option(help="bf16 is exact for training in bf16; q8 takes three quarters of its bytes."),
     ] = "bf16",
     image_aspect_ratio: Annotated[
-        Literal["pad", "keep"], typer.Option(help="As data.image_aspect_ratio of the training.")
+        Literal["pad", "keep"], typer.Option(help="The same as data.image_aspect_ratio of the training.")
     ] = "pad",
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images that the tower takes at once.")] = 16,
-    images_per_shard: Annotated[int, typer.Option(min=1, metavar="N", help="Images a file holds.")] = 128,
+    images_per_shard: Annotated[int, typer.Option(min=1, metavar="N", help="Images in each file.")] = 128,
 ) -> None:
     """Compute the frozen vision tower's output once for each distinct image, for training with data.features.
 
@@ -185,7 +186,7 @@ def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of th
     sample: Annotated[
         str | None, typer.Option(metavar="ID", help="Sample to print: its id, or its position in the dataset.")
     ] = None,
-    top: Annotated[int, typer.Option(min=0, metavar="N", help="The teacher's best entries shown of a token.")] = 5,
+    top: Annotated[int, typer.Option(min=0, metavar="N", help="Best entries of the teacher shown for each token.")] = 5,
     tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Scored tokens printed of a conversation.")] = 48,
     tokenizer: Annotated[Path | None, typer.Option(help="Teacher directory: show token texts instead of ids.")] = None,
     max_groups: Annotated[
@@ -225,8 +226,6 @@ def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of th
         publish(parse_location(html), html_page.render_page(found).encode())
     exported = None if unpack is None else unpack_output(open_target(location), unpack, progress=not as_json)
     if as_json:
-        import json
-
         typer.echo(json.dumps(formatting.to_dict(found), indent=1))
     else:
         show(terminal.render_terminal(found, max_tokens=tokens))
@@ -309,8 +308,6 @@ def _load_recompute(has_features: bool) -> Callable[..., _Result]:
 
 
 def _print_results(results: Mapping[str, _Result], *, as_json: bool) -> None:
-    import json
-
     if as_json:
         typer.echo(json.dumps({name: json.loads(result.to_json()) for name, result in results.items()}, indent=1))
     else:

@@ -37,8 +37,12 @@ def train(
     from common.config import load_config
     from train.config import TrainConfig
 
-    settings = load_config(TrainConfig, config, [*(overrides or ()), *([f"run.resume={resume}"] if resume else [])])
+    all_overrides = list(overrides or ())
+    if resume is not None:
+        all_overrides.append(f"run.resume={resume}")
+    settings = load_config(TrainConfig, config, all_overrides)
 
+    # Only now, because it imports torch: a wrong configuration is reported at once.
     from train.run.stage import train_stage
 
     hide_loading_bars()
@@ -68,10 +72,10 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
     dense: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of composing: a dense student to upcycle.", show_default=False, callback=check_local_path
+            help="Dense student to upcycle, instead of composing one.", show_default=False, callback=check_local_path
         ),
     ] = None,
-    experts: Annotated[int, typer.Option(min=2, help="Experts a sparse layer, with --dense.")] = 4,
+    experts: Annotated[int, typer.Option(min=2, help="Experts in each sparse layer, with --dense.")] = 4,
     top_k: Annotated[int, typer.Option(min=1, help="Experts a token is sent to, with --dense.")] = 2,
     layers: Annotated[
         str, typer.Option(help="Sparse layers: every-second, first-half, second-half, all or indices such as 1,3.")
@@ -79,7 +83,7 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
     noise: Annotated[
         float, typer.Option(min=0.0, help="Gaussian noise on each expert, in standard deviations of its dense weight.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the fresh adapter, or of routers and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the fresh adapter, or of routers and noise.")] = 0,
 ) -> None:
     """Make a student: from a vision tower, a language model and a fresh adapter, or by sparse upcycling of a dense one.
 
@@ -140,13 +144,8 @@ def _moe_settings(experts: int, top_k: int, layers: str, noise: float) -> "MoECo
     from common.errors import ConfigError
     from train.config import MoEConfig
 
-    parts = layers.split(",") if layers[:1].isdigit() else None
-    raw = {
-        "num_experts": experts,
-        "top_k": top_k,
-        "layers": layers if parts is None else parts,
-        "noise": noise,
-    }
+    pattern = layers.split(",") if layers[:1].isdigit() else layers
+    raw = {"num_experts": experts, "top_k": top_k, "layers": pattern, "noise": noise}
     try:
         return MoEConfig.model_validate(raw)
     except ValidationError as error:

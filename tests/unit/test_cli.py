@@ -189,7 +189,7 @@ def test_verification_passes_and_fails_with_its_exit_code(decant: Run, root: Pat
         (copy / path.name).write_bytes(path.read_bytes())
     data = bytearray(shard_path(copy, 1).read_bytes())
     data[200] ^= 4
-    shard_path(copy, 1).write_bytes(data)
+    shard_path(copy, 1).write_bytes(bytes(data))
     code, shown = decant("verify-shards", str(copy))
     assert code == 1
     assert "shard-00001.parquet" in shown
@@ -252,13 +252,13 @@ def test_an_interrupt_says_that_nothing_is_lost(
 
 
 def expert_pairs(student: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The three matrices of both experts of its sparse layer."""
+    """Returns the three matrices of the first expert in the sparse layer, each with its twin of the second."""
     weights = load_file(student / "model.safetensors")
     names = [name for name in weights if ".mlp.experts.0." in name]
     return [(weights[name], weights[name.replace(".experts.0.", ".experts.1.")]) for name in names]
 
 
-def test_init_student_wants_one_way_or_the_other(decant: Run, root: Path, tmp_path: Path) -> None:
+def test_init_student_composes_or_upcycles_and_refuses_both(decant: Run, root: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert decant("init-student", out)[0] == 2
     assert decant("init-student", out, "--vision", str(root / "model"))[0] == 2
@@ -282,7 +282,7 @@ def test_init_student_wants_one_way_or_the_other(decant: Run, root: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit_bytes", [20_000, 1_015_000], ids=["model", "state"])
-def test_a_disk_that_fills_during_a_checkpoint_is_told_and_a_rerun_continues(
+def test_a_disk_that_fills_during_a_checkpoint_is_reported_and_a_rerun_continues(
     root: Path, tmp_path: Path, limit_bytes: int
 ) -> None:
     optim = {"max_steps": 4, "global_batch_size": 2, "micro_batch_size": 2}

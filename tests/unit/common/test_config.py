@@ -1,7 +1,7 @@
 """Configuration files as a user writes them: what is read, and what is said of a wrong key or value."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pytest
 from pydantic import Field, create_model, model_validator
@@ -109,7 +109,8 @@ def test_a_long_value_is_cut(tmp_path: Path) -> None:
 
 def test_the_keys_of_a_large_table_are_cut(tmp_path: Path) -> None:
     path = config_file(tmp_path, "zzz = 1")
-    schema = create_model("Large", __base__=StrictModel, **dict.fromkeys((f"key_{n}" for n in range(100)), (int, 0)))
+    fields: dict[str, Any] = {f"key_{n}": (int, 0) for n in range(100)}
+    schema = create_model("Large", __base__=StrictModel, **fields)
     with pytest.raises(ConfigError, match=r"zzz: unknown key; known keys: key_0, key_1, [^\n]{100,190} \.\.\.$"):
         load_config(schema, path)
 
