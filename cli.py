@@ -68,8 +68,7 @@ def _common_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    # The deepspeed launcher adds the rank to the arguments; commands read it from the environment.
-    del local_rank, version
+    """Declares what stands before a command. The deepspeed launcher adds a rank, which is read from the environment."""
 
 
 app.command("precompute-logits")(precompute.commands.precompute_logits)
