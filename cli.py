@@ -1,22 +1,25 @@
-"""Command line of Decant: parse, load the configuration, call one function, turn errors into exit codes.
+"""Command line of Decant: assembles the commands of both halves, sets up logging, turns errors into exit codes.
 
 Exit codes: 0 done, 1 an error that the message explains or a failed verification, 2 wrong usage, 130 interrupted,
 143 stopped by SIGTERM.
 Every heavy import stands inside its command, so that `--help` answers at once.
 """
 
+import json
 import logging
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from common.console import JsonOption, check_local_path, hide_loading_bars, report_interrupt, show
+import precompute.commands
+import train.commands
+from common.console import ConfigOption, JsonOption, SetOption, check_local_path, report_interrupt, show
 from common.errors import DecantError
-from precompute import commands, feature_commands
 
 app = typer.Typer(
     name="decant",
@@ -27,62 +30,56 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file of the run.", show_default=False)]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as engine.dtype=float32. Repeatable."),
-]
+
+def main() -> None:
+    """Entry point of the console script."""
+    _set_up_logging()
+    _silence_libraries()
+    try:
+        app()
+    except DecantError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"decant {_find_version()}")
+        raise typer.Exit
+
+
+def _find_version() -> str:
+    """Returns the version of the installed package, or that of a source tree that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("decant")
+    except PackageNotFoundError:
+        import tomllib
+
+        project = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text("utf-8"))["project"]
+        return str(project["version"])
 
 
 @app.callback()
-def _launcher_arguments(
+def _common_options(
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    """Accepts what the deepspeed launcher adds to the arguments; the rank itself comes from the environment."""
+    """Declares what stands before a command. The deepspeed launcher adds a rank, which is read from the environment."""
 
 
-@app.command("precompute-logits")
-def precompute_logits(
-    config: ConfigOption,
-    overrides: SetOption = None,
-    node_rank: Annotated[
-        int | None, typer.Option(metavar="N", help="This node's number, from 0. In an srun step: SLURM's.")
-    ] = None,
-    num_nodes: Annotated[
-        int | None, typer.Option(metavar="M", help="Nodes that share the output. In an srun step: SLURM's.")
-    ] = None,
-    engine: Annotated[
-        Literal["local", "ray"], typer.Option(help="Score in this process, or in the actors of a Ray cluster.")
-    ] = "local",
-) -> None:
-    """Score a dataset with the teacher, once: dataset in, Parquet shards out.
-
-    Kind "kd" keeps the top of the teacher's distribution and the log-prob of every response token; kind "dpo" keeps
-    the reference log-probs of chosen and rejected answers. An interrupted run continues when it is started again.
-    """
-    from common.config import load_config
-    from precompute.config import PrecomputeConfig
-    from precompute.logits.nodes import resolve_nodes
-    from precompute.logits.run import run_capture
-
-    settings = load_config(PrecomputeConfig, config, overrides or ())
-    # Ray deals out the shards itself: a driver in an srun step is not one of several that share them.
-    settings = resolve_nodes(settings, node_rank, num_nodes, {} if engine == "ray" else os.environ)
-    with report_interrupt():
-        summary = run_capture(settings, engine=engine)
-    show(summary.render())
-    if summary.interrupted:
-        raise typer.Exit(130)
-
-
-app.command("precompute-features")(feature_commands.precompute_features)
-app.command("verify-shards")(commands.verify_shards)
-app.command("inspect-shards")(commands.inspect_shards)
-app.command("merge-shards")(commands.merge_shards)
+app.command("precompute-logits")(precompute.commands.precompute_logits)
+app.command("precompute-features")(precompute.commands.precompute_features)
+app.command("verify-shards")(precompute.commands.verify_shards)
+app.command("inspect-shards")(precompute.commands.inspect_shards)
+app.command("merge-shards")(precompute.commands.merge_shards)
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
     config: ConfigOption,
     student: Annotated[
         Path | None, typer.Option(help="Student directory, for the trainer's memory.", callback=check_local_path)
@@ -96,17 +93,15 @@ def plan(
 ) -> None:
     """Say what a precompute-logits run and a stage of training will take, before anything is spent.
 
-    Reads the dataset and the models' configurations, tokenizers and image processors: no weights, no engine, no GPU.
-    --config is the file of precompute-logits. Memory is in binary units, 1 GiB = 2^30 bytes.
+    Reads the dataset and the models' small files: no weights, no engine, no GPU.
+    --config is the file of precompute-logits.
+    Memory is in binary units: 1 GiB is 2^30 bytes.
     """
-    import json
-    from dataclasses import asdict
-
     from common.config import load_config
     from precompute.config import PrecomputeConfig
     from precompute.planning.capture_cost import estimate_capture
 
-    num_gpus = _numbers(gpus)
+    num_gpus = _parse_counts(gpus)
     settings = load_config(PrecomputeConfig, config, overrides or ())
     teacher, sections = estimate_capture(settings, progress=not as_json)
     results: dict[str, Any] = {"capture": [asdict(section) for section in sections]}
@@ -130,121 +125,9 @@ def plan(
         show(*shown)
 
 
-@app.command()
-def train(
-    config: ConfigOption,
-    overrides: SetOption = None,
-    resume: Annotated[
-        Literal["auto", "never"] | None,
-        typer.Option(help="Continue from the output's newest whole checkpoint, or refuse one; sets run.resume."),
-    ] = None,
-) -> None:
-    """Train one stage of a student: alone, or on many GPUs under the deepspeed launcher or torchrun.
-
-    configs/llava-mod holds the four stages with the paper's settings; configs/llava and configs/moe-llava need no
-    teacher. SIGTERM and Ctrl-C save a checkpoint (exit code 143 and 130); a run that was stopped or killed continues
-    from its newest whole checkpoint when it is started again. The student ends up in OUTPUT/final, a plain Hugging
-    Face directory.
-    """
-    from common.config import load_config
-    from train.config import TrainConfig
-
-    settings = load_config(TrainConfig, config, [*(overrides or ()), *([f"run.resume={resume}"] if resume else [])])
-
-    from train.run.stage import train_stage
-
-    hide_loading_bars()
-    with report_interrupt():
-        result = train_stage(settings)
-    _log.info("%s: trained to step %d", result.final, result.steps)
-
-
-@app.command("init-student")
-def init_student(
-    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=check_local_path)],
-    vision: Annotated[
-        Path | None,
-        typer.Option(
-            help="LLaVA or CLIP directory whose vision tower is taken.", show_default=False, callback=check_local_path
-        ),
-    ] = None,
-    language: Annotated[
-        Path | None,
-        typer.Option(
-            help="Causal language model directory that becomes the student's.",
-            show_default=False,
-            callback=check_local_path,
-        ),
-    ] = None,
-    dense: Annotated[
-        Path | None,
-        typer.Option(
-            help="Instead of composing: a dense student to upcycle.", show_default=False, callback=check_local_path
-        ),
-    ] = None,
-    experts: Annotated[int, typer.Option(min=2, help="Experts a sparse layer, with --dense.")] = 4,
-    top_k: Annotated[int, typer.Option(min=1, help="Experts a token is sent to, with --dense.")] = 2,
-    layers: Annotated[
-        str, typer.Option(help="Sparse layers: every-second, first-half, second-half, all or indices such as 1,3.")
-    ] = "every-second",
-    noise: Annotated[
-        float, typer.Option(min=0.0, help="Gaussian noise on each expert, in standard deviations of its dense weight.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the fresh adapter, or of routers and noise.")] = 0,
-) -> None:
-    """Make a student: from a vision tower, a language model and a fresh adapter, or by sparse upcycling of a dense one.
-
-    Without --noise the upcycled student gives the same outputs as the dense one it comes from.
-    """
-    from common.errors import ConfigError
-
-    if (dense is None) == (vision is None and language is None) or (dense is None and not (vision and language)):
-        raise typer.BadParameter("give --vision and --language, or --dense alone")
-    if dense is None:
-        from train.model.compose import compose_student
-
-        hide_loading_bars()
-        assert vision is not None
-        assert language is not None
-        made = compose_student(vision, language, out, seed=seed)
-        typer.echo(
-            f"{out}: {made.num_parameters / 1e6:,.1f}M parameters; <image> is token {made.image_token_id} "
-            f"({made.image_token_row})"
-        )
-        return
-    from pydantic import ValidationError
-
-    from train.config import MoEConfig
-    from train.moe.upcycle import upcycle_directory
-
-    hide_loading_bars()
-    try:
-        pattern = tuple(int(i) for i in layers.split(",")) if layers[:1].isdigit() else layers
-        moe = MoEConfig.model_validate({"num_experts": experts, "top_k": top_k, "layers": pattern, "noise": noise})
-    except (ValueError, ValidationError) as error:
-        raise ConfigError(f"--layers {layers} --experts {experts} --top-k {top_k}: {error}") from error
-    num_parameters = upcycle_directory(dense, out, moe, seed=seed)
-    typer.echo(f"{out}: {num_parameters / 1e6:,.1f}M parameters, {experts} experts, top {top_k}, layers {layers}")
-
-
-@app.command()
-def export(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="A stage's output, one of its checkpoints, or a student.",
-            show_default=False,
-            callback=check_local_path,
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(help="Directory to make.", show_default=False, callback=check_local_path)],
-) -> None:
-    """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed."""
-    from train.model.export import export_student
-
-    hide_loading_bars()
-    export_student(source, out)
-    typer.echo(f"{out}: exported")
+app.command("train")(train.commands.train)
+app.command("init-student")(train.commands.init_student)
+app.command("export")(train.commands.export)
 
 
 @app.command()
@@ -259,31 +142,44 @@ def demo(
         run_demo(out, seed=seed)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """Positive whole numbers between commas."""
+def _parse_counts(text: str) -> tuple[int, ...]:
+    """Returns the positive whole numbers between commas."""
     if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
         raise typer.BadParameter(f"--gpus {text}: expected numbers such as 1,2,4,8")
     return tuple(map(int, text.split(",")))
 
 
-_log = logging.getLogger("decant")
-
-
-def main() -> None:
-    """Entry point of the console script."""
+def _set_up_logging() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    # The engines' own warnings are for their developers; ours are log lines. `python -W` shows them all.
+    # Of several ranks one speaks.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    for package in ("precompute", "train", "demo", "common"):
+        logging.getLogger(package).setLevel(level)
+
+
+def _silence_libraries() -> None:
+    """Hides what libraries tell their own developers, here and in the processes that are started from here.
+
+    Our own warnings are log lines. `python -W` and PYTHONWARNINGS show those of the libraries again.
+    """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        # This one is for users: it says why a GPU is not used.
+        warnings.filterwarnings("default", message="CUDA initialization")
+        os.environ["PYTHONWARNINGS"] = "ignore,default:CUDA initialization"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for name in ("decant", "precompute", "train", "demo", "common"):
-        # Of several ranks one speaks.
-        logging.getLogger(name).setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    try:
-        app()
-    except DecantError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    logging.getLogger("DeepSpeed").addFilter(_is_not_about_missing_gpu)
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_not_about_torchvision)
+
+
+def _is_not_about_missing_gpu(record: logging.LogRecord) -> bool:
+    """Returns False for DeepSpeed's warning that it found no GPU: transformers imports it to save any model."""
+    return record.funcName != "get_accelerator" or record.levelno > logging.WARNING
+
+
+def _is_not_about_torchvision(record: logging.LogRecord) -> bool:
+    """Returns False for the warning that images are processed by PIL, because torchvision is no requirement of ours."""
+    return "requires torchvision" not in record.getMessage() or record.levelno > logging.WARNING
 
 
 if __name__ == "__main__":

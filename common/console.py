@@ -1,4 +1,4 @@
-"""What the commands of cli.py share: options, and how results and interrupts are shown."""
+"""What the commands share: options, and how results and interrupts are shown."""
 
 import re
 from collections.abc import Iterator
@@ -8,11 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
+ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file of the run.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as engine.dtype=float32. Repeatable."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 
 
 def check_local_path(path: Path | None) -> Path | None:
-    """Refuses an address such as s3://bucket/model, of which a Path keeps one slash."""
+    """Returns the path of an option, or refuses an address such as s3://bucket/model.
+
+    Raises:
+        typer.BadParameter: an address. A Path has collapsed its two slashes into one.
+    """
     if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise typer.BadParameter("models and students are local directories; copy it to this machine first")
     return path
@@ -20,18 +29,20 @@ def check_local_path(path: Path | None) -> Path | None:
 
 @contextmanager
 def report_interrupt() -> Iterator[None]:
-    """Tells what an interrupt leaves behind."""
+    """Turns an interrupt into an exit code and a message that says what is left behind."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        told = str(interrupt) or "interrupted; what was published is whole, and the same command continues from there"
-        typer.echo(told, err=True)
-        # A stage that was stopped by another signal says so.
+        message = str(interrupt) or (
+            "interrupted; what was published is whole, and the same command continues from there"
+        )
+        typer.echo(message, err=True)
+        # A stage that was stopped by another signal names its own exit code.
         raise typer.Exit(getattr(interrupt, "exit_code", 130)) from None
 
 
 def hide_loading_bars() -> None:
-    """Transformers' bars for reading and writing weights; ours tell how the work itself goes."""
+    """Turns off transformers' bars for reading and writing weights, because ours show how the work goes."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -89,12 +89,12 @@ def run_demo(out: Path, *, seed: int) -> None:
     console.rule("Held-out images")
     chain.module("demo.report", ".")
     minutes = (time.monotonic() - started) / 60
-    _record(out, {"minutes": round(minutes, 2), "seconds": chain.seconds})
+    _add_to_report(out, {"minutes": round(minutes, 2), "seconds": chain.seconds})
     console.print(f"{out}: finished in {minutes:.1f} minutes; the exported student is {out / 'student'}")
 
 
 class _Chain:
-    """Runs steps in the demo's directory."""
+    """The demo's directory, in which it runs one step after another."""
 
     def __init__(self, directory: Path, seed: int, console: Console) -> None:
         self._directory = directory
@@ -115,10 +115,14 @@ class _Chain:
 
     def module(self, name: str, *arguments: str, unless: str | None = None) -> None:
         """Runs a module of the demo."""
-        self._run(f"python -m {name}", ["-m", name, *arguments], arguments, unless)
+        # No module trains. DeepSpeed, which transformers imports to save a model, would warn of a missing GPU.
+        self._run(f"python -m {name}", ["-m", name, *arguments], arguments, unless, DS_ACCELERATOR="cpu")
 
-    def _run(self, shown: str, command: Sequence[str], arguments: Sequence[str], unless: str | None) -> None:
-        line = f"{shown} {shlex.join(_short(a) for a in arguments)}"
+    def _run(
+        self, shown: str, command: Sequence[str], arguments: Sequence[str], unless: str | None, **variables: str
+    ) -> None:
+        """Runs Python with a command and these environment variables, and prints `shown` with the arguments."""
+        line = f"{shown} {shlex.join(_shorten_config_path(a) for a in arguments)}"
         if unless is not None and (self._directory / unless).exists():
             self._console.print(f"[dim]$ {line}   (done before)[/dim]")
             return
@@ -131,7 +135,10 @@ class _Chain:
             # Models this small lose more to the threads' meeting points than they gain from a second one.
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            # Of transformers; the steps have bars of their own.
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            **variables,
         }
         code = subprocess.run([sys.executable, *command], cwd=self._directory, env=environment, check=False).returncode
         self.seconds[line] = round(time.monotonic() - started, 1)
@@ -140,10 +147,10 @@ class _Chain:
         self._console.print(f"[dim]{self.seconds[line]:.0f} s[/dim]")
 
 
-def _short(argument: str) -> str:
+def _shorten_config_path(argument: str) -> str:
     return f"configs/demo/{Path(argument).name}" if argument.startswith(str(CONFIGS)) else argument
 
 
-def _record(out: Path, entries: dict[str, object]) -> None:
+def _add_to_report(out: Path, entries: dict[str, object]) -> None:
     path = out / "report.json"
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **entries}, indent=1) + "\n", "utf-8")

@@ -1,18 +1,121 @@
-"""The commands that look at shards, check, mend and join them; none loads a model unless it is told to.
+"""Commands of the inference node: score a dataset, cache image features, check, show and join the shards.
 
 Every heavy import stands inside its command, so that `--help` answers at once.
 """
 
+import json
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import typer
 
-from common.console import JsonOption, check_local_path, hide_loading_bars, report_interrupt, show
+from common.console import (
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    check_local_path,
+    hide_loading_bars,
+    report_interrupt,
+    show,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from common.storage.files import Location
+    from precompute.report import Report
 
 
-def verify_shards(
-    path: Annotated[str, typer.Argument(help="Output of precompute-logits or precompute-features.")],
+def precompute_logits(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    node_rank: Annotated[
+        int | None, typer.Option(metavar="N", help="This node's number, from 0. In an srun step: SLURM's.")
+    ] = None,
+    num_nodes: Annotated[
+        int | None, typer.Option(metavar="M", help="Nodes that share the output. In an srun step: SLURM's.")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Score in this process, or in the actors of a Ray cluster.")
+    ] = "local",
+) -> None:
+    """Score a dataset with the teacher, once: dataset in, Parquet shards out.
+
+    Kind "kd" keeps the top of the teacher's distribution for each response token.
+    Kind "dpo" keeps the reference log-probs of chosen and rejected answers.
+    An interrupted run continues when it is started again.
+    """
+    from common.config import load_config
+    from precompute.config import PrecomputeConfig
+    from precompute.logits.nodes import resolve_nodes
+    from precompute.logits.run import run_capture
+
+    settings = load_config(PrecomputeConfig, config, overrides or ())
+    # Ray deals out the shards itself, so a driver in an srun step is not one of several that share them.
+    settings = resolve_nodes(settings, node_rank, num_nodes, {} if engine == "ray" else os.environ)
+    with report_interrupt():
+        summary = run_capture(settings, engine=engine)
+    show(summary.render())
+    if summary.interrupted:
+        raise typer.Exit(130)
+
+
+def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="LLaVA or CLIP directory with the vision tower of the student.",
+            show_default=False,
+            callback=check_local_path,
+        ),
+    ],
+    dataset: Annotated[
+        str, typer.Option(metavar="FILE", help="Dataset of either kind, a file or an address.", show_default=False)
+    ],
+    output: Annotated[str, typer.Option(metavar="OUT", help="Directory or address to make, or to go on with.")],
+    image_root: Annotated[str | None, typer.Option(help="Where the dataset's image paths start.")] = None,
+    form: Annotated[
+        Literal["bf16", "q8"],
+        typer.Option(help="bf16 is exact for training in bf16; q8 takes three quarters of its bytes."),
+    ] = "bf16",
+    image_aspect_ratio: Annotated[
+        Literal["pad", "keep"], typer.Option(help="The same as data.image_aspect_ratio of the training.")
+    ] = "pad",
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images that the tower takes at once.")] = 16,
+    images_per_shard: Annotated[int, typer.Option(min=1, metavar="N", help="Images in each file.")] = 128,
+) -> None:
+    """Compute the frozen vision tower's output once for each distinct image, for training with data.features.
+
+    Image files are read twice, because the first reading finds duplicates.
+    An interrupted run continues when it is started again.
+    Training then needs neither the tower nor the images.
+    """
+    from common.storage.files import parse_location
+    from precompute.features.run import FeatureSettings, run_features
+
+    hide_loading_bars()
+    with report_interrupt():
+        summary = run_features(
+            FeatureSettings(
+                model=model,
+                dataset=parse_location(dataset),
+                image_root=None if image_root is None else parse_location(image_root),
+                output=parse_location(output),
+                form=form,
+                aspect_ratio=image_aspect_ratio,
+                batch_size=batch_size,
+                images_per_shard=images_per_shard,
+            )
+        )
+    show(summary.render())
+    if summary.interrupted:
+        raise typer.Exit(130)
+
+
+def verify_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Output of precompute-logits or precompute-features.")],
     dataset: Annotated[str | None, typer.Option(help="The dataset file: check that all of it is covered.")] = None,
     recompute: Annotated[
         int, typer.Option(min=0, metavar="N", help="Compute N random rows (images) again with transformers.")
@@ -37,12 +140,14 @@ def verify_shards(
 ) -> None:
     """Check everything that training relies on: provenance, checksums, schema, values, coverage.
 
-    Exit code 0 if all checks hold, 1 if one does not. Without --recompute no model is loaded. --dataset wants the very
-    file that was scored, byte for byte; --against compares with one that may have changed, once all checks hold, and
-    gives 1 if a scored sample was changed or removed. --repair deletes nothing, and gives 1 if it moved something.
-    """
-    import json
+    The exit code is 0 if all checks hold, 1 if one does not.
+    Without --recompute no model is loaded.
 
+    --dataset wants the very file that was scored, byte for byte.
+    --against compares with a file that may have changed, once all checks hold.
+    It gives exit code 1 if a scored sample was changed or removed.
+    --repair deletes nothing, and gives exit code 1 if it moved something.
+    """
     from common.shards.feature_shard import is_feature_cache
     from common.storage.files import parse_location
 
@@ -52,18 +157,9 @@ def verify_shards(
     data = None if dataset is None else parse_location(dataset)
     has_features = is_feature_cache(output)
     if has_features:
-        from precompute.verify.features import verify_features
-
-        if against:
-            raise typer.BadParameter("--against compares scored samples, of which a feature cache has none")
-        if recompute and root is None:
-            raise typer.BadParameter("--recompute of features needs --image-root: the cache holds no image files")
-        report = verify_features(output, data, root, progress=not as_json)
-    else:
-        from precompute.verify.logits import verify_logits
-
-        report = verify_logits(output, dataset=data, progress=not as_json)
-    results: dict[str, Any] = {"verify": report}
+        _check_feature_options(against, recompute, root)
+    report = _verify(output, data, root, has_features=has_features, progress=not as_json)
+    results: dict[str, _Result] = {"verify": report}
     if repair:
         from precompute.verify.repair import repair_output
 
@@ -75,55 +171,22 @@ def verify_shards(
     elif against:
         typer.echo(f"{against} was not compared with the output, which is not what was written", err=True)
     if recompute and report.ok:
-        hide_loading_bars()
         assert teacher is not None
-        options: dict[str, Any] = {"image_root": root, "seed": seed, "progress": not as_json}
-        if has_features:
-            from precompute.verify.recompute_features import recompute_features
-
-            results["recompute"] = recompute_features(output, teacher, recompute, **options)
-        else:
-            from precompute.verify.recompute_logits import recompute_logits
-
-            results["recompute"] = recompute_logits(output, teacher, recompute, **options)
-    if as_json:
-        typer.echo(json.dumps({name: json.loads(result.to_json()) for name, result in results.items()}, indent=1))
-    else:
-        show(*(result.render() for result in results.values()))
+        recompute_rows = _load_recompute(has_features)
+        results["recompute"] = recompute_rows(
+            output, teacher, recompute, image_root=root, seed=seed, progress=not as_json
+        )
+    _print_results(results, as_json=as_json)
     if not all(result.ok for result in results.values()):
         raise typer.Exit(1)
 
 
-def merge_shards(
-    outputs: Annotated[
-        list[str], typer.Argument(metavar="OUTPUT", help="Outputs of precompute-logits with one manifest.")
-    ],
-    out: Annotated[
-        str, typer.Option(metavar="OUT", help="Directory or address to make, or to go on with.", show_default=False)
-    ],
-    samples_per_shard: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Write shards of N samples; all shards must be there.")
-    ] = None,
-) -> None:
-    """Join outputs that were made apart, or write an output's shards in another size. No score changes.
-
-    Without --samples-per-shard files are copied byte for byte, and what is missing is listed. Outputs that differ in
-    teacher, dataset or settings are refused. An interrupted merge continues when it is started again.
-    """
-    from common.storage.files import parse_location
-    from precompute.merge import merge_outputs
-
-    with report_interrupt():
-        merged = merge_outputs([parse_location(output) for output in outputs], parse_location(out), samples_per_shard)
-    show(merged.render())
-
-
-def inspect_shards(
-    path: Annotated[str, typer.Argument(help="Output of precompute-logits, or one shard file in it.")],
+def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Output of precompute-logits, or one shard file in it.")],
     sample: Annotated[
         str | None, typer.Option(metavar="ID", help="Sample to print: its id, or its position in the dataset.")
     ] = None,
-    top: Annotated[int, typer.Option(min=0, metavar="N", help="The teacher's best entries shown of a token.")] = 5,
+    top: Annotated[int, typer.Option(min=0, metavar="N", help="Best entries of the teacher shown for each token.")] = 5,
     tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Scored tokens printed of a conversation.")] = 48,
     tokenizer: Annotated[Path | None, typer.Option(help="Teacher directory: show token texts instead of ids.")] = None,
     max_groups: Annotated[
@@ -138,10 +201,9 @@ def inspect_shards(
 ) -> None:
     """Show what shards hold: provenance, counts, bytes by column, distributions, and one sample token by token.
 
-    Needs no model and no GPU. Exit code 1 if something cannot be read; the rest is shown.
+    Needs no model and no GPU.
+    The exit code is 1 if something cannot be read; the rest is shown.
     """
-    import json
-
     from common.storage.files import parse_location, publish
     from precompute.inspection import formatting, html_page, terminal
     from precompute.inspection.collect import inspect_output, open_target
@@ -167,10 +229,86 @@ def inspect_shards(
         typer.echo(json.dumps(formatting.to_dict(found), indent=1))
     else:
         show(terminal.render_terminal(found, max_tokens=tokens))
-    for line in [
-        *([] if html is None else [f"{html}: {len(found.samples):,} samples as a page"]),
-        *([] if exported is None else [exported.summary]),
-    ]:
-        typer.echo(line, err=True)
+    if html is not None:
+        typer.echo(f"{html}: {len(found.samples):,} samples as a page", err=True)
+    if exported is not None:
+        typer.echo(exported.summary, err=True)
     if not found.ok or (exported is not None and not exported.ok):
         raise typer.Exit(1)
+
+
+def merge_shards(
+    outputs: Annotated[
+        list[str], typer.Argument(metavar="OUTPUT", help="Outputs of precompute-logits with one manifest.")
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="OUT", help="Directory or address to make, or to go on with.", show_default=False)
+    ],
+    samples_per_shard: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Write shards of N samples; all shards must be there.")
+    ] = None,
+) -> None:
+    """Join outputs that were made apart, or write an output's shards in another size.
+
+    No score changes.
+    Without --samples-per-shard files are copied byte for byte.
+    Shards that are missing are listed.
+    Outputs that differ in teacher, dataset or settings are refused.
+    An interrupted merge continues when it is started again.
+    """
+    from common.storage.files import parse_location
+    from precompute.merge import merge_outputs
+
+    with report_interrupt():
+        merged = merge_outputs([parse_location(output) for output in outputs], parse_location(out), samples_per_shard)
+    show(merged.render())
+
+
+class _Result(Protocol):
+    """Outcome of a step of `verify-shards`, for a terminal and as JSON."""
+
+    @property
+    def ok(self) -> bool: ...
+
+    def to_json(self) -> str: ...
+
+    def render(self) -> "RenderableType": ...
+
+
+def _check_feature_options(against: str | None, recompute: int, image_root: "Location | None") -> None:
+    """Raises typer.BadParameter if an option has no meaning for a feature cache."""
+    if against:
+        raise typer.BadParameter("--against compares scored samples, of which a feature cache has none")
+    if recompute and image_root is None:
+        raise typer.BadParameter("--recompute of features needs --image-root: the cache holds no image files")
+
+
+def _verify(
+    output: "Location", dataset: "Location | None", image_root: "Location | None", *, has_features: bool, progress: bool
+) -> "Report":
+    if has_features:
+        from precompute.verify.features import verify_features
+
+        return verify_features(output, dataset, image_root, progress=progress)
+    from precompute.verify.logits import verify_logits
+
+    return verify_logits(output, dataset=dataset, progress=progress)
+
+
+def _load_recompute(has_features: bool) -> Callable[..., _Result]:
+    """Returns the function that computes random rows (images) again, after the import of transformers that it needs."""
+    hide_loading_bars()
+    if has_features:
+        from precompute.verify.recompute_features import recompute_features
+
+        return recompute_features
+    from precompute.verify.recompute_logits import recompute_logits
+
+    return recompute_logits
+
+
+def _print_results(results: Mapping[str, _Result], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({name: json.loads(result.to_json()) for name, result in results.items()}, indent=1))
+    else:
+        show(*(result.render() for result in results.values()))

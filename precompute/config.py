@@ -91,7 +91,8 @@ class GenerateConfig(StrictModel):
     def _check_num_samples(self) -> Self:
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
-                f"num_samples = {self.num_samples} at temperature 0 would write the same response each time"
+                f"num_samples = {self.num_samples} at temperature 0 would write the same response each time; "
+                "set num_samples = 1 or a temperature above 0"
             )
         return self
 
@@ -161,13 +162,15 @@ class PrecomputeConfig(StrictModel):
         if self.num_draws is not None and (self.top_k != 0 or self.top_p is not None):
             raise ValueError("num_draws keeps drawn entries, top_k and top_p the best ones; give one of the two")
         if self.num_draws is not None and self.precision is not None:
-            raise ValueError("precision is for log-probs; num_draws stores numbers of draws, which are exact")
+            raise ValueError(
+                "precision is for log-probs; num_draws stores numbers of draws, which are exact; remove precision"
+            )
         if self.top_p is not None and self.top_k == 0:
-            raise ValueError("top_p needs top_k, the most entries that a row may keep")
+            raise ValueError("top_p needs top_k, the most entries that a row may keep; set top_k above 0")
         if self.top_p is None and self.min_k != 1:
             raise ValueError("min_k is the least that top_p keeps; give top_p as well")
         if self.top_k != "all" and self.top_p is not None and self.min_k > self.top_k:
-            raise ValueError(f"min_k = {self.min_k} exceeds top_k = {self.top_k}")
+            raise ValueError(f"min_k = {self.min_k} exceeds top_k = {self.top_k}; lower min_k or raise top_k")
         return self
 
     @model_validator(mode="after")
@@ -179,5 +182,7 @@ class PrecomputeConfig(StrictModel):
     @model_validator(mode="after")
     def _check_node_rank(self) -> Self:
         if self.node_rank >= self.num_nodes:
-            raise ValueError(f"node_rank = {self.node_rank}, but num_nodes = {self.num_nodes}; nodes count from 0")
+            raise ValueError(
+                f"node_rank = {self.node_rank}, but num_nodes = {self.num_nodes}; nodes count from 0 to num_nodes - 1"
+            )
         return self

@@ -231,7 +231,10 @@ class LossConfig(StrictModel):
                 'use tail = "bucket" or "renormalise"'
             )
         if self.label_smoothing and self.preference_type != "sigmoid":
-            raise ValueError(f'label_smoothing is for preference_type "sigmoid", found "{self.preference_type}"')
+            raise ValueError(
+                f'label_smoothing is for preference_type "sigmoid", found "{self.preference_type}"; '
+                "set label_smoothing = 0 or the other type"
+            )
         return self
 
 
@@ -318,9 +321,14 @@ class TrainConfig(StrictModel):
         if self.loss.preference and not self.data.has_scores:
             raise ValueError("loss.preference needs data.shards of kind dpo: the reference log-probs come from there")
         if (weight := self.loss.router_term) and self.stage in ("init", "dense-to-dense"):
-            raise ValueError(f"loss.{weight} is for sparse students; stage {self.stage} trains a dense one")
+            raise ValueError(
+                f"loss.{weight} is for sparse students; stage {self.stage} trains a dense one, so set loss.{weight} = 0"
+            )
         if self.data.has_features and "vision_tower" in self.groups:
-            raise ValueError("trainable: the vision tower cannot be trained from data.features, what it gave once")
+            raise ValueError(
+                "trainable: the vision tower cannot be trained from data.features, what it gave once; "
+                "remove vision_tower from trainable, or data.features"
+            )
         return self
 
     @property

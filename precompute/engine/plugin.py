@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import sys
 
 
@@ -9,6 +10,8 @@ def register() -> None:
     """Patches vLLM for the capture, and lets it import its LLaVA model without torchvision."""
     from precompute.engine.vllm_patch import install_patches
 
+    # Each process would warn that a machine without a GPU has no Triton.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     _alias_pixtral_processor()
     install_patches()
 

@@ -1,9 +1,12 @@
 """The command line as a user meets it: exit codes, messages, help."""
 
+import importlib.metadata
 import json
+import os
 import resource
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ COMMANDS = (
     "precompute-logits",
     "precompute-features",
     "verify-shards",
+    "inspect-shards",
     "merge-shards",
     "plan",
     "train",
@@ -34,9 +38,9 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def decant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str]:
-        # Wide enough that tables are not folded.
-        monkeypatch.setenv("COLUMNS", "200")
+    def run(*arguments: str, columns: int = 200) -> tuple[int, str]:
+        # The default is wide enough that tables are not folded.
+        monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr(sys, "argv", ["decant", *arguments])
         code = 0
         try:
@@ -88,6 +92,62 @@ def test_help_imports_nothing_that_is_slow_to_import() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_version_is_that_of_the_project(decant: Run) -> None:
+    project = tomllib.loads(Path(cli.__file__).with_name("pyproject.toml").read_text("utf-8"))["project"]
+    assert decant("--version") == (0, f"decant {project['version']}\n")
+
+
+def test_a_source_tree_that_is_not_installed_knows_its_version(decant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = decant("--version")
+
+    def not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    assert decant("--version") == installed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_not_folded_within_a_sentence_at_80_columns(decant: Run, command: str) -> None:
+    """The first paragraph is filled to the width; in the others each line of the docstring stays a line."""
+    narrow, wide = (
+        [line.strip() for line in decant(command, "--help", columns=columns)[1].partition("╭")[0].splitlines()]
+        for columns in (80, 200)
+    )
+    # Usage, the first paragraph, then what has to be the same; an empty line stands before each.
+    assert narrow[narrow.index("", 3) :] == wide[wide.index("", 3) :]
+
+
+def test_warnings_for_developers_are_hidden_and_errors_are_not() -> None:
+    code = """
+import logging, subprocess, sys, warnings
+import cli
+
+def get_accelerator():
+    logging.getLogger("DeepSpeed").warning("hidden: no GPU")
+    logging.getLogger("DeepSpeed").error("shown: DeepSpeed's error")
+
+warn = "import warnings; warnings.warn('hidden'); warnings.warn('CUDA initialization: shown')"
+sys.argv = ["decant", "--version"]
+try:
+    cli.main()
+except SystemExit:
+    exec(warn)
+    subprocess.run([sys.executable, "-c", warn], check=True)
+    get_accelerator()
+    logging.getLogger("DeepSpeed").warning("shown: another warning")
+    imports = logging.getLogger("transformers.utils.import_utils")
+    imports.warning("`CLIPImageProcessor` requires torchvision (not installed); falling back to PIL: hidden")
+    imports.warning("shown: a warning on an import")
+"""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=True)
+    assert "hidden" not in done.stderr
+    assert done.stderr.count("UserWarning: CUDA initialization: shown") == 2
+    for message in ("DeepSpeed's error", "another warning", "a warning on an import"):
+        assert f"shown: {message}" in done.stderr
+
+
 def test_every_option_is_explained(decant: Run) -> None:
     for command in COMMANDS:
         _, shown = decant(command, "--help")
@@ -129,7 +189,7 @@ def test_verification_passes_and_fails_with_its_exit_code(decant: Run, root: Pat
         (copy / path.name).write_bytes(path.read_bytes())
     data = bytearray(shard_path(copy, 1).read_bytes())
     data[200] ^= 4
-    shard_path(copy, 1).write_bytes(data)
+    shard_path(copy, 1).write_bytes(bytes(data))
     code, shown = decant("verify-shards", str(copy))
     assert code == 1
     assert "shard-00001.parquet" in shown
@@ -192,13 +252,13 @@ def test_an_interrupt_says_that_nothing_is_lost(
 
 
 def expert_pairs(student: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The three matrices of both experts of its sparse layer."""
+    """Returns the three matrices of the first expert in the sparse layer, each with its twin of the second."""
     weights = load_file(student / "model.safetensors")
     names = [name for name in weights if ".mlp.experts.0." in name]
     return [(weights[name], weights[name.replace(".experts.0.", ".experts.1.")]) for name in names]
 
 
-def test_init_student_wants_one_way_or_the_other(decant: Run, root: Path, tmp_path: Path) -> None:
+def test_init_student_composes_or_upcycles_and_refuses_both(decant: Run, root: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert decant("init-student", out)[0] == 2
     assert decant("init-student", out, "--vision", str(root / "model"))[0] == 2
@@ -222,7 +282,7 @@ def test_init_student_wants_one_way_or_the_other(decant: Run, root: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit_bytes", [20_000, 1_015_000], ids=["model", "state"])
-def test_a_disk_that_fills_during_a_checkpoint_is_told_and_a_rerun_continues(
+def test_a_disk_that_fills_during_a_checkpoint_is_reported_and_a_rerun_continues(
     root: Path, tmp_path: Path, limit_bytes: int
 ) -> None:
     optim = {"max_steps": 4, "global_batch_size": 2, "micro_batch_size": 2}

@@ -53,7 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_it_says_what_a_run_will_take_without_weights_and_makes_nothing(plan: Plan, root: Path) -> None:
+def test_plan_needs_no_weights_and_writes_nothing(plan: Plan, root: Path) -> None:
     before = sorted(root.rglob("*"))
     code, shown = plan("--config", str(root / "capture.toml"))
     assert code == 0, shown
@@ -69,12 +69,12 @@ def test_everything_fits_a_terminal_of_100_columns(plan: Plan, root: Path) -> No
         _, shown = plan("--config", str(root / "capture.toml"), "--student", str(root / "student"), *more)
         lines = shown.splitlines()
         assert max(map(len, lines)) <= WIDTH
-        # A row of a table that goes on in the next line has nothing in its first column there.
+        # Where a row takes two lines, the first column of the second is empty.
         folded = [line for line in lines if line.startswith("│  ") and not line.strip("│ ")[:1].isdigit()]
         assert len(folded) <= (5 if more else 0), folded
 
 
-def test_the_stage_file_tells_what_is_trained(plan: Plan, root: Path) -> None:
+def test_the_stage_file_decides_what_is_trained(plan: Plan, root: Path) -> None:
     code, shown = plan("--config", str(root / "capture.toml"), "--train-config", str(root / "stage.toml"), "--json")
     assert code == 0, shown
     found = json.loads(shown)
@@ -84,7 +84,7 @@ def test_the_stage_file_tells_what_is_trained(plan: Plan, root: Path) -> None:
     assert [section["title"].split()[0] for section in found["capture"]] == ["Dataset:", "Shards", "Teacher's", "GPU"]
 
 
-def test_overrides_and_numbers_of_gpus_are_heeded(plan: Plan, root: Path) -> None:
+def test_overrides_and_gpu_counts_are_applied(plan: Plan, root: Path) -> None:
     config, student = str(root / "capture.toml"), str(root / "student")
     options = ("--gpus", "3,6", "--set", "engine.dtype=float32", "--json")
     code, shown = plan("--config", config, "--student", student, *options)
@@ -103,14 +103,14 @@ def test_overrides_and_numbers_of_gpus_are_heeded(plan: Plan, root: Path) -> Non
         ("outptu=x", "outptu: unknown key"),
     ],
 )
-def test_what_is_wrong_is_named(plan: Plan, root: Path, option: str, message: str) -> None:
+def test_a_wrong_setting_is_named(plan: Plan, root: Path, option: str, message: str) -> None:
     code, shown = plan("--config", str(root / "capture.toml"), "--set", option)
     assert code == 1
     assert message in shown
     assert "Traceback" not in shown
 
 
-def test_files_that_are_not_there_are_named(plan: Plan, root: Path) -> None:
+def test_missing_files_are_named(plan: Plan, root: Path) -> None:
     assert "none.toml: cannot be read" in plan("--config", str(root / "none.toml"))[1]
     code, shown = plan("--config", str(root / "capture.toml"), "--student", str(root / "nobody"))
     assert code == 1
@@ -121,7 +121,7 @@ def test_files_that_are_not_there_are_named(plan: Plan, root: Path) -> None:
 
 
 @pytest.mark.parametrize("gpus", ["0", "two", "1,,2", ""])
-def test_numbers_of_gpus_that_are_none_are_wrong_usage(plan: Plan, root: Path, gpus: str) -> None:
+def test_invalid_gpu_counts_are_wrong_usage(plan: Plan, root: Path, gpus: str) -> None:
     code, shown = plan("--config", str(root / "capture.toml"), "--gpus", gpus)
     assert code == 2
     assert "1,2,4,8" in shown

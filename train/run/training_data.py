@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.data.chat_encoding import ChatEncoder
+from common.data.images import ImageSpec
 from common.errors import ConfigError
 from train.config import DataConfig, LossConfig, SetConfig, TrainConfig
 from train.data.collator import Collator, StudentInputs

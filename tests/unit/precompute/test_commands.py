@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cli import app
 from common.data.samples import Dataset
-from common.shards.manifest import receipt_path, shard_path
+from common.shards.manifest import receipt_path
 from tests.support.fake_teacher import conversation_records
 from tests.support.outputs import contents, flip, part
 from tests.support.real_weights import write_jsonl
@@ -26,8 +25,8 @@ def decant(*arguments: object) -> Result:
     return result
 
 
-def test_repair_moves_and_says_what_to_run(output: Path) -> None:
-    flip(shard_path(output, 1), 2000)
+def test_repair_moves_broken_shards_and_says_what_to_run(output: Path) -> None:
+    flip(output / "shard-00001.parquet", 2000)
     result = decant("verify-shards", output, "--repair")
     assert result.exit_code == 1
     assert "NOT verified" in result.stdout
@@ -45,7 +44,7 @@ def test_repair_of_a_whole_output_does_nothing(output: Path, whole: Path) -> Non
     assert contents(output) == contents(whole / "out")
 
 
-def test_a_newer_dataset_gives_1_if_a_scored_sample_changed(output: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_newer_dataset_exits_with_1_if_a_scored_sample_changed(output: Path, whole: Path, tmp_path: Path) -> None:
     records = conversation_records(whole, 40)
     path = write_jsonl(tmp_path / "newer.jsonl", records)
     assert len(Dataset.open(path, "kd")) == 40
@@ -65,13 +64,13 @@ def test_a_newer_dataset_gives_1_if_a_scored_sample_changed(output: Path, whole:
 
 
 def test_a_broken_output_is_not_compared(output: Path, whole: Path) -> None:
-    flip(shard_path(output, 1), 2000)
+    flip(output / "shard-00001.parquet", 2000)
     result = decant("verify-shards", output, "--against", whole / "data.jsonl")
     assert result.exit_code == 1
     assert "was not compared with the output" in result.stderr
 
 
-def test_merging_says_what_is_missing_and_gives_0(whole: Path, tmp_path: Path) -> None:
+def test_merging_lists_missing_shards_and_exits_with_0(whole: Path, tmp_path: Path) -> None:
     parts = [part(whole / "out", tmp_path / "a", 0), part(whole / "out", tmp_path / "b", 2)]
     result = decant("merge-shards", *parts, "--out", tmp_path / "merged")
     assert result.exit_code == 0

@@ -38,7 +38,7 @@ def test_draws_replace_the_best_entries(tmp_path: Path) -> None:
         ("top_k = -1", "top_k"),
         ('top_k = "most"', "top_k"),
         ("samples_per_shard = 0", "samples_per_shard"),
-        ('kind = "sft"', "kind: Input should be 'kd' or 'dpo' .found 'sft'"),
+        ('kind = "sft"', "kind: expected 'kd' or 'dpo', found 'sft'"),
         ("node_rank = 2\nnum_nodes = 2", "nodes count from 0"),
         ("node = 0", "node: unknown key"),
         ("num_draws = 50\ntop_k = 5", "give one of the two"),
