@@ -20,11 +20,11 @@ import sys
 import time
 
 import torch
-from tests.reference import unfused
 from torch import Tensor
 
 from benchmarks.memory import forget_peak, status_mib
-from train.loss.functional import distillation_loss
+from tests.support import reference_unfused as unfused
+from train.loss.functional import RowLogits, distillation_loss
 from train.loss.fused_output import gather_logits, to_row_logits
 
 NUM_TOKENS, HIDDEN, VOCAB_SIZE, TOP_K = 1024, 1024, 151_936, 64
@@ -69,9 +69,9 @@ def _take_turns(way: str) -> None:
     """Measures once for each line that comes in: seconds and MiB."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     # What the libraries allocate once is not the loss's.
-    small = _Problem(8, 32, 512)
+    small = LossProblem(8, 32, 512)
     small.loss(way).backward()
-    problem = _Problem(NUM_TOKENS, HIDDEN, VOCAB_SIZE)
+    problem = LossProblem(NUM_TOKENS, HIDDEN, VOCAB_SIZE)
     for _ in sys.stdin:
         problem.hidden_RH.grad = problem.weight_VH.grad = None
         # What the allocator keeps of earlier work would hide what the loss takes.
@@ -84,23 +84,39 @@ def _take_turns(way: str) -> None:
         print(seconds, peak_mib, flush=True)
 
 
-class _Problem:
-    """Random inputs; the kept entries are the best of the teacher's whole logits."""
+class LossProblem:
+    """Random operands of the output layer; the kept entries are the best of the teacher's whole logits.
 
-    def __init__(self, num_tokens: int, hidden: int, vocab_size: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.hidden_RH = torch.randn(num_tokens, hidden, generator=generator).bfloat16().requires_grad_()
-        weight_VH = torch.randn(vocab_size, hidden, generator=generator).mul_(2 / hidden**0.5)
-        self.weight_VH = weight_VH.bfloat16().requires_grad_()
-        self.teacher_RV = torch.randn(num_tokens, vocab_size, generator=generator).mul_(3).bfloat16()
-        parts = [row.float().log_softmax(0).topk(min(TOP_K, vocab_size)) for row in self.teacher_RV]
-        self.topk_logprobs_RK = torch.stack([part.values for part in parts])
-        self.ids_RK = torch.stack([part.indices for part in parts])
+    R tokens, V vocabulary, H hidden size, K kept entries; hidden states, weight and teacher's logits are bfloat16.
+    """
+
+    def __init__(self, num_tokens: int, hidden: int, vocab_size: int, device: str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        self.hidden_RH = normal(num_tokens, hidden).bfloat16().requires_grad_()
+        self.weight_VH = normal(vocab_size, hidden).mul_(2 / hidden**0.5).bfloat16().requires_grad_()
+        self.teacher_RV = normal(num_tokens, vocab_size).mul_(3).bfloat16()
+        best = [row.float().log_softmax(0).topk(min(TOP_K, vocab_size)) for row in self.teacher_RV]
+        self.topk_logprobs_RK = torch.stack([row.values for row in best])
+        self.ids_RK = torch.stack([row.indices for row in best])
         self.rest_R = 1 - self.topk_logprobs_RK.exp().sum(1)
         self.vocab_size = vocab_size
 
+    @property
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Hidden states [R, H] and weight [V, H], which take gradients."""
+        return self.hidden_RH, self.weight_VH
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The teacher's kept ids [R, K], their log-probs [R, K] and the rest mass [R]."""
+        return self.ids_RK, self.topk_logprobs_RK, self.rest_R
+
     def loss(self, way: str) -> Tensor:
-        """Mean over tokens."""
+        """Returns the mean loss over the tokens."""
         if way == "fused":
             return self.fused().mean()
         logits_RV = self.hidden_RH @ self.weight_VH.T
@@ -111,28 +127,33 @@ class _Problem:
         teacher_RV = self.teacher_RV.softmax(-1, dtype=torch.float32)
         return -(teacher_RV * logprobs_RV).sum(-1).mean()
 
-    def fused(self) -> Tensor:
-        """The loss of the stages of distillation, with the scored token's logit in the same pass."""
+    def fused(self, chunk_ids: int | None = None) -> Tensor:
+        """Returns the loss [R] of the stages of distillation."""
+        rows = self.fused_rows(chunk_ids)
+        return distillation_loss(rows, self.topk_logprobs_RK, self.rest_R, vocab_size=self.vocab_size)
+
+    def fused_rows(self, chunk_ids: int | None = None) -> RowLogits:
+        """Returns what the losses need of the logits: the kept ids, and the best id as the scored token."""
         own_R1 = self.ids_RK[:, :1]
         ids_RJ = torch.cat([self.ids_RK, own_R1], 1)
         masked_RJ = torch.cat([torch.ones_like(self.ids_RK), torch.zeros_like(own_R1)], 1).bool()
-        picked_RJ1 = gather_logits(self.hidden_RH, self.weight_VH, None, ids_RJ, masked_RJ, vocab_size=self.vocab_size)
-        rows = to_row_logits(picked_RJ1, masked_RJ)
-        return distillation_loss(rows, self.topk_logprobs_RK, self.rest_R, vocab_size=self.vocab_size)
+        picked_RJ1 = gather_logits(
+            self.hidden_RH, self.weight_VH, None, ids_RJ, masked_RJ, vocab_size=self.vocab_size, chunk_ids=chunk_ids
+        )
+        return to_row_logits(picked_RJ1, masked_RJ)
 
 
 def _gradient_error() -> float:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    problem = _Problem(TWIN_TOKENS, HIDDEN, VOCAB_SIZE)
-    kept = problem.ids_RK, problem.topk_logprobs_RK, problem.rest_R
-    operands = problem.hidden_RH, problem.weight_VH
+    problem = LossProblem(TWIN_TOKENS, HIDDEN, VOCAB_SIZE)
+    operands = problem.operands
     exact_operands = [operand.detach().double().requires_grad_() for operand in operands]
 
-    def twin(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
-        return unfused.distillation_loss(hidden_RH @ weight_VH.T, *kept, vocab_size=VOCAB_SIZE).mean()
+    def unfused_loss(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
+        return unfused.distillation_loss(hidden_RH @ weight_VH.T, *problem.kept, vocab_size=VOCAB_SIZE).mean()
 
-    exact = torch.autograd.grad(twin(*exact_operands), exact_operands)
-    unfused_bf16 = torch.autograd.grad(twin(*operands), operands)
+    exact = torch.autograd.grad(unfused_loss(*exact_operands), exact_operands)
+    unfused_bf16 = torch.autograd.grad(unfused_loss(*operands), operands)
     fused = torch.autograd.grad(problem.fused().mean(), operands)
 
     def distance(found: Tensor, truth: Tensor) -> float:
