@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,7 +278,7 @@ def _is_close(key: str, value: float, bound: float) -> bool:
 # Measuring
 
 
-def _measure(works: dict[str, Callable[[], object]], num_repeats: int) -> dict[str, dict[str, Any]]:
+def _measure(works: Mapping[str, Callable[[], object]], num_repeats: int) -> dict[str, dict[str, Any]]:
     """Runs the works in turn; returns the median time of each in ms and its peak memory in MiB above what was held."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     peak_mib: dict[str, float | None] = {}
@@ -304,14 +304,14 @@ def _reset_peak() -> float:
         return 0.0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated() / 2**20
+    return float(torch.cuda.memory_allocated()) / 2**20
 
 
 def _peak_mib() -> float | None:
     if DEVICE == "cpu":
         return None
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**20
+    return float(torch.cuda.max_memory_allocated()) / 2**20
 
 
 # The run

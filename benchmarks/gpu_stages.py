@@ -205,7 +205,7 @@ def _train(written: Path, measured: Path) -> None:
             config_of_text = self.accelerator.unwrap_model(self.model).config.get_text_config()
             MeasuredTrainer.attention = config_of_text._attn_implementation  # noqa: SLF001 - transformers has no other
 
-    train.run.stage.StudentTrainer = MeasuredTrainer  # type: ignore[misc]
+    train.run.stage.StudentTrainer = MeasuredTrainer  # type: ignore[attr-defined]
     train.run.stage.train_stage(config)
     estimate = estimate_training_memory(config.model.path, 0, config=config, gpus=(1,))
     parameters, trained = (row.value for row in estimate.parameters.figures[:2])

@@ -2,13 +2,13 @@
 
     python -m benchmarks.loss
 
-1,024 tokens x hidden size 1,024 x vocabulary 151,936 in bfloat16, k = 64. `dense` is the formula as LLaVA-MoD writes
-it: softmax of the teacher's whole logits, log-softmax of the student's, -(p_T * log p_S).sum over the vocabulary.
-`gather` is the log-softmax of the student's whole logits at the kept ids. Each has a process of its own, and they take
-turns; seconds are medians over turns. Peak memory is the highest resident set (VmHWM, set back before) of the first
-turn, less what was resident before it, weights and inputs, and less the weight's gradient. `grad_error_vs_twin` is how
-far the fused gradients are from those of float64, relative to those of autograd on whole bfloat16 logits, for the same
-loss on 128 tokens: the larger of the ratios for hidden states and for the weight.
+1,024 tokens x hidden size 1,024 x vocabulary 151,936 in bfloat16, k = 64. `dense` is LLaVA-MoD's formula: softmax of
+the teacher's whole logits, log-softmax of the student's, -(p_T * log p_S).sum over the vocabulary. `gather` is the
+log-softmax of the student's whole logits at the kept ids. Each way has its own process, and the processes measure in
+turn; seconds are medians over the turns. Peak memory is the highest resident set (VmHWM, reset before) of the first
+turn, less what was resident before it (weights and inputs) and less the weight's gradient. `grad_error_vs_twin` is the
+distance of the fused gradients from float64's, divided by the distance of autograd's gradients on whole bfloat16
+logits, for the same loss on 128 tokens: the larger of the ratios for hidden states and for the weight.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.memory import forget_peak, status_mib
+from benchmarks.memory import reset_peak, status_mib
 from tests.support import reference_unfused as unfused
 from train.loss.functional import RowLogits, distillation_loss
 from train.loss.fused_output import gather_logits, to_row_logits
@@ -30,7 +30,7 @@ from train.loss.fused_output import gather_logits, to_row_logits
 NUM_TOKENS, HIDDEN, VOCAB_SIZE, TOP_K = 1024, 1024, 151_936, 64
 WAYS = ("fused", "dense", "gather")
 NUM_TURNS = 3
-TWIN_TOKENS = 128
+NUM_COMPARED_TOKENS = 128
 
 
 def main() -> None:
@@ -51,32 +51,32 @@ def main() -> None:
             readings[way].append((float(seconds), float(mib)))
     for child in children.values():
         child.communicate()
-    seconds_of = {way: statistics.median(seconds for seconds, _ in turns) for way, turns in readings.items()}
+    median_seconds = {way: statistics.median(seconds for seconds, _ in turns) for way, turns in readings.items()}
     peak = {way: turns[0][1] for way, turns in readings.items()}
     result = {
-        "speedup_vs_dense": round(seconds_of["dense"] / seconds_of["fused"], 2),
-        "speedup_vs_gather": round(seconds_of["gather"] / seconds_of["fused"], 2),
+        "speedup_vs_dense": round(median_seconds["dense"] / median_seconds["fused"], 2),
+        "speedup_vs_gather": round(median_seconds["gather"] / median_seconds["fused"], 2),
         "peak_vs_dense": round(peak["fused"] / peak["dense"], 4),
         "grad_error_vs_twin": round(error, 3),
-        "seconds": {way: round(value, 2) for way, value in seconds_of.items()},
+        "seconds": {way: round(value, 2) for way, value in median_seconds.items()},
         "peak_mib": {way: round(value, 1) for way, value in peak.items()},
         "threads": len(os.sched_getaffinity(0)),
     }
     print(json.dumps(result))
 
 
-def _take_turns(way: str) -> None:
-    """Measures once for each line that comes in: seconds and MiB."""
+def _measure_on_request(way: str) -> None:
+    """Measures once for each line on stdin, and prints seconds and MiB."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    # What the libraries allocate once is not the loss's.
+    # Libraries allocate memory at their first call, which is not to count as the loss's.
     small = LossProblem(8, 32, 512)
     small.loss(way).backward()
     problem = LossProblem(NUM_TOKENS, HIDDEN, VOCAB_SIZE)
     for _ in sys.stdin:
         problem.hidden_RH.grad = problem.weight_VH.grad = None
-        # What the allocator keeps of earlier work would hide what the loss takes.
+        # Memory that the allocator keeps from earlier work would hide what the loss allocates.
         ctypes.CDLL(None).malloc_trim(0)
-        resting_mib = forget_peak()
+        resting_mib = reset_peak()
         started = time.perf_counter()
         problem.loss(way).backward()
         seconds = time.perf_counter() - started
@@ -144,8 +144,9 @@ class LossProblem:
 
 
 def _gradient_error() -> float:
+    """Returns `grad_error_vs_twin` of the module's docstring."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    problem = LossProblem(TWIN_TOKENS, HIDDEN, VOCAB_SIZE)
+    problem = LossProblem(NUM_COMPARED_TOKENS, HIDDEN, VOCAB_SIZE)
     operands = problem.operands
     exact_operands = [operand.detach().double().requires_grad_() for operand in operands]
 
@@ -169,4 +170,4 @@ if __name__ == "__main__":
         case ["error"]:
             print(_gradient_error())
         case [way]:
-            _take_turns(way)
+            _measure_on_request(way)

@@ -1,4 +1,4 @@
-"""The numerics of the check for a GPU, on a CPU with small shapes; and that they notice a loss that is wrong."""
+"""Numerics of the GPU check on a CPU with small shapes, and its detection of wrong losses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,9 @@ def test_fused_losses_and_gradients_stay_within_their_bounds() -> None:
     [
         lambda hidden, *rest, **sizes: gather_logits(hidden * 1.01, *rest, **sizes),
         lambda hidden, weight, *rest, **sizes: gather_logits(hidden, weight.detach() + 0 * weight, *rest, **sizes),
-        lambda *operands, **sizes: gather_logits(*operands[:4], operands[4] & False, **sizes),
+        lambda hidden, weight, bias, ids, masked, **sizes: gather_logits(
+            hidden, weight, bias, ids, masked & False, **sizes
+        ),
     ],
     ids=["values", "gradient", "mask"],
 )
