@@ -1,6 +1,6 @@
-"""Benchmarks: one script a figure, each prints one JSON line. Run them with `python -m benchmarks.NAME`."""
+"""Benchmarks: one script for each figure, which prints one JSON line. Run one with `python -m benchmarks.NAME`."""
 
 import os
 
-# transformers imports DeepSpeed, which would print what it found on the machine; nothing here uses it.
+# Transformers imports DeepSpeed, which would look for an accelerator and print what it found.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

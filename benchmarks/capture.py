@@ -1,19 +1,19 @@
-"""What capture costs above reading the prompts: tokens a second of vLLM, SmolLM2-135M on real text, k = 64.
+"""Overhead of the capture over reading the prompts: tokens a second of vLLM, SmolLM2-135M on real text, k = 64.
 
     python -m benchmarks.capture
 
-One process, one engine. The variants take turns, and `bare` runs between each two of them, so that each is compared
-with its own neighbours: machines are slower at times. Medians over the rounds.
+One process, one engine. The variants run in turn, and `bare` runs between each two of them: each variant is compared
+with the two runs of `bare` beside it, because the machine's speed drifts. Medians over the rounds.
 
     bare       vLLM reads the prompts and scores nothing
     stock      vLLM's own prompt log-probs in their flat form, which score every row
     all        capture in the engine, every row
     quarter    capture in the engine, the last quarter of the rows
-    floor      the output layer's product, logsumexp and top-k on as many rows as `all`, alone, in torch
+    floor      the output layer's product, logsumexp and top-k of as many rows as `all`, in torch, without an engine
 
-An overhead is a variant's time above the mean of the two runs of `bare` around it, up to vLLM's finished outputs; what
-becomes of them is not timed, though it costs the stock path more. Prompts are 2,048 tokens long, the longest that
-Decant captures by default.
+An overhead is a variant's time above the mean of the two runs of `bare` beside it. Times end with vLLM's finished
+outputs. Reading scores out of them is not timed, though that takes longer on the stock path. Prompts are 2,048 tokens
+long, the longest that Decant captures by default.
 """
 
 import argparse
@@ -23,12 +23,16 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from benchmarks.real_text import real_ids
 from tests.support.real_weights import smollm2_dir
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 TOP_K = 64
 PROMPT_TOKENS = 2048
@@ -39,14 +43,14 @@ def main() -> None:
     """Prints one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
-    rounds = parser.parse_args().rounds
+    num_rounds = parser.parse_args().rounds
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.TemporaryDirectory() as directory:
-        seconds = _measure(smollm2_dir(Path(directory)), rounds)
+        seconds = _measure(smollm2_dir(Path(directory)), num_rounds)
     bare = statistics.median(seconds["bare"])
     overhead = {
         name: statistics.median(
-            value - (before + after) / 2 for before, value, after in zip(*_around(seconds, name), strict=True)
+            value - (before + after) / 2 for before, value, after in zip(*_with_neighbours(seconds, name), strict=True)
         )
         for name in VARIANTS
     }
@@ -61,19 +65,39 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _around(seconds: dict[str, list[float]], name: str) -> tuple[list[float], list[float], list[float]]:
-    """Each run of a variant, between the run of `bare` before it and the one after it."""
+def _with_neighbours(seconds: dict[str, list[float]], name: str) -> tuple[list[float], list[float], list[float]]:
+    """Returns seconds of the `bare` runs before a variant's runs, of these runs, and of the `bare` runs after them."""
     place, bare = VARIANTS.index(name), seconds["bare"]
     return bare[place :: len(VARIANTS)][: len(seconds[name])], seconds[name], bare[place + 1 :: len(VARIANTS)]
 
 
-def _measure(model_dir: Path, rounds: int) -> dict[str, list[float]]:
-    from safetensors.torch import load_file
+def prefill_params(ids: list[int], vocab_size: int, *, num_captured: int = 0, stock: bool = False) -> "SamplingParams":
+    """Returns vLLM's settings that read a prompt and score its best 64 ids.
+
+    Args:
+        num_captured: rows at the end of the prompt that the engine captures.
+        stock: uses vLLM's own prompt log-probs instead.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from precompute.config import EngineConfig
     from precompute.engine.row_request import RowRequest
+
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    params.output_kind = RequestOutputKind.FINAL_ONLY
+    if stock:
+        params.prompt_logprobs, params.flat_logprobs = TOP_K, True
+    elif num_captured:
+        rows = np.arange(len(ids) - 1 - num_captured, len(ids) - 1, dtype=np.int32)
+        params.extra_args = RowRequest(rows, np.array(ids, np.int32)[rows + 1], vocab_size, TOP_K).extra_args()
+    return params
+
+
+def _measure(model_dir: Path, num_rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds of each run of each variant, and of `bare` once more, because it also runs after the last."""
+    from safetensors.torch import load_file
+
+    from precompute.config import EngineConfig
     from precompute.engine.vllm_engine import Engine, EngineLimits, Prompt
     from precompute.engine.vllm_patch import start_capture
 
@@ -82,22 +106,13 @@ def _measure(model_dir: Path, rounds: int) -> dict[str, list[float]]:
     if lacks := start_capture(engine.collective_rpc):
         raise SystemExit(f"no capture in the engine: {lacks}")
     texts = real_ids(model_dir, 16 * PROMPT_TOKENS).reshape(16, PROMPT_TOKENS)
-    # The embedding is the output layer, too.
+    # SmolLM2 ties its output layer to the embedding.
     output_layer = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
     hidden = torch.randn(PROMPT_TOKENS, output_layer.shape[1])
 
-    def params(name: str, ids: list[int]) -> SamplingParams:
-        made = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        made.output_kind = RequestOutputKind.FINAL_ONLY
-        if name == "stock":
-            made.prompt_logprobs, made.flat_logprobs = TOP_K, True
-        elif name in ("all", "quarter"):
-            num_rows = len(ids) - 1 if name == "all" else len(ids) // 4
-            rows = np.arange(len(ids) - 1 - num_rows, len(ids) - 1, dtype=np.int32)
-            made.extra_args = RowRequest(
-                rows, np.array(ids, np.int32)[rows + 1], output_layer.shape[0], TOP_K
-            ).extra_args()
-        return made
+    def params(name: str, ids: list[int]) -> "SamplingParams":
+        num_captured = {"all": len(ids) - 1, "quarter": len(ids) // 4}.get(name, 0)
+        return prefill_params(ids, len(output_layer), num_captured=num_captured, stock=name == "stock")
 
     def read(name: str, number: int) -> float:
         prompt = Prompt(texts[number % len(texts)], (), "benchmark")
@@ -119,7 +134,7 @@ def _measure(model_dir: Path, rounds: int) -> dict[str, list[float]]:
         for name in (*VARIANTS, "bare"):
             read(name, 0)
         floor()
-        for number in range(rounds):
+        for number in range(num_rounds):
             for name in VARIANTS:
                 seconds["bare"].append(read("bare", number))
                 seconds[name].append(read(name, number))

@@ -3,12 +3,12 @@
     python -m benchmarks.codec
 
 The scores are SmolLM2-135M's over the standard library's docstrings and Python's reference manual, no paragraph twice.
-`bytes_per_token` is what kept entries and rest mass take in the finished Parquet file: their column chunks and the
-tables of token classes in the footer; `row_bytes_per_token` is the whole file. `kl` is the generalised KL divergence
-from what went in to what comes out, over the kept entries, nats a token: sum p ln(p/q) - p + q. `set_bound` is the
-entropy of which ids a row keeps, were each kept independently with its own frequency: a bound for a code that knows no
-more than that, with one table. Encoding and decoding are timed at k = 64 on one core, file writing, flushing and
-reading included.
+`bytes_per_token` is the size of kept entries and rest mass in the finished Parquet file: their column chunks and the
+tables of token classes in the footer. `row_bytes_per_token` is the size of the whole file. `kl` is the generalised KL
+divergence of the decoded from the original kept entries, in nats a token: sum p ln(p/q) - p + q. `set_bound` is the
+entropy of the set of ids that a row keeps if each id is kept independently with its own frequency: the lower bound for
+a code that knows these frequencies alone. Encoding and decoding are timed at k = 64 on one core; writing, flushing and
+reading the file are included.
 """
 
 import json
@@ -32,12 +32,12 @@ from common.shards.score_shard import ScoredConversation, ShardFile, ShardRow, w
 from common.shards.scores import TeacherScores, scores_from_draws, scores_from_topk
 from tests.support.builders import make_manifest
 
-# A shard of usual size; in a smaller one the tables weigh more.
+# The usual size of a shard. In a smaller one the tables take a larger share.
 NUM_TOKENS = 131_072
-TOKENS_A_SAMPLE = 256
-# So many draws are 12 different ids on average here.
+NUM_TOKENS_PER_SAMPLE = 256
+# This number of draws gives 12 different ids a token on average.
 NUM_DRAWS = 37
-REPEATS = 9
+NUM_REPEATS = 9
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         real = real_rows(root, NUM_TOKENS, top_k=128, num_draws=NUM_DRAWS)
-        # One core from here on, also for the threads that torch has started.
+        # Torch has started threads by now, and each of them is to stay on one core.
         for thread in Path("/proc/self/task").iterdir():
             os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _size(root: Path, real: RealRows, **capture: Any) -> dict[str, float]:
-    """Bytes and divergence of one way to keep entries, at the default precision."""
+    """Measures bytes and divergence of one way to keep entries, at the default precision."""
     manifest, rows = _manifest(real, **capture), _rows(real, **capture)
     num_bytes = write_shard(root, 0, manifest, rows, ()).num_bytes
     path = shard_path(root, 0)
@@ -88,13 +88,13 @@ def _divergence(written: list[TeacherScores], read: list[TeacherScores]) -> floa
 
 
 def _by_id(scores: TeacherScores) -> Any:
-    """Log-probs float64 [N], in each row by ascending id."""
+    """Returns log-probs float64 [N], sorted by id within each row."""
     rows_N = np.repeat(np.arange(scores.num_rows), scores.counts)
     return scores.logprobs[np.lexsort((scores.ids, rows_N))].astype(np.float64)
 
 
 def _set_bound(scores: list[TeacherScores], vocab_size: int) -> float:
-    """Bytes a token of the entropy of V independent coins, each with the frequency of its id."""
+    """Returns the entropy of V independent coins, each with the frequency of its id, in bytes a token."""
     share_V = np.bincount(np.concatenate([each.ids for each in scores]), minlength=vocab_size) / NUM_TOKENS
     p = share_V[(share_V > 0) & (share_V < 1)]
     return float(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)).sum() / 8)
@@ -106,14 +106,14 @@ def _speed(root: Path, real: RealRows, top_k: int) -> dict[str, int]:
     def decode() -> None:
         assert sum(1 for _ in ShardFile(shard_path(root, 0), manifest, 0)) == len(rows)
 
-    encode = _interleaved(lambda: write_shard(root, 0, manifest, rows, ()), decode)
-    return dict(zip(("encode_tps_core", "decode_tps_core"), encode, strict=True))
+    speeds = _time_interleaved(lambda: write_shard(root, 0, manifest, rows, ()), decode)
+    return dict(zip(("encode_tps_core", "decode_tps_core"), speeds, strict=True))
 
 
-def _interleaved(*works: Callable[[], Any]) -> list[int]:
-    """Tokens a second of each, median over rounds of all."""
+def _time_interleaved(*works: Callable[[], Any]) -> list[int]:
+    """Runs all works in each round, and returns the median tokens a second of each."""
     seconds: list[list[float]] = [[] for _ in works]
-    for _ in range(REPEATS + 1):
+    for _ in range(NUM_REPEATS + 1):
         for work, times in zip(works, seconds, strict=True):
             started = time.perf_counter()
             work()
@@ -123,8 +123,8 @@ def _interleaved(*works: Callable[[], Any]) -> list[int]:
 
 
 def _manifest(real: RealRows, **capture: Any) -> Manifest:
-    precision = {} if capture.get("num_draws") else {"precision": "q8"}
-    manifest = make_manifest(num_samples=NUM_TOKENS // TOKENS_A_SAMPLE, **capture, **precision)
+    settings: dict[str, Any] = capture if capture.get("num_draws") else {**capture, "precision": "q8"}
+    manifest = make_manifest(num_samples=NUM_TOKENS // NUM_TOKENS_PER_SAMPLE, **settings)
     tokenizer = manifest.tokenizer.model_copy(update={"vocab_size": real.vocab_size})
     return manifest.model_copy(update={"tokenizer": tokenizer})
 
@@ -132,8 +132,8 @@ def _manifest(real: RealRows, **capture: Any) -> Manifest:
 def _rows(real: RealRows, top_k: int, num_draws: int = 0) -> list[ShardRow]:
     parts = {name: part.numpy() for name, part in vars(real.scores).items()}
     rows = []
-    for index, start in enumerate(range(0, NUM_TOKENS, TOKENS_A_SAMPLE)):
-        part = slice(start, start + TOKENS_A_SAMPLE)
+    for index, start in enumerate(range(0, NUM_TOKENS, NUM_TOKENS_PER_SAMPLE)):
+        part = slice(start, start + NUM_TOKENS_PER_SAMPLE)
         if num_draws:
             scores = scores_from_draws(parts["own"][part], parts["drawn"][part], vocab_size=real.vocab_size)
         else:

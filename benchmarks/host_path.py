@@ -2,8 +2,8 @@
 
     python -m benchmarks.host_path
 
-The scores are SmolLM2-135M's over text of Python's documentation, in the records that the engine hands over. Timed:
-taking the records apart, building the rows, encoding, compressing, writing, flushing to the disk, and the receipt.
+The scores are SmolLM2-135M's over text of Python's documentation, packed as the engine returns them. The time covers
+unpacking, building the rows, encoding, compressing, writing, flushing to the disk, and the receipt.
 """
 
 import json
@@ -30,8 +30,8 @@ from tests.support.builders import make_manifest
 
 TOP_K = 64
 NUM_TOKENS = 16_384
-TOKENS_A_SAMPLE = 256
-REPEATS = 9
+NUM_TOKENS_PER_SAMPLE = 256
+NUM_REPEATS = 9
 
 
 def main() -> None:
@@ -39,26 +39,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         real = real_rows(root, NUM_TOKENS, TOP_K)
-        # One core from here on, also for the threads that torch has started.
+        # Torch has started threads by now, and each of them is to stay on one core.
         for thread in Path("/proc/self/task").iterdir():
             os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
         records = list(_records(real))
         seconds, num_bytes = [], 0
-        for repeat in range(REPEATS + 1):
+        for repeat in range(NUM_REPEATS + 1):
             started = time.perf_counter()
             num_bytes = _write(root, repeat, records, real.vocab_size)
             seconds.append(time.perf_counter() - started)
-    # The first warms the caches.
+    # The first run warms the caches.
     median = statistics.median(seconds[1:])
     result = {"tokens_per_s_core": round(NUM_TOKENS / median), "bytes_per_token": round(num_bytes / NUM_TOKENS, 1)}
     print(json.dumps(result))
 
 
 def _records(real: RealRows) -> Any:
-    """As the engine returns them: one a conversation, with the ids of its response."""
-    for start in range(0, NUM_TOKENS, TOKENS_A_SAMPLE):
-        rows = slice(start, start + TOKENS_A_SAMPLE)
+    """Yields, for each conversation, the ids of its response and their packed scores as the engine returns them."""
+    for start in range(0, NUM_TOKENS, NUM_TOKENS_PER_SAMPLE):
+        rows = slice(start, start + NUM_TOKENS_PER_SAMPLE)
         yield (
             real.ids[rows],
             pack_row_scores(RowScores(**{name: part[rows] for name, part in vars(real.scores).items()})),

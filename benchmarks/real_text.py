@@ -1,4 +1,4 @@
-"""Real text in a real model's tokens, and that model's real scores: what the benchmarks measure on."""
+"""Real text in the tokens of a real model, and that model's scores: the input of the benchmarks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from precompute.engine.row_scores import RowScores, score_logits
-from tests.support.real_weights import documented, smollm2_dir
+from tests.support.real_weights import documented_members, smollm2_dir
 
 _CONTEXT = 1024
 
 
 @dataclass(frozen=True)
 class RealRows:
-    """`ids` int32 [R]: the tokens; `scores` of each of them, on the host."""
+    """Tokens `ids`, int32 [R], and the scores of each of them, on the CPU."""
 
     ids: npt.NDArray[np.int32]
     scores: RowScores
@@ -25,11 +25,11 @@ class RealRows:
 
 
 def real_ids(model_dir: Path, num_tokens: int) -> npt.NDArray[np.int32]:
-    """The first `num_tokens` tokens of the standard library's docstrings and of Python's reference manual, int32.
+    """Returns the first `num_tokens` tokens of the standard library's docstrings and Python's reference manual, int32.
 
-    Each paragraph stands there once: what repeats itself would be stored in fewer bytes than text usually takes.
+    Each paragraph occurs once, because repeated text takes fewer bytes in a shard than text usually does.
     """
-    texts = [*(text for _, text in documented()), *(topics[name] for name in sorted(topics))]
+    texts = [*(text for _, text in documented_members()), *(topics[name] for name in sorted(topics))]
     paragraphs: dict[str, str] = {}
     for paragraph in "\n\n".join(texts).split("\n\n"):
         paragraphs.setdefault(" ".join(paragraph.split()), paragraph)
@@ -40,7 +40,7 @@ def real_ids(model_dir: Path, num_tokens: int) -> npt.NDArray[np.int32]:
 
 
 def real_rows(root: Path, num_tokens: int, top_k: int, num_draws: int = 0) -> RealRows:
-    """Scores of SmolLM2-135M, float32, over `num_tokens` tokens of real text in sequences of 1,024."""
+    """Returns SmolLM2-135M's float32 scores of `num_tokens` tokens of real text, read in sequences of 1,024."""
     model_dir = smollm2_dir(root)
     ids = real_ids(model_dir, num_tokens + 1)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()

@@ -1,20 +1,19 @@
-"""A whole training step of a 100M student: cross-entropy, distillation from shards, distillation beside its teacher.
+"""A whole training step of a 100M student: cross-entropy, distillation from shards, distillation with a live teacher.
 
     python -m benchmarks.step
 
-`ce` is plain fine-tuning on the dataset with the fused output layer. `offline` distils from shards, k = 64, which it
-reads and decodes meanwhile. `online` runs a live teacher of four times the student's parameters in each step and
-distils from the same k = 64 entries, computed then, with the same fused loss. All use the real trainer: stream,
+`ce` is plain fine-tuning on the dataset with the fused output layer. `offline` distils from shards, k = 64, which are
+read and decoded during training. `online` runs a live teacher of four times the student's parameters in each step,
+computes the same k = 64 entries, and distils from them with the same fused loss. All use the real trainer: stream,
 collation, forward, backward, AdamW, in float32, with a thread that makes batches in the same process. The student has
-SmolLM2's shape with 20 layers; the teacher, random like it but with larger logits, has hidden size 960 and 35 layers.
-The text is real.
+SmolLM2's shape with 20 layers; the teacher, random too but with larger logits, has hidden size 960 and 35 layers. The
+text is real.
 
-`offline` and `ce` are measured beside each other, and `online` and `offline`: two processes that take turns, step by
-step. That is done three times, with new processes: how fast one is depends on luck that lasts as long as it does, such
-as where its memory lies. A ratio is the median of the three rounds' ratios, and a round's times are medians over steps,
-from the moment a batch is asked for to the next. Memory is the highest resident set (VmHWM) of the whole run, less what
-was resident before the student was loaded: weights, gradients, optimiser states, activations, batches, and the live
-teacher where there is one.
+`offline` is measured against `ce`, and `online` against `offline`: two processes run in turn, step by step. Each pair
+is measured three times with new processes, because the speed of a process depends on where its memory lies. A ratio is
+the median of the three rounds' ratios, and a round's times are medians over steps, from one request for a batch to the
+next. Memory is the highest resident set (VmHWM) of the whole run, less what was resident before the student was loaded:
+weights, gradients, optimiser states, activations, batches, and the live teacher where there is one.
 `loss_difference`: largest relative difference of a step's loss between offline and online, which see the same entries.
 """
 
@@ -47,12 +46,12 @@ from train.loss.objective import Term
 from train.model.student import load_student
 from train.run.trainer import StudentTrainer
 
-# Each against the second.
+# Each pair compares the first with the second.
 PAIRS = (("offline", "ce"), ("online", "offline"))
 NUM_ROUNDS = 3
 NUM_STEPS = 5
-# The first steps compile, allocate, and make the optimiser's states.
-NUM_WARM = 2
+# Not timed, because the first steps compile, allocate, and create the optimiser's states.
+NUM_WARM_STEPS = 2
 BATCH = 8
 TOP_K = 64
 STUDENT = {"num_hidden_layers": 20}
@@ -73,9 +72,9 @@ def main() -> None:
         rounds: dict[tuple[str, str], list[list[Measured]]] = {pair: [] for pair in PAIRS}
         for number in range(NUM_ROUNDS):
             for pair in PAIRS:
-                # First is not always the same one.
+                # The order alternates, so that neither always runs first.
                 order = pair if number % 2 else pair[::-1]
-                found = _take_turns(root, root / f"{'-'.join(pair)}-{number}", order)
+                found = _train_interleaved(root, root / f"{'-'.join(pair)}-{number}", order)
                 rounds[pair].append([found[way] for way in pair])
     result: dict[str, Any] = {}
     for (way, other), name in zip(PAIRS, ("vs_ce", "vs_offline"), strict=True):
@@ -94,15 +93,15 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """One process: median seconds a step, peak memory, and the loss of each step."""
+    """Figures of one process: median seconds a step, peak memory, and the loss of each step."""
 
     seconds: float
     memory_mib: float
     losses: list[float]
 
 
-def _take_turns(root: Path, output: Path, ways: tuple[str, ...]) -> dict[str, Measured]:
-    """Trains each way in a new process, step by step in turn."""
+def _train_interleaved(root: Path, output: Path, ways: tuple[str, ...]) -> dict[str, Measured]:
+    """Trains each way in a new process; the processes run in turn, step by step."""
     command = [sys.executable, "-m", "benchmarks.step", str(root), str(output)]
     children = {
         way: subprocess.Popen(
@@ -113,26 +112,27 @@ def _take_turns(root: Path, output: Path, ways: tuple[str, ...]) -> dict[str, Me
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(NUM_STEPS):
         for way, child in children.items():
-            seconds[way].append(float(_answer(child)))
+            seconds[way].append(float(_request_line(child)))
     measured = {}
     for way, child in children.items():
-        # The last step ends the run.
-        memory_mib = float(_answer(child))
+        # This request starts the last step, after which the process prints its peak.
+        memory_mib = float(_request_line(child))
         child.communicate()
-        measured[way] = Measured(statistics.median(seconds[way][NUM_WARM:]), memory_mib, losses(output / way))
+        measured[way] = Measured(statistics.median(seconds[way][NUM_WARM_STEPS:]), memory_mib, losses(output / way))
     return measured
 
 
 def _build(root: Path) -> dict[str, int]:
-    """Student, teacher, text and the teacher's scores; returns the models' sizes."""
+    """Writes student, teacher, text and the teacher's scores; returns the models' numbers of parameters."""
     real = smollm2_dir(root)
     sizes = {}
     for seed, (name, shape) in enumerate({"student": STUDENT, "teacher": TEACHER}.items()):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(real, **shape))
         if name == "teacher":
-            # Sure of something, as a trained one is. Two random models agree that all is alike; gradients are then so
-            # small that AdamW's second moments are denormal numbers, which a CPU computes many times slower.
+            # Larger logits make the teacher's distribution peaked, like a trained model's. With two nearly uniform
+            # distributions the gradients are so small that AdamW's second moments are denormal numbers, which a CPU
+            # computes many times slower.
             model.get_output_embeddings().weight.data *= 4
         model.save_pretrained(root / name)
         AutoTokenizer.from_pretrained(real).save_pretrained(root / name)
@@ -158,20 +158,20 @@ def _config(root: Path, output: Path, way: str) -> TrainConfig:
 
 
 def _train(root: Path, output: Path, way: str) -> None:
-    """Trains one step for each line that comes in, and answers with its seconds; at the end with the peak, in MiB."""
+    """Trains one step for each line on stdin and prints its seconds; prints the peak in MiB at the end."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = _config(root, output, way)
     resting_mib = status_mib("VmRSS")
-    train.run.trainer.Loader = _TakesTurns  # type: ignore[attr-defined]
+    train.run.trainer.MicroBatchLoader = _SteppedLoader  # type: ignore[attr-defined]
     if way == "online":
-        _Online.teacher = load_student(root / "teacher", dtype=torch.float32).eval()
-        train.run.stage.StudentTrainer = _Online  # type: ignore[attr-defined]
+        _OnlineTrainer.teacher = load_student(root / "teacher", dtype=torch.float32).eval()
+        train.run.stage.StudentTrainer = _OnlineTrainer  # type: ignore[attr-defined]
     train.run.stage.train_stage(config)
     print(status_mib("VmHWM") - resting_mib, flush=True)
 
 
-class _TakesTurns(MicroBatchLoader):
-    """Hands over a batch when a line comes in, and tells how long it was until the next one was asked for."""
+class _SteppedLoader(MicroBatchLoader):
+    """Yields a batch for each line on stdin, and prints the seconds until the next batch is requested."""
 
     def __iter__(self) -> Iterator[Batch]:
         batches = super().__iter__()
@@ -182,8 +182,8 @@ class _TakesTurns(MicroBatchLoader):
             print(time.perf_counter() - started, flush=True)
 
 
-class _Online(StudentTrainer):
-    """Computes what a shard would hold, in each step."""
+class _OnlineTrainer(StudentTrainer):
+    """Trainer that computes the teacher's entries in each step, in place of reading them from shards."""
 
     teacher: Any
 
@@ -197,12 +197,13 @@ class _Online(StudentTrainer):
 
 
 def _environment() -> dict[str, str]:
-    # Accelerate sets the threads itself where the variable does not.
+    # Without the variable, accelerate would choose the number of threads.
     threads = str(len(os.sched_getaffinity(0)))
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": threads}
 
 
-def _answer(child: subprocess.Popen[str]) -> str:
+def _request_line(child: subprocess.Popen[str]) -> str:
+    """Sends a line to the process and returns the line that it prints."""
     assert child.stdin is not None
     assert child.stdout is not None
     child.stdin.write("\n")

@@ -1,19 +1,19 @@
-"""The trainer's batches from shards, k = 64, against the steps that use them: of the demo's student, and of 100M.
+"""Speed of the trainer's batches from shards, k = 64, against the steps that use them, for two sizes of students.
 
     python -m benchmarks.stream
 
-Both are distilled by `train`, with its real trainer, stream and collation, one worker process and one micro-batch a
+Both students are distilled by the real trainer, stream and collation, with one worker process and one micro-batch a
 step. The demo's student has the demo's data, models and batch of 64 conversations with an image; the scores are those
-of its teacher before training. The other is a language model in the shape of SmolLM2 with 20 layers; it reads
-docstrings in batches of 4 with SmolLM2-135M's scores.
+of its untrained teacher. The other one, of 100M parameters, is a language model in the shape of SmolLM2 with 20 layers;
+it reads docstrings in batches of 4 with SmolLM2-135M's scores.
 
-`speedup_vs_step`: the time of a step whose batch is ready, over the time a batch takes when nobody uses it.
-`speedup_first_epoch`: the same while row groups and images are read for the first time.
-`wait_fraction`: the share of training that is spent waiting for a batch, without the first, which starts the worker.
+`speedup_vs_step`: time of a step whose batch is ready, over the time of a batch that no step waits for.
+`speedup_first_epoch`: the same ratio while row groups and images are read for the first time.
+`wait_fraction`: share of the training time spent waiting for a batch, without the first, which starts the worker.
 
-Two cores: the demo's steps have one thread, as the demo sets it, and the worker the other core; the larger student's
-steps have as many threads as there are cores, and the worker shares those. A batch made alone has both cores: one
-process makes it, another takes it in. Runs alternate; medians over `ROUNDS`.
+On two cores, the demo's steps have one thread, as the demo sets it, and the worker has the other core; the larger
+student's steps have a thread for each core and share the cores with the worker. Batches without steps have both cores:
+one process makes them and another receives them. Runs alternate; figures are medians over `NUM_ROUNDS`.
 """
 
 import itertools
@@ -44,46 +44,46 @@ from train.data.loader import MicroBatchLoader
 from train.model.compose import compose_student
 from train.run.stage import train_stage as run_stage
 
-ROUNDS = 3
+NUM_ROUNDS = 3
 TOP_K = 64
-EPOCHS_ALONE = 8
+NUM_EPOCHS_ALONE = 8
 
 
-class _Timed(MicroBatchLoader):
-    """Notes when each batch was asked for and when it came."""
+class _TimedLoader(MicroBatchLoader):
+    """Loader that records when each batch was requested and when it arrived."""
 
-    last: "_Timed"
+    last: "_TimedLoader"
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.marks: list[tuple[float, float]] = []
-        _Timed.last = self
+        _TimedLoader.last = self
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self._batches()
         while True:
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
                 return
-            self.marks.append((asked, time.perf_counter()))
+            self.marks.append((requested, time.perf_counter()))
             yield batch
 
     def _batches(self) -> Iterator[Batch]:
         return super().__iter__()
 
     def step_s(self) -> float:
-        """Median time from a batch's arrival to the next one's request."""
+        """Returns the median time from a batch's arrival to the next one's request."""
         return statistics.median(b[0] - a[1] for a, b in itertools.pairwise(self.marks))
 
     def wait_fraction(self) -> float:
-        """Time waited over all time, after the first batch."""
-        waited = sum(came - asked for asked, came in self.marks[1:])
+        """Returns the share of the time after the first batch that was spent waiting."""
+        waited = sum(arrived - requested for requested, arrived in self.marks[1:])
         return waited / (self.marks[-1][1] - self.marks[0][1])
 
 
-class _Ready(_Timed):
-    """Four real batches, made before the first is asked for, again and again."""
+class _PreparedLoader(_TimedLoader):
+    """Loader that repeats four real batches, which it makes before the first is requested."""
 
     def _batches(self) -> Iterator[Batch]:
         ready = list(itertools.islice(super()._batches(), 4))
@@ -96,28 +96,28 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as directory:
         results = {
-            "demo": _measure(_demo(Path(directory) / "demo"), num_threads=1),
-            "100m": _measure(_hundred_million(Path(directory)), num_threads=len(os.sched_getaffinity(0))),
+            "demo": _measure(_demo_config(Path(directory) / "demo"), num_threads=1),
+            "100m": _measure(_hundred_million_config(Path(directory)), num_threads=len(os.sched_getaffinity(0))),
         }
     print(json.dumps(results))
 
 
 def _measure(config: TrainConfig, num_threads: int) -> dict[str, float]:
     steps, batches, first, waits = [], [], [], []
-    # Accelerate sets the threads itself where the variable does not.
+    # Without the variable, accelerate would choose the number of threads.
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     torch.set_num_threads(num_threads)
-    for _ in range(ROUNDS):
-        steps.append(_train(config, _Ready).step_s())
-        trained = _train(config, _Timed)
+    for _ in range(NUM_ROUNDS):
+        steps.append(_train(config, _PreparedLoader).step_s())
+        trained = _train(config, _TimedLoader)
         waits.append(trained.wait_fraction())
         epoch = trained.dataset.num_steps
-        alone = _Timed(trained.dataset, range(epoch * EPOCHS_ALONE), config.data.num_workers)
+        alone = _TimedLoader(trained.dataset, range(epoch * NUM_EPOCHS_ALONE), config.data.num_workers)
         for _ in alone:
             pass
-        came = [mark[1] for mark in alone.marks]
-        first.append((came[epoch - 1] - came[0]) / (epoch - 1))
-        batches.append((came[-1] - came[epoch - 1]) / (len(came) - epoch))
+        arrived = [mark[1] for mark in alone.marks]
+        first.append((arrived[epoch - 1] - arrived[0]) / (epoch - 1))
+        batches.append((arrived[-1] - arrived[epoch - 1]) / (len(arrived) - epoch))
     step_s = statistics.median(steps)
     return {
         "speedup_vs_step": round(step_s / statistics.median(batches), 1),
@@ -128,17 +128,18 @@ def _measure(config: TrainConfig, num_threads: int) -> dict[str, float]:
     }
 
 
-def _train(config: TrainConfig, loader: type[_Timed]) -> _Timed:
-    """Trains from the start and returns the loader that fed it."""
+def _train(config: TrainConfig, loader: type[_TimedLoader]) -> _TimedLoader:
+    """Trains from the start, and returns the loader that the trainer used."""
     shutil.rmtree(config.output, ignore_errors=True)
-    train.run.trainer.Loader = loader  # type: ignore[misc]
+    train.run.trainer.MicroBatchLoader = loader  # type: ignore[attr-defined]
     run_stage(config)
-    AcceleratorState._reset_state(reset_partial_state=False)
-    GradientState._reset_state()
-    return _Timed.last
+    # The next run has its own DeepSpeed configuration, and accelerate has no public way to drop the old one.
+    AcceleratorState._reset_state(reset_partial_state=False)  # noqa: SLF001 - see above
+    GradientState._reset_state()  # noqa: SLF001 - see above
+    return _TimedLoader.last
 
 
-def _demo(root: Path) -> TrainConfig:
+def _demo_config(root: Path) -> TrainConfig:
     data = write_dataset(root / "data", seed=0)
     models = build_models(root / "models", data, seed=0)
     compose_student(models.teacher, models.student_language, root / "student", seed=0)
@@ -157,7 +158,7 @@ def _demo(root: Path) -> TrainConfig:
     )
 
 
-def _hundred_million(root: Path) -> TrainConfig:
+def _hundred_million_config(root: Path) -> TrainConfig:
     teacher = smollm2_dir(root)
     student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(teacher, num_hidden_layers=20))
     student.save_pretrained(root / "student")

@@ -1,1 +1,1 @@
-"""The whole chain on real handwritten digits: data, tiny models, and the run that ties them together."""
+"""A whole run on real handwritten digits: data, tiny models, and every command from teacher to exported student."""

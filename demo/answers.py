@@ -1,4 +1,4 @@
-"""What a student says to held-out questions under vLLM: `python -m demo.answers MODEL QUESTIONS NUMBER OUT`."""
+"""Answers held-out questions with a student under vLLM: `python -m demo.answers MODEL QUESTIONS NUMBER OUT`."""
 
 import json
 import sys

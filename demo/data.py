@@ -1,8 +1,8 @@
 """Questions, conversations and preference pairs about scikit-learn's handwritten digits.
 
-The images are the 1,797 real digits of `sklearn.datasets.load_digits` (8 x 8 pixels, 17 shades). A fifth of
-them, the same share of each digit, is held out: no held-out image occurs in a training file. Which image is
-held out, and which words speak of it, is a function of the seed alone, and so is every byte written.
+The images are the 1,797 real digits of `sklearn.datasets.load_digits` (8 x 8 pixels, 17 shades). A fifth of them, the
+same share of each digit, is held out: no held-out image occurs in a training file. The choice of held-out images, all
+texts, and every byte written are functions of the seed alone.
 
 ```
 load_digits ── images/*.png
@@ -33,7 +33,7 @@ IMAGE_SIZE = 56
 TEST_SHARE = 0.2
 STUDENT_SHARE = 0.3
 CONVERSATIONS_PER_IMAGE = 3
-# More than the longest answer has.
+# More tokens than the longest answer has.
 MAX_NEW_TOKENS = 24
 
 Line = dict[str, Any]
@@ -41,7 +41,7 @@ Line = dict[str, Any]
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGIT = re.compile(rf"\b(?:{'|'.join(_WORDS)}|[0-9])\b")
 
-# What can be asked: the phrasings of each question, and of its answer. Answers are filled by `_answer`.
+# Phrasings of each question and of its answer. `_answer` fills in the answers.
 _TASKS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "which": (
         (
@@ -81,7 +81,7 @@ _TASKS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where the files lie and what they hold. `root` is the folder that image names are relative to."""
+    """Paths of the dataset's files, and its numbers of images. Image names are relative to `root`."""
 
     root: Path
     train_captions: Path
@@ -97,7 +97,7 @@ class DemoData:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The seven files of lines, training files first."""
+        """All seven files of conversations, questions and pairs, training files first."""
         return (
             self.train_captions,
             self.train_conversations,
@@ -110,20 +110,20 @@ class DemoData:
 
 
 def write_dataset(out: Path, *, seed: int) -> DemoData:
-    """Write the images and the seven files into `out`, made if absent, and return where they are.
+    """Writes the images and the seven files into `out`, which is created if absent, and returns their paths.
 
-    Captions, conversations and questions are LLaVA conversations; a question carries the true digit under
-    `"digit"` besides. Preferences are pairs in the manner of RLAIF-V.
+    Captions, conversations and questions are LLaVA conversations; a question also has the true digit under `"digit"`.
+    Preferences are pairs as in RLAIF-V.
     """
     pixels_NF, digits_N = load_digits(return_X_y=True)
     truth = [int(digit) for digit in digits_N]
     test, train = _split(range(len(truth)), truth, TEST_SHARE, random.Random(f"{seed}/test"))
     student, _ = _split(train, truth, STUDENT_SHARE, random.Random(f"{seed}/student"))
-    rivals = _rivals(pixels_NF, digits_N, train)
+    mistakes = _likeliest_mistakes(pixels_NF, digits_N, train)
 
     (out / "images").mkdir(parents=True, exist_ok=True)
     for index, pixels_F in enumerate(pixels_NF):
-        _picture(pixels_F).save(out / _image_name(index))
+        _draw_image(pixels_F).save(out / _image_name(index))
 
     data = DemoData(
         root=out,
@@ -143,28 +143,28 @@ def write_dataset(out: Path, *, seed: int) -> DemoData:
     _write(data.train_captions, [_caption(i, truth[i], seed) for i in train])
     _write(data.train_conversations, [line for i in train for line in conversations[i]])
     _write(data.student_conversations, [line for i in student for line in conversations[i]])
-    _write(data.train_preferences, [_preference(i, truth[i], rivals[i], seed) for i in train])
+    _write(data.train_preferences, [_preference(i, truth[i], mistakes[i], seed) for i in train])
     _write(data.test_conversations, [_conversation(i, 0, truth[i], seed) for i in test])
     _write(data.test_questions, [_question(i, truth[i], seed) for i in test])
-    _write(data.test_preferences, [_preference(i, truth[i], rivals[i], seed) for i in test])
+    _write(data.test_preferences, [_preference(i, truth[i], mistakes[i], seed) for i in test])
     return data
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of a file that `write_dataset` wrote (a JSON array, or one object a line)."""
+    """Returns the records of a file that `write_dataset` wrote (a JSON array, or one object a line)."""
     text = path.read_text(encoding="utf-8")
     lines = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
     return list(lines)
 
 
 def named_digit(text: str) -> int | None:
-    """Return the digit that `text` names, by word or by numeral; None if it names none, or several."""
+    """Returns the digit that `text` names, by word or by numeral; None if it names none, or several."""
     named = _named_digits(text)
     return named.pop() if len(named) == 1 else None
 
 
 def contradicts(answer: str, digit: int) -> bool:
-    """Tell whether `answer` says something untrue of `digit`: another digit, parity, or side of five."""
+    """Returns True if `answer` says something untrue of `digit`: another digit, parity, or side of five."""
     words = set(re.findall(r"\w+", answer.lower()))
     wrong_parity = ("odd" if digit % 2 == 0 else "even") in words
     wrong_side_of_five = "larger" in words and ("not" not in words) != (digit > 5)
@@ -179,7 +179,7 @@ def _named_digits(text: str) -> set[int]:
 def _split(
     indices: Sequence[int], truth: Sequence[int], share: float, choice: random.Random
 ) -> tuple[list[int], list[int]]:
-    """Part `indices` in two sorted lists, `share` of the images of every digit in the first."""
+    """Splits `indices` into two sorted lists, with `share` of the images of every digit in the first."""
     taken: set[int] = set()
     for digit in range(10):
         of_digit = [i for i in indices if truth[i] == digit]
@@ -187,16 +187,17 @@ def _split(
     return sorted(taken), [i for i in indices if i not in taken]
 
 
-def _rivals(pixels_NF: NDArray[np.float64], digits_N: NDArray[np.int64], known: Sequence[int]) -> list[int]:
-    """Return each image's likeliest mistake: the digit of the nearest `known` image of another digit."""
+def _likeliest_mistakes(pixels_NF: NDArray[np.float64], digits_N: NDArray[np.int64], known: Sequence[int]) -> list[int]:
+    """Returns for each image the digit of the nearest `known` image of another digit."""
     known_KF, known_digits_K = pixels_NF[known], digits_N[known]
-    distance_NK = (known_KF**2).sum(axis=1) - 2 * pixels_NF @ known_KF.T  # up to a constant of the row
+    # Squared distances but for a constant in each row, which does not change the nearest image.
+    distance_NK = (known_KF**2).sum(axis=1) - 2 * pixels_NF @ known_KF.T
     distance_NK[digits_N[:, None] == known_digits_K] = np.inf
     return [int(known_digits_K[nearest]) for nearest in distance_NK.argmin(axis=1)]
 
 
-def _picture(pixels_F: NDArray[np.float64]) -> Image.Image:
-    """Return an RGB picture of 64 shades 0..16, enlarged smoothly, as a scan would look."""
+def _draw_image(pixels_F: NDArray[np.float64]) -> Image.Image:
+    """Returns an RGB image of 64 shades 0..16, enlarged smoothly so that it looks like a scan."""
     shades = np.rint(pixels_F.reshape(8, 8) * (255 / 16)).astype(np.uint8)
     return Image.fromarray(shades).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB")
 
@@ -243,7 +244,7 @@ def _question(index: int, digit: int, seed: int) -> Line:
 
 
 def _conversation(index: int, number: int, digit: int, seed: int) -> Line:
-    """Ask one or two things about an image; two thirds of the conversations have a single turn."""
+    """Returns a conversation of one or two questions; two thirds of the conversations have a single one."""
     name = f"conversation-{index:04d}-{number}"
     choice = random.Random(f"{seed}/{name}")
     tasks = choice.sample(list(_TASKS), choice.choice((1, 1, 2)))
@@ -251,7 +252,7 @@ def _conversation(index: int, number: int, digit: int, seed: int) -> Line:
 
 
 def _preference(index: int, digit: int, wrong_digit: int, seed: int) -> Line:
-    """Pair a true answer with a twin that differs in the digit alone."""
+    """Returns a pair of answers in the same words, of which the rejected one names a wrong digit."""
     name = f"preference-{index:04d}"
     task = random.Random(f"{seed}/{name}/task").choice(("which", "which", "description"))
     chosen = _turns([task], digit, random.Random(f"{seed}/{name}"))
@@ -260,7 +261,7 @@ def _preference(index: int, digit: int, wrong_digit: int, seed: int) -> Line:
 
 
 def _write(path: Path, lines: list[Line]) -> None:
-    """Write a JSON array with one line of text an element (.json), or one object a line (.jsonl)."""
+    """Writes a JSON array with one element a line (.json), or one object a line (.jsonl)."""
     rows = [json.dumps(line, ensure_ascii=False) for line in lines]
     text = "[\n" + ",\n".join(rows) + "\n]\n" if path.suffix == ".json" else "\n".join(rows) + "\n"
     path.write_text(text, encoding="utf-8")

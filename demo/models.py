@@ -1,8 +1,8 @@
 """Tiny models of the families that the real ones come from, with random weights: CLIP, Qwen2, LLaVA.
 
-The teacher is a whole `LlavaForConditionalGeneration`, the student a language model alone, which still wants
-a vision tower and an adapter. They share a tokenizer, but pad their output layers differently, as Qwen2-7B
-(152,064 rows) and Qwen2-0.5B (151,936) do.
+The teacher is a whole `LlavaForConditionalGeneration`; the student is a language model, to which `init-student` adds a
+vision tower and an adapter. They share a tokenizer, but pad their output layers differently, as Qwen2-7B (152,064 rows)
+and Qwen2-0.5B (151,936) do.
 """
 
 import json
@@ -31,8 +31,25 @@ from demo.data import IMAGE_SIZE, DemoData, read_lines, write_dataset
 PATCH_SIZE = 14
 CONTEXT = 512
 TOKENIZER_SIZE = 448
-TEACHER_ROWS = 512
-STUDENT_ROWS = 480
+
+# Heads are 32 wide, a size that vLLM's CPU attention takes. Models this narrow learn much faster from larger initial
+# weights than the usual standard deviation of 0.02.
+_TEACHER_TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.06,
+}
+_STUDENT_TEXT = {
+    "vocab_size": 480,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.1,
+}
 
 PAD, IMAGE, START, END = "<|pad|>", "<image>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -42,8 +59,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# The two files that describe images, as the `llava-hf` directories have them. Written out, because without
-# torchvision transformers would save the name of its fallback class.
+# The two files that describe images in `llava-hf` directories. They are written out here, because without torchvision
+# transformers would save the name of its fallback class.
 _IMAGE_PROCESSOR: dict[str, Any] = {
     "image_processor_type": "CLIPImageProcessor",
     "processor_class": "LlavaProcessor",
@@ -70,16 +87,16 @@ _PROCESSOR: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoModels:
-    """Hugging Face directories: an untrained LLaVA, and an untrained language model for the student."""
+    """Hugging Face directories of an untrained LLaVA, and of an untrained language model for the student."""
 
     teacher: Path
     student_language: Path
 
 
 def build_models(out: Path, data: DemoData, *, seed: int) -> DemoModels:
-    """Write both models with tokenizer and configuration into `out`, made if absent; return where they are.
+    """Writes both models with tokenizer and configuration into `out`, which is created if absent; returns their paths.
 
-    Nothing is trained: the weights are random and depend on `seed`, the tokenizer on the training texts.
+    The weights are random and depend on `seed`; the tokenizer is trained on the training texts.
     """
     built = DemoModels(teacher=out / "teacher", student_language=out / "student_language")
     tokenizer = _fit_tokenizer(data)
@@ -93,7 +110,7 @@ def build_models(out: Path, data: DemoData, *, seed: int) -> DemoModels:
 
 
 def _fit_tokenizer(data: DemoData) -> PreTrainedTokenizerFast:
-    """Fit a byte-level BPE, which encodes any text, to the texts of the training files."""
+    """Trains a byte-level BPE, which encodes any text, on the texts of the training files."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -117,7 +134,7 @@ def _fit_tokenizer(data: DemoData) -> PreTrainedTokenizerFast:
 
 
 def _training_texts(data: DemoData) -> Iterator[str]:
-    """Yield each turn behind its role, as the chat template sets it, so that roles become tokens too."""
+    """Yields the role and the text of each turn as in the chat template, so that roles become tokens too."""
     roles = {"human": "user", "gpt": "assistant"}
     for line in read_lines(data.train_conversations) + read_lines(data.train_captions):
         for turn in line["conversations"]:
@@ -138,7 +155,7 @@ def _teacher_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
     )
     return LlavaConfig(
         vision_config=vision,
-        text_config=_text_config(tokenizer, TEACHER_ROWS, hidden=128, width=256, heads=4, std=0.06),
+        text_config=_text_config(tokenizer, _TEACHER_TEXT),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         vision_feature_layer=-2,
@@ -149,38 +166,29 @@ def _teacher_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
 
 
 def _student_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
-    return _text_config(tokenizer, STUDENT_ROWS, hidden=64, width=128, heads=2, std=0.1)
+    return _text_config(tokenizer, _STUDENT_TEXT)
 
 
-def _text_config(
-    tokenizer: PreTrainedTokenizerFast, rows: int, *, hidden: int, width: int, heads: int, std: float
-) -> Qwen2Config:
-    """Return a Qwen2 of four layers whose heads are 32 wide, a size that vLLM's CPU attention takes.
-
-    `std` is that of the initial weights: models this narrow learn much faster from more than the usual 0.02.
-    """
+def _text_config(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, Any]) -> Qwen2Config:
+    """Returns the configuration of a Qwen2 of four layers."""
     return Qwen2Config(
-        vocab_size=rows,
         num_hidden_layers=4,
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
         max_position_embeddings=CONTEXT,
-        initializer_range=std,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **sizes,
     )
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Save `model` and `tokenizer` with the names of weights that vLLM and published checkpoints use."""
+    """Saves model and tokenizer with the names of weights that vLLM and published checkpoints use."""
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = conversions  # noqa: SLF001 - transformers has no public way to save with these names
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

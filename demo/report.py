@@ -1,4 +1,4 @@
-"""The demo's table and picture: `python -m demo.report DIRECTORY`."""
+"""Prints the demo's table and draws its picture: `python -m demo.report DIRECTORY`."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from common.errors import DecantError
 from demo.evaluate import Evaluation, evaluate
 
-# Row of the table, directory of the model.
+# Row of the table and directory of its model.
 MODELS = {
     "teacher": "teacher",
     "student, init": "runs/init/final",
@@ -29,7 +29,7 @@ MODELS = {
     "preference, exported": "student",
 }
 
-# Distilled row against the row with the same steps, data, order and rate but no teacher.
+# Each distilled row, and the row with the same steps, data, order and rate but no teacher.
 PAIRS = {
     "distilled, dense": "CE alone, dense",
     "distilled, sparse": "CE alone, sparse",
@@ -40,16 +40,16 @@ def report(directory: Path) -> dict[str, Evaluation]:
     """Evaluates every model on held-out images, prints the table, writes report.json and losses.png.
 
     Raises:
-        DecantError: the exported student says other things under vLLM than under transformers.
+        DecantError: the exported student's answers differ between vLLM and transformers.
     """
     rows = {
         name: evaluate(directory / path, directory / "data/test_questions.jsonl", directory / "scores/test")
         for name, path in MODELS.items()
     }
     console = Console()
-    console.print(_table(rows))
+    console.print(make_table(rows))
     for distilled, alone in PAIRS.items():
-        console.print(_comparison(distilled, rows[distilled], rows[alone]))
+        console.print(describe_comparison(distilled, rows[distilled], rows[alone]))
     under_vllm = json.loads((directory / "answers.json").read_text("utf-8"))
     under_transformers = rows["preference, exported"].answers[: len(under_vllm)]
     same = sum(a == b for a, b in zip(under_vllm, under_transformers, strict=True))
@@ -68,7 +68,7 @@ def report(directory: Path) -> dict[str, Evaluation]:
 
 
 def plot_losses(directory: Path, out: Path) -> None:
-    """Loss of each stage over its steps; the stages without a teacher beside those with one."""
+    """Plots the loss of each stage over its steps; stages with and without a teacher share a panel."""
     panels = {
         "teacher: cross-entropy": {"teacher": "cross_entropy"},
         "student: initialisation": {"init": "cross_entropy"},
@@ -97,7 +97,8 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-def _table(rows: dict[str, Evaluation]) -> Table:
+def make_table(rows: dict[str, Evaluation]) -> Table:
+    """Returns the table of all models' figures."""
     table = Table(title="Held-out images", title_justify="left")
     table.add_column("model", no_wrap=True)
     for column in ("accuracy", "wrong digit", "NLL", "KL to teacher"):
@@ -108,14 +109,14 @@ def _table(rows: dict[str, Evaluation]) -> Table:
             f"{row.accuracy:.1%}",
             f"{row.hallucination_rate:.1%}",
             f"{row.nll:.4f}",
-            # A rounding error below 0 is no -0.0000.
+            # Adding 0.0 turns a rounded -0.0 into 0.0.
             f"{round(row.kl_to_teacher, 4) + 0.0:.4f}",
         )
     return table
 
 
-def _comparison(name: str, distilled: Evaluation, alone: Evaluation) -> str:
-    """Distillation against cross-entropy alone, in words; worse is said as plainly as better."""
+def describe_comparison(name: str, distilled: Evaluation, alone: Evaluation) -> str:
+    """Returns a line with the differences between distillation and cross-entropy alone, losses as well as gains."""
     parts = [
         f"accuracy {distilled.accuracy - alone.accuracy:+.1%}",
         f"NLL {distilled.nll - alone.nll:+.4f}",

@@ -13,7 +13,7 @@ pytest_plugins = ["tests.support.capture_fixtures"]
 
 @pytest.fixture(scope="module")
 def engine_in_this_process() -> Iterator[None]:
-    """vLLM starts three times faster without a process of its own."""
+    """Runs vLLM's engine in the test's process, where it starts three times faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         yield
@@ -27,7 +27,7 @@ def _running_store() -> Iterator[Store]:
 
 @pytest.fixture
 def store(_running_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """An S3 server that counts requests and fails them on demand; pauses between tries are short."""
+    """Yields an S3 server that counts requests and fails them on demand; waits between retries are short."""
     monkeypatch.setattr(object_store, "FIRST_WAIT_S", 0.001)
     _running_store.clear()
     yield _running_store
@@ -36,12 +36,12 @@ def store(_running_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
 
 @pytest.fixture
 def record_counts(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Takes a line of what a test counted, which the summary of the whole run shows."""
+    """Returns a function that takes a line of counts, which the summary of the test run shows."""
     return lambda line: record_property("counts", line)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Shows what tests counted, also where workers ran them and output is captured."""
+    """Prints the lines of `record_counts`, also those of tests that ran in workers or with captured output."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     called = [report for report in reports if getattr(report, "when", None) == "call"]
     if lines := [str(value) for report in called for name, value in report.user_properties if name == "counts"]:

@@ -1,1 +1,1 @@
-"""Measures what students learn from stored scores: `python -m benchmarks.results.run OUT` makes docs/results.md."""
+"""Comparison of students trained on stored scores: `python -m benchmarks.results.run OUT` writes docs/results.md."""

