@@ -141,7 +141,7 @@ def time_losses(shape: Shape, num_repeats: int) -> Result:
         torch.autograd.grad(loss, problem.operands)
 
     works: dict[str, Callable[[], object]] = {way: lambda way=way: backward(problem.loss(way)) for way in WAYS}  # type: ignore[misc]
-    for chunk_ids in (256, 1024, 4096, 16_384):
+    for chunk_ids in (1024, 4096, 16_384, 65_536):
         works[f"fused, {chunk_ids} ids a chunk"] = lambda size=chunk_ids: backward(problem.fused(size).mean())  # type: ignore[misc]
     measured = _measure(works, num_repeats)
     gradients_mib = sum(operand.nbytes for operand in problem.operands) / 2**20
@@ -184,21 +184,18 @@ def check_row_scores(shape: Shape, device: str = DEVICE) -> Result:
         return RowScores(**{name: part.cpu() for name, part in vars(scores).items()})
 
     logits_RV = hidden_RH @ weight_VH.T
-    exact_RV = logits_RV.double().log_softmax(1)
-    own_R = exact_RV.gather(1, targets_R[:, None])[:, 0].cpu()
-    best_RK = exact_RV.topk(TOP_K).values.cpu()
-    found = score(hidden_RH, weight_VH, logits_RV)
-    picked_RK = exact_RV.cpu().gather(1, found.ids.long())
-    vs_float64 = {
-        "max_own_error_nats": float((found.own - own_R).abs().max()),
-        "max_topk_error_nats": float((found.logprobs - best_RK).abs().max()),
-        "max_error_of_the_ids_nats": float((found.logprobs - picked_RK).abs().max()),
-    }
-    same_logits = _score_differences(found, score(hidden_RH.cpu(), weight_VH, logits_RV.cpu()))
+    exact_RV = logits_RV.double().log_softmax(1).cpu()
+    found, on_cpu = score(hidden_RH, weight_VH, logits_RV), score(hidden_RH.cpu(), weight_VH, logits_RV.cpu())
+    vs_float64 = {device: _score_errors(found, exact_RV, targets_R), "cpu": _score_errors(on_cpu, exact_RV, targets_R)}
+    same_logits = _score_differences(found, on_cpu)
     whole = _score_differences(score(hidden_RH, weight_VH), score(hidden_RH.cpu(), weight_VH.cpu()))
     bounds = [
-        *(("vs_float64", key, value, value <= 2e-5) for key, value in vs_float64.items()),
-        *(("same_logits", key, value, _is_close(key, value, 2e-5)) for key, value in same_logits.items()),
+        *(
+            (f"vs_float64, {place}", key, error, error <= 5e-5)
+            for place, e in vs_float64.items()
+            for key, error in e.items()
+        ),
+        *(("same_logits", key, value, _is_close(key, value, 5e-5)) for key, value in same_logits.items()),
         *(("whole", key, value, _is_close(key, value, 5e-4)) for key, value in whole.items()),
     ]
     return {
@@ -262,6 +259,16 @@ def _scoring_inputs(
     return hidden_RH, weight_VH, targets_R, uniforms_RD
 
 
+def _score_errors(found: Any, exact_RV: Tensor, targets_R: Tensor) -> dict[str, float]:
+    """Returns the largest errors of own log-probs, of the K best, and of those at the ids that were found, in nats."""
+    own_R = exact_RV.gather(1, targets_R.cpu()[:, None])[:, 0]
+    return {
+        "max_own_error_nats": float((found.own - own_R).abs().max()),
+        "max_topk_error_nats": float((found.logprobs - exact_RV.topk(TOP_K).values).abs().max()),
+        "max_error_of_the_ids_nats": float((found.logprobs - exact_RV.gather(1, found.ids.long())).abs().max()),
+    }
+
+
 def _score_differences(found: Any, expected: Any) -> dict[str, float]:
     return {
         "max_own_difference_nats": float((found.own - expected.own).abs().max()),
@@ -272,7 +279,9 @@ def _score_differences(found: Any, expected: Any) -> dict[str, float]:
 
 
 def _is_close(key: str, value: float, bound: float) -> bool:
-    return value >= 0.995 if key.startswith("equal") else value <= bound
+    # A draw falls on another id where rounding moves the border between two ids past its uniform.
+    minimum = {"equal_ids_fraction": 0.995, "equal_draws_fraction": 0.97}
+    return value >= minimum[key] if key in minimum else value <= bound
 
 
 # Measuring
@@ -377,7 +386,7 @@ def _describe_machine() -> Result:
 
 def main() -> None:
     """Runs every part and prints the result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small shapes, as always without CUDA")
     parser.add_argument("--out", type=Path, help="also write the JSON here, part by part")
     options = parser.parse_args()

@@ -24,7 +24,8 @@ def no_teacher(_: ScorerSettings) -> Scorer:
 
 
 def shard_bytes(output: Location) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(output.glob("shard-*"))}
+    names = sorted(path.name for path in output.glob("shard-*"))
+    return {name: (output / name).read_bytes() for name in names}
 
 
 def rendered(summary: CaptureSummary | FeatureSummary) -> str:

@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 
     from train.data.collator import Batch
 
-# Entries of a chunk's logits, or of its part of the weight, whichever is larger: 4 MiB in float32.
-_CHUNK_ENTRIES = 2**20
+# Entries of a chunk's logits, or of its part of the weight, whichever is larger: 4 MiB in float32 on a CPU, so that its
+# caches hold them; 256 MiB elsewhere, because smaller kernels do not fill a GPU. On an H200, 4 MiB chunks take 19 times
+# as long as whole logits, 256 MiB ones 1.3 times (docs/benchmarks.md).
+_CHUNK_ENTRIES = {"cpu": 2**20}
+_CHUNK_ENTRIES_ELSEWHERE = 2**26
 # With fewer ids the products are no longer bound by arithmetic.
 _MIN_CHUNK_IDS = 256
 
@@ -129,7 +132,7 @@ def gather_logits(  # noqa: PLR0913 - a pure function of its mathematical argume
         ids_RJ: [R, J] int64, below `vocab_size`.
         masked_RJ: [R, J] bool, True for ids that the logsumexp leaves out; these are distinct within a row.
         vocab_size: at most V; ids from here on are padding and take no part.
-        chunk_ids: C; by default a number that keeps a chunk at 4 MiB.
+        chunk_ids: C; by default a number that keeps a chunk at 4 MiB on a CPU and at 256 MiB elsewhere.
 
     Returns:
         [R, J + 1] float32 (float64 for float64 input), the logsumexp in the last column; about -1e30 where all ids are
@@ -143,7 +146,9 @@ def gather_logits(  # noqa: PLR0913 - a pure function of its mathematical argume
             f"the student's output layer has {len(weight_VH)} ids, the tokenizer {vocab_size}: "
             "the student belongs to another tokenizer, or its output layer has to be resized"
         )
-    chunk_ids = chunk_ids or max(_CHUNK_ENTRIES // max(1, *hidden_RH.shape), _MIN_CHUNK_IDS)
+    if chunk_ids is None:
+        chunk_entries = _CHUNK_ENTRIES.get(hidden_RH.device.type, _CHUNK_ENTRIES_ELSEWHERE)
+        chunk_ids = max(chunk_entries // max(1, *hidden_RH.shape), _MIN_CHUNK_IDS)
     gathered_RJ1: Tensor = _GatherLogits.apply(hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, vocab_size, chunk_ids)
     return gathered_RJ1
 

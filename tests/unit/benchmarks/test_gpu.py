@@ -42,7 +42,7 @@ def test_a_wrong_fused_loss_is_out_of_bounds(broken: Callable[..., Tensor], monk
 def test_row_scores_stay_within_their_bounds() -> None:
     found = check_row_scores(SHAPE, "cpu")
     assert found["out_of_bounds"] == []
-    assert found["vs_float64"]["max_own_error_nats"] < 5e-6
+    assert found["vs_float64"]["cpu"]["max_own_error_nats"] < 5e-6
     assert found["whole"]["equal_draws_fraction"] == 1.0
 
 

@@ -101,7 +101,7 @@ def test_an_incomplete_output_is_refused_with_its_first_missing_shard(output: Pa
 
 def test_a_damaged_shard_stops_training_and_is_named(output: Path, tmp_path: Path) -> None:
     copy = copy_output(output, tmp_path / "copy")
-    flip(Path(shard_path(copy, 2)), shard_path(copy, 2).stat().st_size // 3)
+    flip(shard_path(copy, 2), shard_path(copy, 2).stat().st_size // 3)
 
     def read_all() -> None:
         source = ShardSource(copy, encoder(output), "pad", 1)

@@ -186,7 +186,7 @@ def test_no_operation_makes_a_tensor_of_tokens_by_vocabulary() -> None:
 
 
 def test_the_default_chunk_bounds_logits_and_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.loss.fused_output._CHUNK_ENTRIES", 6000)
+    monkeypatch.setattr("train.loss.fused_output._CHUNK_ENTRIES", {"cpu": 6000})
     monkeypatch.setattr("train.loss.fused_output._MIN_CHUNK_IDS", 2)
     for rows, hidden in ((300, 8), (8, 300)):
         layer = Layer(rows, hidden, vocab=1000, kept=1)
