@@ -233,7 +233,7 @@ def test_the_same_scores_give_the_same_bytes_whatever_they_are_batched_with() ->
     for number in (0, 41, 79):
         alone = pack([many[number]], [tables[number]], codec)
         for name, column in together.items():
-            assert column.part(number, number + 1).tobytes() == alone[name].data.tobytes()
+            assert column.slice(number, number + 1).tobytes() == alone[name].data.tobytes()
 
 
 def test_rows_of_alike_ids_share_a_table() -> None:
