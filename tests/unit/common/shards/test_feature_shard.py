@@ -1,4 +1,4 @@
-"""The feature format: exact where it says so, readable with numpy and pyarrow alone, and refused when it is damaged."""
+"""Feature shards are as exact as documented, readable with numpy and pyarrow alone, and refused if damaged."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def make_feature_manifest(images: list[CachedImage], **changes: Any) -> FeatureM
 
 
 def make_features(seed: int) -> npt.NDArray[np.float32]:
-    """bfloat16 numbers, some channels tens of times the others, as CLIP has them."""
+    """Makes bfloat16 numbers of which one channel is tens of times larger than the others, as in CLIP."""
     values = np.random.default_rng(seed).normal(size=(NUM_PATCHES, NUM_CHANNELS)).astype(np.float32)
     values[:, 3] *= 40
     return from_bfloat16(to_bfloat16(values))
@@ -113,7 +113,7 @@ def test_q8_columns_hold_a_code_and_the_scales_of_patch_and_channel(tmp_path: Pa
         codes = np.frombuffer(row["codes"], np.int8).reshape(NUM_PATCHES, NUM_CHANNELS)
         patches, channels = np.frombuffer(row["patch_scales"], "<f4"), np.frombuffer(row["channel_scales"], "<f4")
         step = np.outer(patches, channels)
-        # Half a step of the nearest code, and the rounding of float32.
+        # The error is half a step, plus the rounding of float32.
         assert (np.abs(codes * step - features[row["index"]]) <= 0.5001 * step).all()
         assert np.abs(codes).max(axis=1).tolist() == [127] * NUM_PATCHES
 
@@ -122,7 +122,7 @@ def test_a_large_channel_takes_no_codes_from_the_others() -> None:
     features = make_features(0)
     manifest = make_feature_manifest([], form="q8")
     error = unpack_features(pack_features(features, "q8"), manifest, "") - features
-    # One scale a patch, as a plain 8-bit form has it.
+    # The reference is a plain 8-bit form with one scale for each patch.
     scale = np.abs(features).max(axis=1, keepdims=True) / 127
     plain = np.rint(features / scale) * scale - features
     others = np.arange(NUM_CHANNELS) != 3
@@ -219,7 +219,7 @@ def test_scores_and_features_are_told_apart(tmp_path: Path) -> None:
         FeatureCache(scores)
     with pytest.raises(ShardError, match="belongs to a feature cache"):
         open_output(features, make_manifest())
-    # Without its manifest the first shard still says what it is.
+    # With a broken manifest the first shard's footer decides.
     (features / "manifest.json").write_bytes(b"\xff")
     assert is_feature_cache(features)
     with pytest.raises(ShardError, match="its columns are not those of a feature shard of the form q8"):

@@ -44,7 +44,7 @@ def make_receipt(number: int = 42, skipped: tuple[SkippedSample, ...] = ()) -> R
     )
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_manifest_and_receipt_are_read_as_they_were_written(tmp_path: Path) -> None:
     receipt = make_receipt(skipped=(SkippedSample(index=3, id="ключ", reason='image "x" does not exist'),))
     write_with_digest(receipt_path(tmp_path, 42), receipt)
     open_output(tmp_path, MANIFEST)
@@ -81,7 +81,7 @@ def test_every_changed_byte_is_found_or_changes_nothing(
     path = tmp_path / name
     write_with_digest(path, content)
     whole = path.read_bytes()
-    unnoticed = []
+    undetected = []
     for position in range(len(whole)):
         for bit in (0, 3, 5, 7):
             data = bytearray(whole)
@@ -89,17 +89,17 @@ def test_every_changed_byte_is_found_or_changes_nothing(
             monkeypatch.setattr(Path, "read_bytes", lambda _, changed=bytes(data): changed)
             try:
                 assert read(tmp_path) == content
-                unnoticed.append(chr(whole[position]))
+                undetected.append(chr(whole[position]))
             except (ShardError, ProvenanceError) as error:
                 assert str(path) in str(error)
-    # White space carries nothing, and the hex digit of an escaped character (\u00e9) may be either case.
-    assert set(unnoticed) <= {" ", "\n", "e"}
+    # White space does not matter, and the hex digits of an escaped character (\u00e9) may have either case.
+    assert set(undetected) <= {" ", "\n", "e"}
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"[]", b"null", b"{}", b'"content_sha256"', b'{"content_sha256": 1}', b"\xff\xfe"]
 )
-def test_what_is_no_sealed_json_is_a_shard_error(tmp_path: Path, data: bytes) -> None:
+def test_json_without_its_digest_is_a_shard_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(data)
     with pytest.raises(ShardError, match=MANIFEST_NAME):
         read_manifest(tmp_path)

@@ -126,7 +126,7 @@ def test_a_reader_sees_a_whole_file_while_it_is_replaced(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "text", ["a/b", "/a/b", "file:///a/b", "local:///a/b", Path("/a/b"), "s3:/a", "./s3:x", UPath("/a/b")]
 )
-def test_what_is_on_this_machine_is_a_plain_path(text: str | Path | UPath) -> None:
+def test_a_location_on_this_machine_is_a_plain_path(text: str | Path | UPath) -> None:
     location = parse_location(text)
     assert type(location) is PosixPath
     assert str(location) == str(text).removeprefix("file://").removeprefix("local://").removeprefix("./")
