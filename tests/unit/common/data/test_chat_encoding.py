@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,28 @@ def test_a_model_or_template_that_is_not_there_is_refused(model_dir: Path, tmp_p
         ChatEncoder.load(tmp_path)
     with pytest.raises(ConfigError, match="template cannot be read"):
         ChatEncoder.load(model_dir, tmp_path / "none.jinja")
+
+
+def test_a_prompt_ends_with_the_generation_prompt(encoder: ChatEncoder) -> None:
+    prompt = encoder.encode_prompt(CONVERSATION[:4])
+    assert prompt.dtype == np.int32
+    whole = encoder.encode(CONVERSATION, 1, "here")
+    assert prompt.tolist() == whole.input_ids[: whole.spans[-1, 0]].tolist()
+
+
+def test_an_image_in_an_answer_is_refused(encoder: ChatEncoder) -> None:
+    turns = (Turn("user", "Draw one."), Turn("assistant", "Here: <image>"))
+    with pytest.raises(DataError, match="here: an assistant turn holds an <image>"):
+        encoder.encode(turns, 1, "here")
+
+
+def test_a_slow_tokenizer_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
+    with pytest.raises(ModelError, match=r"has no fast tokenizer \(tokenizer\.json\)"):
+        ChatEncoder.load(model_dir)
+
+
+def test_missing_transformers_are_named(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModelError, match="needs transformers, which is not installed"):
+        ChatEncoder.load(model_dir)

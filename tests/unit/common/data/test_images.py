@@ -1,18 +1,28 @@
+import hashlib
 import io
 import json
 import struct
 import zlib
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from upath import UPath
 
 from common.data import images
-from common.data.images import ImageSpec, load_image, pad_to_square
+from common.data.images import (
+    ImageSpec,
+    check_image_exists,
+    load_image,
+    pad_to_square,
+    read_image,
+    read_image_and_digest,
+)
 from common.data.samples import ImageRef
 from common.errors import DataError, ModelError
 
@@ -222,3 +232,33 @@ def test_a_broken_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ModelError, match=r"config\.json"):
         ImageSpec.load(tmp_path)
+
+
+def test_an_encoded_file_is_read_unchanged_with_its_digest(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"any bytes")
+    assert read_image(ImageRef("x.png"), tmp_path, "here") == ImageRef("x.png", b"any bytes")
+    assert read_image(ImageRef("x.png", b"other"), tmp_path, "here") == ImageRef("x.png", b"other")
+    digest = hashlib.sha256(b"any bytes").hexdigest()
+    assert read_image_and_digest("x.png", tmp_path, "here") == (digest, b"any bytes")
+    with pytest.raises(DataError, match=r"here: image .*y\.png does not exist; check image_root"):
+        read_image(ImageRef("y.png"), tmp_path, "here")
+    with pytest.raises(DataError, match=r"here: image .* cannot be read \(Is a directory\)"):
+        read_image(ImageRef("."), tmp_path, "here")
+
+
+def test_an_image_of_a_store_may_appear_after_its_directory_was_listed() -> None:
+    root = UPath(f"memory://{uuid4()}")
+    (root / "a" / "x.png").write_bytes(encoded(Image.new("RGB", (1, 1), (5, 6, 7))))
+    check_image_exists(ImageRef("a/x.png"), root, "here")
+    with pytest.raises(DataError, match=r"here: image .*a/y\.png does not exist"):
+        check_image_exists(ImageRef("a/y.png"), root, "here")
+    (root / "a" / "y.png").write_bytes(b"late")
+    check_image_exists(ImageRef("a/y.png"), root, "here")
+    check_image_exists(ImageRef(None, b"bytes need no file"), None, "here")
+    assert load_image(ImageRef("a/x.png"), root, "keep", MEAN, "here").getpixel((0, 0)) == (5, 6, 7)
+
+
+@pytest.mark.parametrize("path", ["../x.png", "a/../../x.png", "/x.png", "memory://other/x.png", "a//x.png", "a\0.png"])
+def test_no_path_leaves_the_image_root_of_a_store(path: str) -> None:
+    with pytest.raises(DataError, match=r"here: image .* is no plain path below image_root"):
+        load_image(ImageRef(path), UPath("memory://images"), "pad", MEAN, "here")

@@ -17,6 +17,7 @@ from common.shards.feature_shard import (
     FeatureRow,
     from_bfloat16,
     images_digest,
+    images_per_group,
     is_feature_cache,
     pack_features,
     read_index,
@@ -224,3 +225,44 @@ def test_scores_and_features_are_told_apart(tmp_path: Path) -> None:
     assert is_feature_cache(features)
     with pytest.raises(ShardError, match="its columns are not those of a feature shard of the form q8"):
         FeatureFile(shard_path(features, 0), make_feature_manifest([], form="q8"), 0)
+
+
+def test_a_broken_shard_without_a_manifest_is_no_feature_cache(tmp_path: Path) -> None:
+    write_cache(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert is_feature_cache(tmp_path / "out")
+    shard_path(tmp_path / "out", 0).write_bytes(b"?")
+    assert not is_feature_cache(tmp_path / "out")
+
+
+def test_a_row_group_holds_a_mebibyte_of_bfloat16_and_at_least_one_image() -> None:
+    # CLIP ViT-L/14 at 336 pixels: 576 x 1024 values of 2 bytes are 1.125 MiB.
+    assert images_per_group(576, 1024) == 1
+    assert images_per_group(64, 1024) == 8
+
+
+def test_a_code_that_is_never_written_is_refused() -> None:
+    manifest, packed = make_feature_manifest([], form="q8"), pack_features(make_features(0), "q8")
+    with pytest.raises(ShardError, match="here: has a code below -127"):
+        unpack_features({**packed, "codes": b"\x80" + packed["codes"][1:]}, manifest, "here")
+
+
+def test_a_list_of_images_with_other_columns_is_refused(tmp_path: Path) -> None:
+    write_cache(tmp_path / "out")
+    manifest = read_feature_manifest(tmp_path / "out")
+    path = tmp_path / "out" / "images.parquet"
+    pq.write_table(pq.read_table(path).rename_columns(["sha256", "names"]), path)
+    with pytest.raises(ShardError, match=r"images\.parquet: its columns are not sha256 and paths"):
+        read_index(tmp_path / "out", manifest)
+
+
+def test_a_cache_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.shards.feature_shard._MAX_OPEN_FILES", 1)
+    features = write_cache(tmp_path / "out")
+    closed: list[Path] = []
+    monkeypatch.setattr(FeatureFile, "close", lambda self: closed.append(self.path))
+    cache = FeatureCache(tmp_path / "out")
+    for number in (0, 3, 4, 0):
+        group = cache.group_of(number)
+        assert np.array_equal(cache.read(group)[number - group.start], features[number])
+    assert [path.name for path in closed] == ["shard-00000.parquet", "shard-00001.parquet"]

@@ -337,3 +337,13 @@ def test_the_image_token_is_kept_with_and_without_one(tmp_path: Path) -> None:
         (row,) = ShardFile(shard_path(tmp_path, 0), manifest, 0)
         assert row.conversations[0].encoded.image_token_id == image_token_id
     assert receipt_path(tmp_path, 0).exists()
+
+
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+def test_sizes_are_read_without_decoding_the_rows(tmp_path: Path, kind: Kind) -> None:
+    manifest, rows = make_manifest(kind), make_rows(kind, ROWS_PER_GROUP + 3)
+    write_shard(tmp_path, 0, manifest, rows, ())
+    sizes = ShardFile(shard_path(tmp_path, 0), manifest, 0).read_sizes(1)
+    assert sizes.dtype == np.int32
+    # Every conversation of `make_rows` has 12 tokens, of which the last is scored.
+    assert sizes.tolist() == [[12, len(row.sample.images)] for row in rows[ROWS_PER_GROUP:]]
