@@ -1,1 +1,1 @@
-"""What both halves share: configuration, samples, encodings, scores, shards. Imports no engine."""
+"""Code that precompute/ and train/ share: errors, configuration, datasets, shards, storage. Imports no engine."""

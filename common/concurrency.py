@@ -1,4 +1,4 @@
-"""Threads beside a loop: two prefetchers that load ahead of it, and a writer that works behind it."""
+"""Work in threads beside a loop: prefetching what the loop needs next, and writing what it has made."""
 
 import logging
 import queue
@@ -14,29 +14,29 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ResultT = TypeVar("ResultT")
 
-# How often a full queue looks whether it was closed.
+# How often the thread of a full queue checks if the prefetcher was closed.
 _POLL_S = 0.1
 
 
 def prefetch_map(
     function: Callable[[T], ResultT], items: Iterable[T], *, num_threads: int, ahead: int
 ) -> Generator[ResultT, None, None]:
-    """`function` of each item, in order, computed in threads up to `ahead` items before it is asked for.
+    """Yields `function(item)` of each item in order, computed in threads at most `ahead` items early.
 
-    What `function` or `items` raises is raised here, at its item's turn: what comes before it is not lost. `items` is
-    drawn in the thread that asks.
+    An exception of `function` or of `items` is raised at its item's turn, so that no earlier result is lost. `items` is
+    iterated in the caller's thread.
     """
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
     pending: deque[Future[ResultT]] = deque()
-    drawn = iter(items)
+    iterator = iter(items)
     failure: Exception | None = None
     try:
         while failure is None:
             try:
-                pending.append(pool.submit(function, next(drawn)))
+                pending.append(pool.submit(function, next(iterator)))
             except StopIteration:
                 break
-            except Exception as error:  # noqa: BLE001 - raised again below, at its turn
+            except Exception as error:  # noqa: BLE001 - raised below, at its item's turn
                 failure = error
             if len(pending) >= ahead:
                 yield pending.popleft().result()
@@ -49,10 +49,10 @@ def prefetch_map(
 
 
 class BackgroundWriter(Generic[T]):
-    """Calls `function` with each item in one thread, in order, while the caller goes on.
+    """Calls `function` with each item, in order, in one thread, while the caller goes on.
 
-    At most `max_waiting` items wait besides the one under way; then `put` blocks, and `check` with it. Leaving the
-    context waits for all items, after a failure of the caller too, so that nothing that was handed over is lost.
+    `put` blocks while more than `max_waiting` items wait besides the one under way; a `check` in another thread blocks
+    as long. Leaving the context waits for all items, even after a failure of the caller, so that none is lost.
     """
 
     def __init__(self, function: Callable[[T], None], *, max_waiting: int) -> None:
@@ -63,14 +63,14 @@ class BackgroundWriter(Generic[T]):
         self._lock = threading.Lock()
 
     def put(self, item: T) -> None:
-        """Hands over `item`; raises what `function` raised for an earlier one."""
+        """Adds `item` to the queue. Raises what `function` raised for an earlier item."""
         with self._lock:
             while self._pending and (self._pending[0].done() or len(self._pending) > self._max_waiting):
                 self._pending.popleft().result()
             self._pending.append(self._pool.submit(self._function, item))
 
     def check(self) -> None:
-        """Raises what `function` raised, if it did; costs next to nothing."""
+        """Raises what `function` raised for an item so far. Cheap enough to be called in a loop."""
         with self._lock:
             while self._pending and self._pending[0].done():
                 self._pending.popleft().result()
@@ -86,25 +86,25 @@ class BackgroundWriter(Generic[T]):
         if failures and error is None:
             raise failures[0]
         for failure in failures:
-            # The caller's own failure came first and is what the user must see as the cause.
+            # Logged, not raised, because the caller's own failure came first and must stay the visible cause.
             logger.error("and while finishing: %s", failure)
 
 
 class Prefetcher(Generic[T]):
-    """Draws `items` in a thread, at most `ahead` of them early. What drawing raises is raised by `ready`."""
+    """Iterates `items` in a thread, at most `ahead` items early. An exception of `items` is raised by `ready`."""
 
     def __init__(self, items: Iterable[T], ahead: int) -> None:
         self.ended = False
         self._queue: queue.Queue[tuple[T] | None] = queue.Queue(ahead)
         self._failure: BaseException | None = None
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._draw, args=(items,), name="prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._fill_queue, args=(items,), name="prefetch", daemon=True)
         self._thread.start()
 
-    def ready(self, most: int, *, wait: bool) -> list[T]:
-        """Up to `most` items that are ready now; with `wait` at least one, unless there are no more."""
+    def ready(self, max_items: int, *, wait: bool) -> list[T]:
+        """Returns up to `max_items` items that are ready now; with `wait` at least one, unless there are no more."""
         items: list[T] = []
-        while len(items) < most and not self.ended:
+        while len(items) < max_items and not self.ended:
             try:
                 entry = self._queue.get(block=wait and not items)
             except queue.Empty:
@@ -118,17 +118,17 @@ class Prefetcher(Generic[T]):
         return items
 
     def close(self) -> None:
-        """Stops drawing; returns when the thread has ended, after the item under way at the latest."""
+        """Stops the thread and waits for its end, which comes after the item under way at the latest."""
         self._closed.set()
         self._thread.join()
 
-    def _draw(self, items: Iterable[T]) -> None:
+    def _fill_queue(self, items: Iterable[T]) -> None:
         try:
             for item in items:
                 self._put((item,))
                 if self._closed.is_set():
                     return
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread by `ready`
             self._failure = error
         self._put(None)
 

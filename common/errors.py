@@ -1,16 +1,16 @@
-"""Every error that a user can cause or must act on.
+"""The errors that a user can cause or has to act on.
 
     DecantError
     ├── ConfigError       a key, a value or a combination of them
     ├── DataError         a dataset line, a sample or an image
     ├── ModelError        a model directory
-    ├── ProvenanceError   things that do not belong together: another teacher, dataset, tokenizer
-    ├── ShardError        an output whose bytes, schema or values are not what was written
-    ├── StorageError      the disk or the object store said no
-    └── DivergedError     a training loss that is no number or exploded (train.run.divergence)
+    ├── ProvenanceError   artefacts that do not belong together: another teacher, dataset, tokenizer
+    ├── ShardError        an output whose bytes, schema or values are not those that were written
+    ├── StorageError      a read or a write that the disk or the object store refused
+    └── DivergedError     a training loss that is not finite or exploded (train.run.divergence)
 
-A message says where, what was found, what was expected and what to do. Anything else that is raised
-is a defect of this project.
+Each message says where the error is, what was found, what was expected and what to do. Any other exception is a
+defect of this project.
 """
 
 

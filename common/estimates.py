@@ -1,4 +1,4 @@
-"""Numbers that are estimated before anything is spent, each with the arithmetic that gives it."""
+"""Numbers that are estimated before a run, each with the arithmetic that gives it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +14,9 @@ _BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number. `how` is its formula with the values filled in, short enough to be worked out by hand.
+    """A number with its arithmetic: `how` is the formula with the values filled in, short enough to check by hand.
 
-    With `high` it is a range from `value` to `high`. `error` is one standard error, 0 for what is counted exactly.
+    With `high` it is a range from `value` to `high`. `error` is one standard error, 0 if the value is exact.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Estimate:
     high: float | None = None
 
     def show(self) -> str:
-        """The value with its unit, its range and its standard error."""
+        """Returns the value with its unit, its range and its standard error."""
         text = format_value(self.value, self.unit)
         if self.high is not None and self.high != self.value:
             high = format_value(self.high, self.unit)
@@ -38,25 +38,25 @@ class Estimate:
 
 @dataclass(frozen=True)
 class EstimateTable:
-    """Figures under one title, and below them what they leave out or assume."""
+    """Estimates under one title, with notes on what they leave out or assume."""
 
     title: str
     figures: tuple[Estimate, ...]
     notes: tuple[str, ...] = ()
 
     def render(self) -> RenderableType:
-        """A table of name, value and arithmetic, and the notes."""
+        """Returns a table of names, values and arithmetic, with the notes below it."""
         table = Table(title=self.title, title_justify="left", title_style="bold", expand=False)
         table.add_column("what")
         table.add_column("value", justify="right")
         table.add_column("arithmetic")
-        for figure in self.figures:
-            table.add_row(figure.name, figure.show(), Text(figure.how))
+        for estimate in self.figures:
+            table.add_row(estimate.name, estimate.show(), Text(estimate.how))
         return Group(table, *(Text(f"- {note}") for note in self.notes), Text())
 
 
 def format_value(value: float, unit: Unit = "") -> str:
-    """A number as people read it: "1,234", "13.92 GiB" (1 GiB = 2^30 bytes), "3.142e+18", "12.3 h"."""
+    """Formats a number with its unit: "1,234", "13.92 GiB" (1 GiB = 2^30 bytes), "3.142e+18", "12.3 h"."""
     match unit:
         case "bytes":
             power = 0

@@ -1,10 +1,10 @@
-"""Conversations as token ids, with the spans of the tokens that are scored, and the shift.
+"""Conversations as token ids, with the spans of the tokens that are scored, and the shift by one.
 
-Legend: T own sequence (one placeholder an image), T' expanded sequence, S spans, R scored tokens.
+Legend: T tokens with one placeholder an image, T' tokens after expansion, S spans, R scored tokens.
 
-A model predicts token t from position t - 1. `predicting_positions` is the only place that says so; teacher,
-student and reference log-probs all go through it. Images count as one placeholder token here, because teacher
-and student may expand an image to different numbers of tokens.
+A model predicts token t at position t - 1. This shift is written in `predicting_positions` alone, which teacher,
+student and reference log-probs all use. An image is one placeholder token here, because teacher and student may
+expand it to different numbers of tokens.
 """
 
 import hashlib
@@ -27,7 +27,10 @@ IntArray = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """One conversation. `input_ids` int32 [T]; `spans` int32 [S, 2], half-open, ascending, not overlapping."""
+    """Tokens of one conversation: `input_ids` int32 [T].
+
+    `spans` int32 [S, 2] are ranges of scored tokens: half-open, ascending, not overlapping.
+    """
 
     input_ids: npt.NDArray[np.int32]
     spans: npt.NDArray[np.int32]
@@ -46,33 +49,33 @@ class EncodedChat:
 
     @property
     def num_images(self) -> int:
-        """How many image placeholders the sequence holds."""
+        """Number of image placeholders in `input_ids`."""
         return 0 if self.image_token_id is None else int((self.input_ids == self.image_token_id).sum())
 
 
 def predicting_positions(token_positions: IntArray) -> IntArray:
-    """Positions whose output distribution each token is drawn from: the one before it."""
+    """Returns the position whose output distribution predicts each token: the one before the token's own."""
     return token_positions - 1
 
 
 def expand_placeholders(
     input_ids: IntArray, image_token_id: int | None, tokens_per_image: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Repeats each image placeholder as often as a model wants.
+    """Repeats each image placeholder `tokens_per_image` times.
 
     Returns:
-        The expanded ids, int32 [T'], and where each own token stands in them, int64 [T]; for an image that is
-        its last placeholder, the one that predicts the token after it.
+        The expanded ids, int32 [T'], and the position of each original token in them, int64 [T]. An image's position
+        is that of its last placeholder, because that one predicts the token after the image.
     """
     widths = np.where(input_ids == (-1 if image_token_id is None else image_token_id), tokens_per_image, 1)
     return np.repeat(input_ids, widths).astype(np.int32), np.cumsum(widths, dtype=np.int64) - 1
 
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """The fast tokenizer of a local model directory; offsets of tokens need a fast one.
+    """Loads the fast tokenizer of a local model directory; only fast ones give the tokens' offsets in the text.
 
     Raises:
-        ModelError: none there, a slow one, or transformers is not installed.
+        ModelError: there is no tokenizer or only a slow one, or transformers is not installed.
     """
     try:
         from transformers import AutoTokenizer
@@ -92,15 +95,15 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Fingerprint of what a fast tokenizer does, whatever files it came from."""
+    """SHA-256 (hex) of a fast tokenizer's serialised form, which does not depend on the files it was loaded from."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 class ChatEncoder:
-    """A tokenizer with its chat template: turns samples into token ids.
+    """Turns samples into token ids, with a tokenizer and its chat template.
 
-    Each template is told apart by rendering it: one whose output for a list of content parts holds the part's
-    text wants lists, any other wants strings.
+    Some templates take a message's content as a list of parts, others as a string. One trial rendering tells which: if
+    the output for a list of parts holds the part's text, the template takes lists.
     """
 
     def __init__(self, tokenizer: Any, score: ScoredTokens, template: str) -> None:
@@ -112,8 +115,8 @@ class ChatEncoder:
         image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
         self.image_token_id = None if image_id in (None, tokenizer.unk_token_id) else int(image_id)
         tokenizer.chat_template = template
-        self._wants_parts = self._template_wants_parts()
-        # Models often name only some of their special tokens (eos, bos); an end of turn may be another.
+        self._takes_parts = self._template_takes_parts()
+        # All added special tokens, because a model may name only eos and bos while its end of turn is another one.
         added = tokenizer.added_tokens_decoder.items()
         special = {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
         self._special_ids = special - {self.image_token_id}
@@ -122,21 +125,21 @@ class ChatEncoder:
     def load(
         cls, model_dir: Path, chat_template: Path | None = None, score: ScoredTokens = "response"
     ) -> "ChatEncoder":
-        """Loads the tokenizer of a local model directory; the template may come from a file instead.
+        """Loads the tokenizer and the chat template of a local model directory, or the template of another file.
 
         Raises:
-            ModelError: see `load_tokenizer`.
-            ConfigError: no chat template, neither with the model nor given.
+            ModelError: the tokenizer cannot be loaded (`load_tokenizer`).
+            ConfigError: there is no chat template, neither with the model nor in `chat_template`.
         """
         tokenizer = load_tokenizer(model_dir)
-        template = _read_template(chat_template) if chat_template else _own_template(model_dir, tokenizer)
+        template = _read_template_file(chat_template) if chat_template else _read_model_template(model_dir, tokenizer)
         return cls(tokenizer, score, template)
 
     def encode_sample(self, sample: Sample) -> tuple[EncodedChat, ...]:
-        """Encodes each conversation. Of a preference pair only the last turn is scored: the others are shared.
+        """Encodes each conversation. Of a preference pair only the last turns are scored, as the others are the same.
 
         Raises:
-            DataError: an image in a sample for a tokenizer without an image token, nothing to score.
+            DataError: the tokenizer has no image token for the sample's images, or there is nothing to score.
         """
         return tuple(
             self.encode(turns, len(sample.images), f"sample {sample.id!r}", last_only=sample.kind == "dpo")
@@ -144,28 +147,31 @@ class ChatEncoder:
         )
 
     def encode(self, turns: Sequence[Turn], num_images: int, where: str, *, last_only: bool = False) -> EncodedChat:
-        """Encodes one conversation of `num_images` images; `last_only` scores its last turn alone.
+        """Encodes one conversation of `num_images` images; with `last_only` only its last turn is scored.
 
-        A response is what the template writes after its generation prompt, its end-of-turn token included.
+        A response is the text that the template writes after its generation prompt, the end-of-turn token included.
+
+        Raises:
+            ConfigError: the template rewrites earlier turns. DataError: this conversation cannot be encoded or scored.
         """
         if num_images and self.image_token_id is None:
             raise DataError(f"{where}: has {num_images} image(s), but the tokenizer has no {IMAGE_MARKER} token")
         text, char_spans = self._render(turns, where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.asarray(encoded["input_ids"], np.int32)
-        placeholders = 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())
-        if placeholders != num_images:
+        num_placeholders = 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())
+        if num_placeholders != num_images:
             raise DataError(
-                f"{where}: {num_images} image(s), but its text holds {placeholders} image token(s) after "
+                f"{where}: {num_images} image(s), but its text holds {num_placeholders} image token(s) after "
                 "tokenization; the chat template drops or repeats some, or the text spells the token"
             )
         offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
         if self.score == "all" and not last_only:
-            spans = self._unmasked_spans(ids)
+            spans = self._spans_without_images(ids)
         else:
-            wanted = char_spans[-1:] if last_only else char_spans
-            spans = [self._token_span(text, ids, offsets, span) for span in wanted]
-        # Nothing predicts the first token of a sequence.
+            scored = char_spans[-1:] if last_only else char_spans
+            spans = [self._token_span(text, ids, offsets, span) for span in scored]
+        # The first token is never scored, because no position predicts it.
         spans = [(max(start, 1), stop) for start, stop in spans if stop > max(start, 1)]
         if not spans:
             raise DataError(
@@ -176,23 +182,23 @@ class ChatEncoder:
         return EncodedChat(ids, np.asarray(spans, np.int32).reshape(-1, 2), self.image_token_id)
 
     def encode_prompt(self, turns: Sequence[Turn]) -> npt.NDArray[np.int32]:
-        """Token ids int32 [T] of `turns` and the generation prompt after them: what a model continues."""
-        messages = [{"role": turn.role, "content": self._content(turn.content)} for turn in turns]
-        text = self._apply(messages, True, "prompt")
+        """Returns the token ids of `turns` and of the generation prompt after them, int32 [T]."""
+        messages = [{"role": turn.role, "content": self._to_content(turn.content)} for turn in turns]
+        text = self._apply_template(messages, True, "prompt")
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
     def _render(self, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
-        """The whole conversation as text, and the character range of each assistant turn."""
-        messages = [{"role": turn.role, "content": self._content(turn.content)} for turn in turns]
-        full = self._apply(messages, False, where)
+        """Returns the whole conversation as text, and the character range of each assistant turn."""
+        messages = [{"role": turn.role, "content": self._to_content(turn.content)} for turn in turns]
+        full = self._apply_template(messages, False, where)
         spans = []
         for position, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
             if not position:
                 raise DataError(f"{where}: begins with an assistant turn, which answers nothing; remove that turn")
-            before = self._apply(messages[:position], True, where)
-            through = self._apply(messages[: position + 1], False, where)
+            before = self._apply_template(messages[:position], True, where)
+            through = self._apply_template(messages[: position + 1], False, where)
             if not (full.startswith(through) and through.startswith(before)):
                 raise ConfigError(
                     f"{where}: the chat template rewrites earlier turns when later ones are added, so the start of "
@@ -201,7 +207,7 @@ class ChatEncoder:
             spans.append((len(before), len(through)))
         return full, spans
 
-    def _apply(self, messages: list[dict[str, Any]], generation_prompt: bool, where: str) -> str:
+    def _apply_template(self, messages: list[dict[str, Any]], generation_prompt: bool, where: str) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -211,36 +217,37 @@ class ChatEncoder:
         except TemplateError as error:
             raise DataError(f"{where}: the chat template refuses this conversation ({error})") from error
 
-    def _content(self, text: str) -> Any:
-        if not self._wants_parts:
+    def _to_content(self, text: str) -> Any:
+        if not self._takes_parts:
             return text
         parts: list[dict[str, str]] = []
         for number, piece in enumerate(text.split(IMAGE_MARKER)):
             if number:
                 parts.append({"type": "image"})
-                # The line break of `<image>\n` belongs to the marker: where parts are wanted, the template writes it.
+                # The line break of `<image>\n` belongs to the marker, because a template of parts writes its own.
                 piece = piece.removeprefix("\n")
-            parts += [{"type": "text", "text": piece}] * bool(piece)
+            if piece:
+                parts.append({"type": "text", "text": piece})
         return parts
 
-    def _template_wants_parts(self) -> bool:
+    def _template_takes_parts(self) -> bool:
         from jinja2 import TemplateError
 
         probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
         try:
             rendered = self.tokenizer.apply_chat_template(probe, tokenize=False)
         except (TypeError, AttributeError, ValueError, TemplateError):
-            # A list where the template concatenates or strips text: strings are what it wants.
+            # The template concatenates or strips the content, so it takes strings.
             return False
         return "probe" in rendered and "'text'" not in rendered
 
     def _token_span(
         self, text: str, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], span: tuple[int, int]
     ) -> tuple[int, int]:
-        """Tokens that overlap the characters of `span`.
+        """Returns the range of the tokens that overlap the characters of `span`.
 
-        Left out are white space after an end-of-turn token, and a token of the next turn that shares no more than
-        white space with this one (" USER" after "answer ").
+        It leaves out white space after an end-of-turn token, and a token of the next turn that shares only white space
+        with this one (" USER" after "answer ").
         """
         inside = np.flatnonzero((offsets[:, 1] > span[0]) & (offsets[:, 0] < span[1]))
         if not inside.size:
@@ -248,33 +255,33 @@ class ChatEncoder:
         start, stop = int(inside[0]), int(inside[-1]) + 1
         if offsets[stop - 1, 1] > span[1] and text[offsets[stop - 1, 0] : span[1]].isspace():
             stop -= 1
-        ends = [t for t in range(start, stop) if int(ids[t]) in self._special_ids]
-        if ends and not self.tokenizer.decode(ids[ends[-1] + 1 : stop]).strip():
-            stop = ends[-1] + 1
+        special = [t for t in range(start, stop) if int(ids[t]) in self._special_ids]
+        if special and not self.tokenizer.decode(ids[special[-1] + 1 : stop]).strip():
+            stop = special[-1] + 1
         return start, stop
 
-    def _unmasked_spans(self, ids: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
-        """Everything but images."""
+    def _spans_without_images(self, ids: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
+        """Returns the spans between the images, which together hold every other token."""
         scored = ids != (-1 if self.image_token_id is None else self.image_token_id)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], scored.astype(np.int8), [0]])))
         return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def _read_template(path: Path) -> str:
+def _read_template_file(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: the chat template cannot be read ({error.strerror})") from error
 
 
-def _own_template(model_dir: Path, tokenizer: Any) -> str:
-    """The tokenizer's template, or the processor's (older checkpoints keep it in chat_template.json)."""
+def _read_model_template(model_dir: Path, tokenizer: Any) -> str:
+    """Returns the tokenizer's template, or the processor's, which older checkpoints keep in chat_template.json."""
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
-    beside = model_dir / "chat_template.json"
-    if beside.is_file():
+    processor_file = model_dir / "chat_template.json"
+    if processor_file.is_file():
         try:
-            return str(json.loads(beside.read_text("utf-8"))["chat_template"])
+            return str(json.loads(processor_file.read_text("utf-8"))["chat_template"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{beside}: has no readable chat_template ({error})") from error
+            raise ModelError(f"{processor_file}: has no readable chat_template ({error})") from error
     raise ConfigError(f"{model_dir}: has no chat template; give one with chat_template = FILE")

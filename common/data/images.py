@@ -1,8 +1,8 @@
-"""What a model does to an image, and opening images with care.
+"""Reading of images, and the facts of a model's image processor that data preparation needs.
 
-Teacher and student must see the same picture: both get it from `load_image`, padded to a square with the image
-processor's mean colour by default, as LLaVA-1.5 and LLaVA-MoD train. Resizing and normalising stay with each
-model's own image processor.
+Teacher and student must see the same picture, so both get it from `load_image`: by default padded to a square with
+the image processor's mean colour, as LLaVA-1.5 and LLaVA-MoD train. Each model's own image processor resizes and
+normalises it.
 """
 
 import functools
@@ -21,16 +21,16 @@ from common.storage.files import Location, is_file, list_files, read_bytes
 
 AspectRatio = Literal["pad", "keep"]
 
-# Larger files are refused rather than decoded: a small file can decompress to any size.
+# Larger images are refused before they are decoded, because a small file can decompress to any size.
 MAX_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """An image processor and vision tower as far as data preparation is concerned.
+    """Facts of an image processor and a vision tower that data preparation needs.
 
-    `tokens_per_image` placeholders an image; `mean_rgb` is the padding colour in 0..255; `sha256` covers the
-    processor's settings that change pixels.
+    `tokens_per_image` is the number of placeholders of an image; `mean_rgb` the padding colour in 0..255; `sha256`
+    (hex) covers the processor's settings that change pixels.
     """
 
     tokens_per_image: int
@@ -39,30 +39,32 @@ class ImageSpec:
 
     @classmethod
     def load(cls, model_dir: Path) -> "ImageSpec | None":
-        """Reads config.json and preprocessor_config.json; None for a model without a vision tower.
+        """Reads config.json and preprocessor_config.json. Returns None for a model without a vision tower.
 
         Raises:
-            ModelError: either file is missing or broken, or the vision tower has no fixed number of tokens.
+            ModelError: one of the files is missing or broken, or the vision tower has no fixed number of tokens.
         """
         config = read_json(model_dir / "config.json")
         vision = config.get("vision_config")
         if vision is None:
             return None
-        processor = read_json(_processor_file(model_dir))
+        processor = read_json(_find_processor_file(model_dir))
         processor = processor.get("image_processor", processor)
         try:
-            patches = (vision["image_size"] // vision["patch_size"]) ** 2
+            num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
         except KeyError as error:
             raise ModelError(
                 f"{model_dir}/config.json: vision_config has no {error}; expected a CLIP-like tower"
             ) from error
-        # CLIP puts a class token first, SigLIP does not; "default" drops the first token, "full" keeps all.
-        class_tokens = 0 if "siglip" in vision.get("model_type", "clip_vision_model") else 1
-        dropped = 0 if config.get("vision_feature_select_strategy") == "full" else 1
+        # CLIP puts a class token first, SigLIP does not. "default" drops the first token, "full" keeps all.
+        num_class_tokens = 0 if "siglip" in vision.get("model_type", "clip_vision_model") else 1
+        num_dropped = 0 if config.get("vision_feature_select_strategy") == "full" else 1
         mean = processor.get("image_mean") or [0.5, 0.5, 0.5]
-        relevant = {k: v for k, v in processor.items() if k not in ("processor_class", "image_processor_type")}
+        relevant = {
+            key: value for key, value in processor.items() if key not in ("processor_class", "image_processor_type")
+        }
         return cls(
-            tokens_per_image=patches + class_tokens - dropped,
+            tokens_per_image=num_patches + num_class_tokens - num_dropped,
             mean_rgb=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
             sha256=hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest(),
         )
@@ -75,17 +77,17 @@ def load_image(
     mean_rgb: tuple[int, int, int],
     where: str,
 ) -> Image.Image:
-    """Opens an image as RGB; "pad" makes it square with `mean_rgb`, the picture in the middle.
+    """Opens an image as RGB; "pad" puts it into the middle of a square of the colour `mean_rgb`.
 
     Transparency is dropped and EXIF rotation is not applied, as when LLaVA was trained.
 
     Raises:
-        DataError: missing, unreadable, too large, or outside `image_root`. Never replaced by another image.
-        StorageError: the store did not give it.
+        DataError: the image is missing, unreadable, too large, or outside `image_root`. No other image replaces it.
+        StorageError: the store failed.
     """
-    source = None if ref.data is not None else _inside(ref.path, image_root, where)
+    source = None if ref.data is not None else _resolve_path(ref.path, image_root, where)
     try:
-        with Image.open(_file_of(ref, source)) as opened:
+        with Image.open(_open_source(ref, source)) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(
                     f"{where}: image {ref.path} is {opened.width} x {opened.height}, the limit is {MAX_PIXELS:,} pixels"
@@ -101,15 +103,15 @@ def load_image(
 
 
 def read_image(ref: ImageRef, image_root: Location | None, where: str) -> ImageRef:
-    """The reference with the encoded file's bytes beside its path.
+    """Returns the reference with the bytes of the encoded file beside its path.
 
     Raises:
-        DataError: missing, unreadable, or outside `image_root`.
-        StorageError: the store did not give it.
+        DataError: the file is missing, unreadable, or outside `image_root`.
+        StorageError: the store failed.
     """
     if ref.data is not None:
         return ref
-    path = _inside(ref.path, image_root, where)
+    path = _resolve_path(ref.path, image_root, where)
     try:
         return ImageRef(ref.path, read_bytes(path))
     except FileNotFoundError as error:
@@ -119,25 +121,25 @@ def read_image(ref: ImageRef, image_root: Location | None, where: str) -> ImageR
 
 
 def read_image_and_digest(path: str, image_root: Location | None, where: str) -> tuple[str, bytes]:
-    """SHA-256 (hex) and bytes of an image's file. Raises DataError, StorageError."""
+    """Returns the SHA-256 (hex) and the bytes of an image's file. Raises DataError or StorageError, as `read_image`."""
     data = read_image(ImageRef(path), image_root, where).data
     assert data is not None
     return hashlib.sha256(data).hexdigest(), data
 
 
 def check_image_exists(ref: ImageRef, image_root: Location | None, where: str) -> None:
-    """Checks what can be checked of an image without reading it.
+    """Checks that the file of an image exists, without reading it.
 
     Raises:
         DataError: there is no such file, or it lies outside `image_root`.
-        StorageError: the store did not say.
+        StorageError: the store failed.
     """
-    if ref.data is None and not _is_there(path := _inside(ref.path, image_root, where)):
+    if ref.data is None and not _exists(path := _resolve_path(ref.path, image_root, where)):
         raise DataError(f"{where}: image {path} does not exist; check image_root")
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Centres the image on a square of its longer side."""
+    """Centres the image on a square whose side is the image's longer one."""
     width, height = image.size
     if width == height:
         return image
@@ -148,10 +150,10 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model directory.
+    """Reads a JSON object from a file of a model directory.
 
     Raises:
-        ModelError: missing or broken.
+        ModelError: the file is missing or broken, or holds no object.
     """
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -164,32 +166,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _processor_file(model_dir: Path) -> Path:
+def _find_processor_file(model_dir: Path) -> Path:
     separate = model_dir / "preprocessor_config.json"
     return separate if separate.is_file() else model_dir / "processor_config.json"
 
 
-def _file_of(ref: ImageRef, source: Location | None) -> io.BytesIO | Path:
-    """What Pillow opens: a local file itself, of which it may read the head alone, or the bytes of an object."""
+def _open_source(ref: ImageRef, source: Location | None) -> io.BytesIO | Path:
+    """Returns what Pillow opens: a local path, so that it may read only the header, or the bytes of an object."""
     if isinstance(source, Path):
         return source
     return io.BytesIO(read_bytes(source) if source is not None else ref.data or b"")
 
 
-def _is_there(path: Location) -> bool:
-    """An object is looked up in a listing: asking for each of a million images would take hours.
+def _exists(path: Location) -> bool:
+    """Returns True if there is such a file or object.
 
-    What the listing does not know is asked for, since it may have been added meanwhile.
+    An object is looked up in a cached listing, because one request for each of a million images would take hours. One
+    that the listing lacks is requested, because it may have been added since.
     """
-    return (not isinstance(path, Path) and path.name in _listed(path.parent)) or is_file(path)
+    return (not isinstance(path, Path) and path.name in _list_cached(path.parent)) or is_file(path)
 
 
 @functools.lru_cache(maxsize=256)
-def _listed(directory: Location) -> frozenset[str]:
+def _list_cached(directory: Location) -> frozenset[str]:
     return frozenset(list_files(directory))
 
 
-def _inside(path: str | None, image_root: Location | None, where: str) -> Location:
+def _resolve_path(path: str | None, image_root: Location | None, where: str) -> Location:
     if path is None:
         raise DataError(f"{where}: an image has neither a path nor bytes")
     if image_root is None:

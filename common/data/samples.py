@@ -1,9 +1,9 @@
-"""Datasets as samples: a conversation to distil, or a preference pair.
+"""Datasets as samples: conversations to distil, or preference pairs.
 
     file (.json, .jsonl, either with .zst) ── Dataset.open ──> index of records, ids, SHA-256
-    Dataset[i] ──> Sample   conversations of turns, image references; nothing is decoded yet
+    Dataset[i] ──> Sample   conversations of turns, image references; images are not read
 
-Record forms, told apart by their keys:
+Record forms, recognised by their keys:
     LLaVA        {"id", "image": str | [str, ...], "conversations": [{"from": "human" | "gpt" | "system", "value"}]}
     messages     {"id", "messages": [{"role", "content"}], "images": [...]}
     preference   {"id", "image", "chosen": [...], "rejected": [...]}, each a list of from/value or role/content,
@@ -37,7 +37,7 @@ _ROLES: dict[str, Role] = {
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; `content` holds an `<image>` marker where an image stands."""
+    """Message of a conversation; `content` holds an `<image>` marker at each image's place."""
 
     role: Role
     content: str
@@ -45,7 +45,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Where an image is: a path relative to the image root, or its encoded bytes."""
+    """Reference to an image: a path relative to the image root, or the bytes of the encoded file, or both."""
 
     path: str | None
     data: bytes | None = None
@@ -53,7 +53,7 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Sample:
-    """One dataset record. `conversations` is (conversation,) for "kd" and (chosen, rejected) for "dpo"."""
+    """Dataset record. `conversations` is (conversation,) for the kind "kd" and (chosen, rejected) for "dpo"."""
 
     id: str
     kind: Kind
@@ -70,7 +70,7 @@ class _Line(NamedTuple):
 class Dataset:
     """Random access to the samples of one file, in the order of the file.
 
-    Only the position of each line is kept of a JSONL file; a JSON array is held in memory whole.
+    The file's bytes are held in memory. A line of a JSONL file is parsed each time it is asked for, a JSON array once.
     """
 
     def __init__(self, path: Location, kind: Kind, data: bytes, records: list[Any]) -> None:
@@ -84,11 +84,11 @@ class Dataset:
 
     @classmethod
     def open(cls, path: Location, kind: Kind) -> "Dataset":
-        """Reads and indexes the file.
+        """Reads and indexes a file.
 
         Raises:
-            DataError: unreadable or empty file, broken JSON (with its line), missing or duplicate ids.
-            StorageError: the store did not give it.
+            DataError: the file is unreadable or empty, its JSON is broken (with the line), ids are missing or repeated.
+            StorageError: the store failed.
         """
         try:
             data = read_bytes(path)
@@ -97,7 +97,7 @@ class Dataset:
         except (OSError, zstandard.ZstdError) as error:
             raise DataError(f"{path}: the dataset cannot be read ({error})") from error
         name = path.name.removesuffix(".zst")
-        records: list[Any] = list(_jsonl_lines(data)) if name.endswith(".jsonl") else _json_array(path, data)
+        records: list[Any] = list(_index_lines(data)) if name.endswith(".jsonl") else _parse_array(path, data)
         if not records:
             raise DataError(f"{path}: the dataset is empty; expected at least one sample")
         return cls(path, kind, data, records)
@@ -107,7 +107,7 @@ class Dataset:
 
     def __getitem__(self, index: int) -> Sample:
         record = self._record(index)
-        where = f"{self.path}: sample {self.ids[index]!r} ({self._place(index)})"
+        where = f"{self.path}: sample {self.ids[index]!r} ({self._position(index)})"
         if not any(key in record for key in ("conversations", "messages", "chosen")):
             raise DataError(
                 f"{where}: found keys {sorted(record)}; expected conversations, messages or chosen/rejected"
@@ -115,56 +115,61 @@ class Dataset:
         if ("chosen" in record) != (self.kind == "dpo"):
             expected = "chosen and rejected answers" if self.kind == "dpo" else "conversations or messages"
             raise DataError(f'{where}: found keys {sorted(record)}; kind = "{self.kind}" expects {expected}')
-        images = _image_refs(record, where)
+        images = _parse_images(record, where)
         conversations: tuple[tuple[Turn, ...], ...]
         if self.kind == "kd":
-            conversations = (_turns(record.get("conversations", record.get("messages")), where),)
+            conversations = (_parse_turns(record.get("conversations", record.get("messages")), where),)
         else:
-            conversations = tuple(_answered(record, name, where) for name in ("chosen", "rejected"))
+            conversations = tuple(_parse_answer(record, name, where) for name in ("chosen", "rejected"))
             if conversations[0][:-1] != conversations[1][:-1]:
                 raise DataError(f"{where}: chosen and rejected must share every turn but the last")
         return Sample(
             id=self.ids[index],
             kind=self.kind,
             images=images,
-            conversations=tuple(_with_markers(turns, len(images), where) for turns in conversations),
+            conversations=tuple(_insert_markers(turns, len(images), where) for turns in conversations),
         )
 
     def images(self, index: int) -> tuple[ImageRef, ...]:
-        """A sample's images alone, whatever its kind. Raises DataError if its record does not name them properly."""
-        return _image_refs(self._record(index), f"{self.path}: sample {self.ids[index]!r} ({self._place(index)})")
+        """Returns the images of a sample of either kind. Raises DataError if the record's image key is malformed."""
+        return _parse_images(self._record(index), f"{self.path}: sample {self.ids[index]!r} ({self._position(index)})")
 
     def _record(self, index: int) -> dict[str, Any]:
         entry = self._records[index]
         if isinstance(entry, _Line):
             entry = _parse(self._data[entry.start : entry.end], self.path, entry.number)
         if not isinstance(entry, dict):
-            raise DataError(f"{self.path}: {self._place(index)}: found {type(entry).__name__}, expected a JSON object")
+            raise DataError(
+                f"{self.path}: {self._position(index)}: found {type(entry).__name__}, expected a JSON object"
+            )
         return entry
 
     def _record_id(self, index: int) -> str:
-        # Parsed here once for every line, so that broken JSON is found before anything is spent.
+        # Called for every record on opening, so that broken JSON is found before any work is done.
         record = self._record(index)
         if "id" not in record or not isinstance(record["id"], str | int) or record["id"] == "":
-            raise DataError(f'{self.path}: {self._place(index)}: no "id"; every sample needs a unique one')
-        return _check_encodable(str(record["id"]), f"{self.path}: {self._place(index)}: id")
+            raise DataError(f'{self.path}: {self._position(index)}: no "id"; every sample needs a unique one')
+        return _check_encodable(str(record["id"]), f"{self.path}: {self._position(index)}: id")
 
     def _check_unique_ids(self) -> None:
         first: dict[str, int] = {}
         for index, sample_id in enumerate(self.ids):
             if (other := first.setdefault(sample_id, index)) != index:
                 raise DataError(
-                    f"{self.path}: id {sample_id!r} stands at {self._place(other)} and again at {self._place(index)}; "
-                    "ids must be unique, since shards and training refer to samples by them"
+                    f"{self.path}: id {sample_id!r} stands at {self._position(other)} and again at "
+                    f"{self._position(index)}; ids must be unique, since shards and training refer to samples by them"
                 )
 
-    def _place(self, index: int) -> str:
+    def _position(self, index: int) -> str:
         entry = self._records[index]
         return f"line {entry.number}" if isinstance(entry, _Line) else f"element {index}"
 
 
 def _decompress(data: bytes) -> bytes:
-    """All frames of a zstd file; a stream reader would stop in silence after the first, or at a cut."""
+    """Decompresses all frames of a zstd file.
+
+    A stream reader would stop without an error after the first frame, or where the file is cut off.
+    """
     contents = []
     while data:
         frame = zstandard.ZstdDecompressor().decompressobj()
@@ -175,7 +180,7 @@ def _decompress(data: bytes) -> bytes:
     return b"".join(contents)
 
 
-def _jsonl_lines(data: bytes) -> Iterator[_Line]:
+def _index_lines(data: bytes) -> Iterator[_Line]:
     start, number = 0, 1
     while start < len(data):
         end = data.find(b"\n", start)
@@ -185,7 +190,7 @@ def _jsonl_lines(data: bytes) -> Iterator[_Line]:
         start, number = end + 1, number + 1
 
 
-def _json_array(path: Location, data: bytes) -> list[Any]:
+def _parse_array(path: Location, data: bytes) -> list[Any]:
     records = _parse(data, path, 1)
     if not isinstance(records, list):
         raise DataError(f"{path}: found a JSON {type(records).__name__}, expected an array (or name the file .jsonl)")
@@ -205,7 +210,7 @@ def _parse(data: bytes, path: Location, first_line: int) -> Any:
         raise DataError(f"{path}: line {first_line}: cannot be read as JSON: {error}") from error
 
 
-def _image_refs(record: dict[str, Any], where: str) -> tuple[ImageRef, ...]:
+def _parse_images(record: dict[str, Any], where: str) -> tuple[ImageRef, ...]:
     found = record.get("images", record.get("image"))
     if found is None:
         return ()
@@ -218,7 +223,7 @@ def _image_refs(record: dict[str, Any], where: str) -> tuple[ImageRef, ...]:
     return tuple(refs)
 
 
-def _turns(messages: Any, where: str) -> tuple[Turn, ...]:
+def _parse_turns(messages: Any, where: str) -> tuple[Turn, ...]:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: found {type(messages).__name__}, expected a non-empty list of turns")
     turns = []
@@ -229,17 +234,17 @@ def _turns(messages: Any, where: str) -> tuple[Turn, ...]:
         content = message.get("value", message.get("content"))
         if not isinstance(speaker, str) or speaker not in _ROLES:
             raise DataError(f"{where}: turn {position}: role {speaker!r}; expected one of {', '.join(_ROLES)}")
-        turns.append(Turn(_ROLES[speaker], _text(content, f"{where}: turn {position}")))
+        turns.append(Turn(_ROLES[speaker], _parse_content(content, f"{where}: turn {position}")))
     return tuple(turns)
 
 
 def without_last_response(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """What a model answers: the conversation without its last response, or all of it if it ends with a question."""
+    """Returns the turns that a model answers: all but the last response, or all if the last turn is not a response."""
     return turns[:-1] if turns[-1].role == "assistant" else turns
 
 
-def _text(content: Any, where: str) -> str:
-    """Plain text, or the list form of chat messages with its image parts turned into markers."""
+def _parse_content(content: Any, where: str) -> str:
+    """Returns a message's content as text; in a list of parts each image becomes a marker."""
     if isinstance(content, list):
         parts = []
         for part in content:
@@ -254,7 +259,10 @@ def _text(content: Any, where: str) -> str:
 
 
 def _check_encodable(text: str, where: str) -> str:
-    """Refuses half of a surrogate pair: JSON can spell it, but neither a tokenizer nor a shard can hold it."""
+    """Returns `text`, and raises DataError if it has half of a surrogate pair.
+
+    JSON can spell one, but neither a tokenizer nor a shard can hold it.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -262,22 +270,25 @@ def _check_encodable(text: str, where: str) -> str:
     return text
 
 
-def _answered(record: dict[str, Any], name: str, where: str) -> tuple[Turn, ...]:
+def _parse_answer(record: dict[str, Any], name: str, where: str) -> tuple[Turn, ...]:
     answer = record.get(name)
     if isinstance(answer, str):
         if not isinstance(record.get("question"), str):
             raise DataError(f'{where}: "{name}" is a string, so a "question" string is needed beside it')
-        return (Turn("user", _text(record["question"], where)), Turn("assistant", _text(answer, f"{where}: {name}")))
-    turns = _turns(answer, f"{where}: {name}")
+        return (
+            Turn("user", _parse_content(record["question"], where)),
+            Turn("assistant", _parse_content(answer, f"{where}: {name}")),
+        )
+    turns = _parse_turns(answer, f"{where}: {name}")
     if turns[-1].role != "assistant":
         raise DataError(f"{where}: {name}: the last turn is {turns[-1].role}'s, expected the assistant's")
     if len(turns) == 1 and isinstance(record.get("question"), str):
-        turns = (Turn("user", _text(record["question"], where)), *turns)
+        turns = (Turn("user", _parse_content(record["question"], where)), *turns)
     return turns
 
 
-def _with_markers(turns: tuple[Turn, ...], num_images: int, where: str) -> tuple[Turn, ...]:
-    """Puts the images before the first user turn if no marker says where they stand, as LLaVA does."""
+def _insert_markers(turns: tuple[Turn, ...], num_images: int, where: str) -> tuple[Turn, ...]:
+    """Puts a marker for each image before the first user turn if there are no markers, as LLaVA does."""
     num_markers = sum(turn.content.count(IMAGE_MARKER) for turn in turns)
     if num_markers == num_images:
         return turns

@@ -1,15 +1,16 @@
-"""How kept entries become bytes, and back; docs/shard-format.md says it to the bit.
+"""Codec of kept entries: ids and log-probs to bytes, and back; docs/shard-format.md specifies every bit.
 
-    ids ─ TokenOrder ─> ranks, ascending in a row ─> differences ─> a symbol each, a row's first quarter apart from the
-                        second and so on, and what does not fit into symbols
-    log-probs ─ precision ─> codes, rows of like rest mass together, or byte planes of floats; in the order of the ranks
-    draws ─ in the order of the ranks ─> a bit for more than one, and byte planes of those
+    ids ─ TokenOrder ─> ranks, ascending in a row ─> differences ─> one symbol each, in a stream for each quarter of the
+                        rows, and two streams of what a symbol cannot hold
+    log-probs ─ precision ─> codes, in a stream for each bucket of rest masses, or byte planes of floats
+    draws ─> a bit for each number above 1, and byte planes of those numbers
 
-Ids are exact. A rank is an id's place in its row's table, by how often rows of this table keep it: what a row keeps is
-mostly frequent there, so its ranks lie close together and differ by little. Each stream is a Parquet column of its own:
-zstd then sees bytes of one kind.
+Log-probs and draws are in the order of the ranks. Ids are exact. A rank is an id's position in its row's table, which
+is sorted by how many rows of the table keep the id. Most ids that a row keeps are frequent there, so their ranks are
+close together and the differences small. Each stream is a Parquet column of its own, so that zstd compresses bytes of
+one kind together.
 
-Legend: R scored tokens, N kept entries of all of them, K kept entries of the longest row, V vocabulary.
+Legend: R scored tokens, N kept entries of all rows, K kept entries of the longest row, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,15 +24,15 @@ from common.errors import ShardError
 from common.shards.byte_streams import (
     NUM_BUCKETS,
     NUM_QUARTERS,
-    buckets_of,
-    bytes_of_bits,
+    expand_draws,
     join_buckets,
     join_quarters,
+    num_packed_bytes,
     pack_bits,
     quarter_widths,
+    rest_mass_buckets,
+    split_by_label,
     split_quarters,
-    split_rows,
-    with_single_draws,
 )
 from common.shards.quantization import MIN_MASS, Quantizer, StoredPrecision
 from common.shards.scores import (
@@ -54,37 +55,39 @@ _VALUE_COLUMNS: dict[StoredPrecision, tuple[str, ...]] = {
     None: ("topk_repeated", "topk_draws_0", "topk_draws_1"),
 }
 
-# p of a code in sixteenths of a squared step: its square, but code 0 stands for a quarter of a step.
+# Probability of each code in sixteenths of a squared step: 16 code^2. Code 0 counts as a quarter of a step, so that no
+# kept entry has probability 0.
 _WEIGHTS = np.maximum(16 * np.arange(256) ** 2, 1).astype(np.float32)
 _LOG_WEIGHTS = np.log(_WEIGHTS.astype(np.float64)).astype(np.float32)
 
 _VALUE_BYTES: dict[StoredPrecision, int] = {"fp32": 4, "fp16": 2, "q8": 1, "q6": 1, None: 2}
 _ID_BITS = (MAX_VOCAB_SIZE - 1).bit_length()
 
-# Differences below this are their own symbols; above, symbol 192 + h stands for 192 + 256 h + a low byte.
-_LITERALS = 192
-_MOST_H = 63
+# A difference below this is its own symbol. A larger one is 192 + 256 h + a low byte and has the symbol 192 + h; h from
+# 63 on has the symbol 255 and is written to a stream of its own.
+_NUM_LITERALS = 192
+_MAX_H = 63
 
-# Conversations are coded together until they have so many entries: few calls, and arrays that stay in the cache.
-_BATCH_ENTRIES = 1 << 17
+# Conversations are coded in batches of about this many entries: few NumPy calls, and arrays that fit into the cache.
+_MAX_BATCH_ENTRIES = 1 << 17
 
 
 @dataclass(frozen=True)
 class BinaryColumn:
-    """A binary column: `data` uint8 [bytes]; conversation i has those from `offsets[i]` to `offsets[i + 1]`."""
+    """Binary column: `data` uint8 [bytes], of which conversation i has those from `offsets[i]` to `offsets[i + 1]`."""
 
     data: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int64]
 
-    def part(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Bytes of the conversations from `start` to `stop`."""
+    def slice(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Returns the bytes of conversations `start` to `stop` - 1."""
         return self.data[self.offsets[start] : self.offsets[stop]]
 
 
 class RowColumns(NamedTuple):
-    """What a shard says of each row in native columns: arrays [R].
+    """Native columns of one or more conversations, arrays [R].
 
-    `rest_mass` as it is stored (`Quantizer.stored_rest`); `tables` are numbers of the token order's tables.
+    `rest_mass` is rounded as it is stored (`Quantizer.stored_rest`); `tables` has the number of each row's table.
     """
 
     counts: npt.NDArray[np.int32]
@@ -94,7 +97,7 @@ class RowColumns(NamedTuple):
 
 @dataclass(frozen=True)
 class CodecSettings:
-    """How a shard's kept entries are stored. With `keep_codes` those of a quantised precision are read with codes."""
+    """Token order and quantizer of a shard; with `keep_codes`, `unpack` returns the codes of q8 and q6, too."""
 
     order: TokenOrder
     quantizer: Quantizer
@@ -102,7 +105,7 @@ class CodecSettings:
 
 
 class KeptEntries(NamedTuple):
-    """Arrays [N] of entries as `TeacherScores` has them."""
+    """Kept entries, arrays [N] as in `TeacherScores`."""
 
     ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
@@ -110,17 +113,17 @@ class KeptEntries(NamedTuple):
     codes: npt.NDArray[np.uint8] | None
 
 
-def column_names(form: StoredPrecision) -> tuple[str, ...]:
-    """Names of a conversation's binary columns."""
-    return ID_COLUMNS + _VALUE_COLUMNS[form]
+def column_names(precision: StoredPrecision) -> tuple[str, ...]:
+    """Returns the names of a conversation's binary columns, without the prefix of a preference pair."""
+    return ID_COLUMNS + _VALUE_COLUMNS[precision]
 
 
 def pack(
     scores: Sequence[TeacherScores], tables: Sequence[npt.NDArray[np.uint8]], settings: CodecSettings
 ) -> dict[str, BinaryColumn]:
-    """The binary columns of these conversations, whose rows have these `tables` of the order, [R] each.
+    """Packs the kept entries of conversations into binary columns; `tables` has the table of each row, [R] each.
 
-    Scores with `codes` are stored by them, not by their log-probs.
+    Scores with `codes` are stored by their codes, not by their log-probs.
     """
     sizes = [len(each.ids) for each in scores]
     batches = [_pack_batch(scores[a:b], np.concatenate(tables[a:b]), settings) for a, b in _batches(sizes)]
@@ -143,21 +146,21 @@ def unpack(
     `rows` has the native columns of each conversation.
 
     Raises:
-        ShardError: the streams do not fit together, or name a token past the vocabulary.
+        ShardError: the streams do not belong together, or name a token past the vocabulary.
     """
     sizes = [int(each.counts.sum()) for each in rows]
     for start, stop in _batches(sizes):
         together = RowColumns(*map(np.concatenate, zip(*rows[start:stop], strict=True)))
         _check_rows(together, settings.order.num_tables, where)
         ends = np.cumsum([0, *sizes[start:stop]])
-        parts = {name: column.part(start, stop) for name, column in columns.items()}
+        parts = {name: column.slice(start, stop) for name, column in columns.items()}
         kept = _unpack_batch(parts, ends, together, settings, where)
-        for part in map(slice, ends[:-1], ends[1:]):
+        for entries in map(slice, ends[:-1], ends[1:]):
             yield KeptEntries(
-                kept.ids[part].copy(),
-                kept.logprobs[part].copy(),
-                None if kept.draws is None else kept.draws[part].copy(),
-                None if kept.codes is None else kept.codes[part].copy(),
+                kept.ids[entries].copy(),
+                kept.logprobs[entries].copy(),
+                None if kept.draws is None else kept.draws[entries].copy(),
+                None if kept.codes is None else kept.codes[entries].copy(),
             )
 
 
@@ -171,57 +174,57 @@ def _check_rows(rows: RowColumns, num_tables: int, where: str) -> None:
 def _pack_batch(
     scores: Sequence[TeacherScores], tables_R: npt.NDArray[np.uint8], settings: CodecSettings
 ) -> dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:
-    """Bytes of each column, and how many of them each conversation has."""
-    order, coding = settings.order, settings.quantizer
-    form = coding.precision
+    """Returns the bytes of each column, and the number of bytes of each conversation."""
+    order, quantizer = settings.order, settings.quantizer
+    precision = quantizer.precision
     counts_R = np.concatenate([each.counts for each in scores])
     ends = np.cumsum([0, *(len(each.ids) for each in scores)])
-    num_bytes = _VALUE_BYTES[form]
+    num_bytes = _VALUE_BYTES[precision]
     ids_N = np.concatenate([each.ids for each in scores])
     cells_N = np.repeat(tables_R * np.int64(order.vocab_size), counts_R)
     cells_N += ids_N
-    keys_N = order.ranks.reshape(-1).take(cells_N, mode="clip").astype(_key_type(form))
+    keys_N = order.ranks.reshape(-1).take(cells_N, mode="clip").astype(_key_type(precision))
     keys_N <<= 8 * num_bytes
-    keys_N |= np.concatenate([_values(each, coding) for each in scores])
-    keys_RK = _rows(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
+    keys_N |= np.concatenate([_quantize(each, quantizer) for each in scores])
+    keys_RK = _to_rectangle(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
     keys_RK.sort(axis=1)
     ranks_RK = (keys_RK >> 8 * num_bytes).astype(np.int32)
-    steps_N = _entries(np.diff(ranks_RK, axis=1, prepend=np.int32(-1)), counts_R) - 1
+    steps_N = _from_rectangle(np.diff(ranks_RK, axis=1, prepend=np.int32(-1)), counts_R) - 1
     assert steps_N.min(initial=0) >= 0, "a row keeps an id twice"
 
-    far = np.flatnonzero(steps_N >= _LITERALS)
-    beyond = steps_N[far] - _LITERALS
-    h = beyond >> 8
-    high = np.flatnonzero(h >= _MOST_H)
+    escaped = np.flatnonzero(steps_N >= _NUM_LITERALS)
+    excess = steps_N[escaped] - _NUM_LITERALS
+    h = excess >> 8
+    high = np.flatnonzero(h >= _MAX_H)
     symbols_N = steps_N.astype(np.uint8)
-    symbols_N[far] = _LITERALS + np.minimum(h, _MOST_H)
-    far_ends = np.searchsorted(far, ends)
-    high_ends = np.searchsorted(high, far_ends)
+    symbols_N[escaped] = _NUM_LITERALS + np.minimum(h, _MAX_H)
+    escaped_ends = np.searchsorted(escaped, ends)
+    high_ends = np.searchsorted(high, escaped_ends)
     row_ends = np.cumsum([0, *(each.num_rows for each in scores)])
     quarters_R4 = np.cumsum(quarter_widths(counts_R), axis=0)
     quarter_ends = np.concatenate([np.zeros((1, NUM_QUARTERS), np.int64), quarters_R4])[row_ends]
     streams = [
         *zip(split_quarters(symbols_N, counts_R), np.diff(quarter_ends, axis=0).T, strict=True),
-        (beyond.astype(np.uint8), np.diff(far_ends)),
+        (excess.astype(np.uint8), np.diff(escaped_ends)),
         (h[high].astype("<u2").view(np.uint8), 2 * np.diff(high_ends)),
     ]
-    values, value_ends = _entries(keys_RK, counts_R), ends
-    if form is None:
-        # Most ids are drawn once.
+    values, value_ends = _from_rectangle(keys_RK, counts_R), ends
+    if precision is None:
+        # Most ids are drawn once, so a bit for each costs less than two bytes.
         draws_N = values & ((1 << 8 * num_bytes) - 1)
         assert draws_N.min(initial=1) >= 1
         is_repeated_N = draws_N > 1
         values, value_ends = values[is_repeated_N], np.concatenate([[0], np.cumsum(is_repeated_N)])[ends]
-        streams.append((pack_bits(is_repeated_N, ends), bytes_of_bits(np.diff(ends))))
-    if coding.levels is not None:
-        buckets_R = buckets_of(coding.stored_rest(np.concatenate([each.rest_mass for each in scores])))
+        streams.append((pack_bits(is_repeated_N, ends), num_packed_bytes(np.diff(ends))))
+    if quantizer.levels is not None:
+        buckets_R = rest_mass_buckets(quantizer.stored_rest(np.concatenate([each.rest_mass for each in scores])))
         cells_R = np.repeat(np.arange(len(scores)), np.diff(row_ends)) * NUM_BUCKETS + buckets_R
         sizes = np.bincount(cells_R, counts_R, minlength=len(scores) * NUM_BUCKETS).astype(np.int64)
-        parts = split_rows(values.astype(np.uint8), counts_R, buckets_R, NUM_BUCKETS)
+        parts = split_by_label(values.astype(np.uint8), counts_R, buckets_R, NUM_BUCKETS)
         streams += zip(parts, sizes.reshape(-1, NUM_BUCKETS).T, strict=True)
-        return dict(zip(column_names(form), streams, strict=True))
+        return dict(zip(column_names(precision), streams, strict=True))
     streams += [((values >> 8 * plane).astype(np.uint8), np.diff(value_ends)) for plane in range(num_bytes)]
-    return dict(zip(column_names(form), streams, strict=True))
+    return dict(zip(column_names(precision), streams, strict=True))
 
 
 def _unpack_batch(
@@ -231,121 +234,127 @@ def _unpack_batch(
     settings: CodecSettings,
     where: str,
 ) -> KeptEntries:
-    """The entries of all rows, each row by descending log-prob, ties by ascending id; `ends` are conversations'."""
+    """Returns the entries of all rows, in a row by descending log-prob, ties by ascending id.
+
+    `ends` int64 has 0 and the index after the last entry of each conversation.
+    """
     counts_R, rest_R, tables_R = rows
-    order, coding = settings.order, settings.quantizer
-    form = coding.precision
+    order, quantizer = settings.order, settings.quantizer
+    precision = quantizer.precision
     symbols_N = join_quarters([columns[name] for name in _SYMBOL_COLUMNS], counts_R, where)
-    low, high, *planes = (columns[name] for name in column_names(form)[NUM_QUARTERS:])
+    low, high, *planes = (columns[name] for name in column_names(precision)[NUM_QUARTERS:])
     num_entries = int(counts_R.sum())
-    if form is None:
-        planes = with_single_draws(planes, ends, where)
-    elif coding.levels is not None:
-        planes = [join_buckets(planes, counts_R, buckets_of(rest_R), where)]
-    far = np.flatnonzero(symbols_N >= _LITERALS)
-    h = symbols_N[far].astype(np.int32) - _LITERALS
-    is_high = h == _MOST_H
+    if precision is None:
+        planes = expand_draws(planes, ends, where)
+    elif quantizer.levels is not None:
+        planes = [join_buckets(planes, counts_R, rest_mass_buckets(rest_R), where)]
+    escaped = np.flatnonzero(symbols_N >= _NUM_LITERALS)
+    h = symbols_N[escaped].astype(np.int32) - _NUM_LITERALS
+    is_high = h == _MAX_H
     found = [len(low), len(high), *map(len, planes)]
-    expected = [len(far), 2 * int(is_high.sum()), *[num_entries] * len(planes)]
+    expected = [len(escaped), 2 * int(is_high.sum()), *[num_entries] * len(planes)]
     if found != expected:
         raise ShardError(
             f"{where}: streams of {found} bytes for {num_entries:,} kept entries, expected {expected}; the shard is "
             "damaged"
         )
     h[is_high] = np.frombuffer(high.tobytes(), "<u2")
-    # From here on a rank is counted from 1, and a difference is one more.
+    # Ranks are counted from 1 here, so that each difference is one more than its symbol says.
     steps_N = np.add(symbols_N, 1, dtype=np.int32)
-    # What is damaged may be larger than any difference.
-    steps_N[far] = _LITERALS + (np.minimum(h, MAX_VOCAB_SIZE >> 8) << 8) + low + 1
-    # 64 bits, which damaged ones cannot exceed.
-    ranks_RK = np.cumsum(_rows(steps_N, counts_R, 0), axis=1, dtype=np.int64)
+    # Limited, because a damaged h may be larger than that of any difference.
+    steps_N[escaped] = _NUM_LITERALS + (np.minimum(h, MAX_VOCAB_SIZE >> 8) << 8) + low + 1
+    # In 64 bits, so that even damaged differences do not overflow.
+    ranks_RK = np.cumsum(_to_rectangle(steps_N, counts_R, 0), axis=1, dtype=np.int64)
     starts_R = order.starts[tables_R]
-    # Ranks ascend.
+    # Ranks ascend, so the last of a row is its largest.
     if (ranks_RK[:, -1:] > (order.starts[1:][tables_R] - starts_R)[:, None]).any():
         raise ShardError(f"{where}: names an id past the last one of its row's table; the shard is damaged")
     ranks_RK += starts_R[:, None] - 1
 
-    keys_N = _sort_keys(planes, coding, where)
+    keys_N = _sort_keys(planes, quantizer, where)
     keys_N <<= _ID_BITS
-    keys_RK = _rows(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
+    keys_RK = _to_rectangle(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
     keys_RK |= order.ids.take(ranks_RK, mode="clip").astype(keys_N.dtype)
     keys_RK.sort(axis=1)
-    keys_N = _entries(keys_RK, counts_R)
-    # Where a key has 32 bits, an id's bits are those of its int32 already.
+    keys_N = _from_rectangle(keys_RK, counts_R)
+    # No copy if keys have 32 bits: the masked key is the id already.
     ids_N = (keys_N & ((1 << _ID_BITS) - 1)).astype(np.uint32, copy=False).view(np.int32)
     keys_N >>= _ID_BITS
-    if form in ("fp32", "fp16"):
+    if precision in ("fp32", "fp16"):
         return KeptEntries(ids_N, from_descending_keys(keys_N.astype(np.uint32)), None, None)
-    if coding.levels is None:
-        assert coding.num_draws is not None
-        draws_N = coding.num_draws - keys_N.astype(np.int32)
-        return KeptEntries(ids_N, empirical_logprobs(draws_N, coding.num_draws), draws_N, None)
-    codes_RK = _rows(np.subtract(coding.levels, keys_N, dtype=np.intp), counts_R, 0)
-    # Integers below 2^24, and so are their sums: float32 is exact. What fills a row up weighs 1.
+    if quantizer.levels is None:
+        assert quantizer.num_draws is not None
+        draws_N = quantizer.num_draws - keys_N.astype(np.int32)
+        return KeptEntries(ids_N, empirical_logprobs(draws_N, quantizer.num_draws), draws_N, None)
+    codes_RK = _to_rectangle(np.subtract(quantizer.levels, keys_N, dtype=np.intp), counts_R, 0)
+    # Weights and their sums are integers below 2^24, so float32 is exact. The fill of a short row weighs 1 each.
     sums_R = np.einsum("rk->r", _WEIGHTS.take(codes_RK, mode="clip")).astype(np.float64)
     sums_R -= codes_RK.shape[1] - counts_R
     mass_R = np.maximum(1.0 - rest_R.astype(np.float64), MIN_MASS)
     scale_R = np.log(mass_R) - np.log(np.maximum(sums_R, 1))
     logprobs_RK = _LOG_WEIGHTS.take(codes_RK, mode="clip")
     logprobs_RK += scale_R.astype(np.float32)[:, None]
-    codes_N = _entries(codes_RK, counts_R).astype(np.uint8) if settings.keep_codes else None
-    return KeptEntries(ids_N, _entries(logprobs_RK, counts_R), None, codes_N)
+    codes_N = _from_rectangle(codes_RK, counts_R).astype(np.uint8) if settings.keep_codes else None
+    return KeptEntries(ids_N, _from_rectangle(logprobs_RK, counts_R), None, codes_N)
 
 
 def _sort_keys(
-    planes: Sequence[npt.NDArray[np.uint8]], coding: Quantizer, where: str
+    planes: Sequence[npt.NDArray[np.uint8]], quantizer: Quantizer, where: str
 ) -> npt.NDArray[np.unsignedinteger]:
-    """Integers that ascend as values descend: keys of floats, or what a code or a number of draws lacks to the highest.
+    """Returns integers that ascend as values descend: keys of floats, or the largest code or number minus each.
 
     Raises:
-        ShardError: a value above the highest.
+        ShardError: a value is larger than the largest that is possible.
     """
-    form = coding.precision
-    values_N = planes[0].astype(_key_type(form))
+    precision = quantizer.precision
+    values_N = planes[0].astype(_key_type(precision))
     for plane, data in enumerate(planes[1:], 1):
         values_N |= data.astype(values_N.dtype) << 8 * plane
-    if form == "fp32":
+    if precision == "fp32":
         return descending_keys(values_N.astype(np.uint32).view(np.float32)).astype(values_N.dtype)
-    if form == "fp16":
+    if precision == "fp16":
         return descending_keys(values_N.astype(np.uint16).view(np.float16).astype(np.float32)).astype(values_N.dtype)
-    highest = coding.num_draws if form is None else coding.levels
-    assert highest is not None
-    if values_N.max(initial=0) > highest:
-        raise ShardError(f"{where}: a value of {values_N.max()}, expected at most {highest}; the shard is damaged")
-    return np.subtract(highest, values_N, out=values_N)
+    max_value = quantizer.num_draws if precision is None else quantizer.levels
+    assert max_value is not None
+    if values_N.max(initial=0) > max_value:
+        raise ShardError(f"{where}: a value of {values_N.max()}, expected at most {max_value}; the shard is damaged")
+    return np.subtract(max_value, values_N, out=values_N)
 
 
-def _values(scores: TeacherScores, coding: Quantizer) -> npt.NDArray[np.uint32]:
-    """Numbers of draws, bits of the float, or steps of sqrt(p): those given, or else the nearest; entry by entry."""
-    form = coding.precision
-    if form is None:
+def _quantize(scores: TeacherScores, quantizer: Quantizer) -> npt.NDArray[np.uint32]:
+    """Returns what is stored of each entry, [N]: its number of draws, the bits of its log-prob, or its code.
+
+    A code is the one in `scores`, or else the nearest number of steps to sqrt(p).
+    """
+    precision = quantizer.precision
+    if precision is None:
         assert scores.draws is not None
         return scores.draws.astype(np.uint32)
-    if form == "fp32":
+    if precision == "fp32":
         return scores.logprobs.view(np.uint32)
-    if form == "fp16":
+    if precision == "fp16":
         return scores.logprobs.astype(np.float16).view(np.uint16).astype(np.uint32)
-    assert coding.levels is not None
+    assert quantizer.levels is not None
     if scores.codes is not None:
-        assert scores.codes.max(initial=0) <= coding.levels
+        assert scores.codes.max(initial=0) <= quantizer.levels
         return scores.codes.astype(np.uint32)
     assert np.isfinite(scores.logprobs).all()
-    levels = np.float32(coding.levels)
+    levels = np.float32(quantizer.levels)
     roots_N = np.exp(scores.logprobs * np.float32(0.5))
     codes_N: npt.NDArray[np.float32] = np.minimum(np.rint(roots_N * levels), levels)
     return codes_N.astype(np.uint32)
 
 
-def _key_type(form: StoredPrecision) -> type[np.unsignedinteger]:
-    """Holds an id or rank beside a value; sorting the narrower is twice as fast."""
-    return np.uint32 if form in ("q8", "q6") else np.uint64
+def _key_type(precision: StoredPrecision) -> type[np.unsignedinteger]:
+    """Returns the type of keys of an id or rank and a value; the narrower one sorts twice as fast."""
+    return np.uint32 if precision in ("q8", "q6") else np.uint64
 
 
 def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of neighbours with up to `_BATCH_ENTRIES` entries together, or of one that has more."""
+    """Yields ranges of conversations with up to `_MAX_BATCH_ENTRIES` entries together, or of a single larger one."""
     start, total = 0, 0
     for stop, size in enumerate(sizes):
-        if stop > start and total + size > _BATCH_ENTRIES:
+        if stop > start and total + size > _MAX_BATCH_ENTRIES:
             yield start, stop
             start, total = stop, 0
         total += size
@@ -353,8 +362,8 @@ def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
-def _rows(values_N: npt.NDArray[Any], counts_R: npt.NDArray[np.int32], fill: int) -> npt.NDArray[Any]:
-    """Entries as a rectangle [R, K], `fill` after the last of a row. A view if all rows are equally long."""
+def _to_rectangle(values_N: npt.NDArray[Any], counts_R: npt.NDArray[np.int32], fill: int) -> npt.NDArray[Any]:
+    """Returns entries as a rectangle [R, K], with `fill` after the last of a row; a view if all rows have K entries."""
     width = int(counts_R.max(initial=0))
     if len(values_N) == width * len(counts_R):
         return values_N.reshape(len(counts_R), width)
@@ -363,7 +372,7 @@ def _rows(values_N: npt.NDArray[Any], counts_R: npt.NDArray[np.int32], fill: int
     return rows_RK
 
 
-def _entries(rows_RK: npt.NDArray[Any], counts_R: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
-    """Inverse of `_rows`."""
+def _from_rectangle(rows_RK: npt.NDArray[Any], counts_R: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+    """Inverse of `_to_rectangle`, [N]."""
     width = rows_RK.shape[1]
     return rows_RK.reshape(-1) if counts_R.sum() == rows_RK.size else rows_RK[np.arange(width) < counts_R[:, None]]

@@ -1,7 +1,7 @@
-"""The vision tower of a model directory as far as files say: its tensors, and the fingerprint of what it computes.
+"""Tensors and fingerprint of the vision tower in a model directory, read from its files without torch.
 
-Neither needs torch. Tensors are found by the names that the tower itself gives them, whatever the files prefix them
-with: a LLaVA that was saved again, or the CLIP that it was composed from, has the same tower.
+Tensors are found by the names that the tower itself gives them, without the files' prefixes. So a LLaVA that was saved
+again and the CLIP that it was composed from have the same tower.
 """
 
 import hashlib
@@ -22,11 +22,12 @@ from common.shards.feature_shard import to_bfloat16
 from common.shards.manifest import EncoderIdentity, FeatureManifest, list_differences
 from common.storage.files import Location
 
-# As safetensors names them. Other kinds are buffers that old checkpoints hold, such as position ids.
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# NumPy's names of safetensors' floating-point types. Other types belong to buffers of old checkpoints, such as position
+# ids, and are left out.
+_FLOAT_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
-# What a CLIP or SigLIP tower computes from; everything else in its configuration is about training or other parts.
-_COMPUTING = (
+# Settings of a CLIP or SigLIP tower that change its output; the others are about training or other parts.
+_OUTPUT_SETTINGS = (
     "model_type",
     "hidden_size",
     "intermediate_size",
@@ -38,14 +39,14 @@ _COMPUTING = (
     "hidden_act",
     "layer_norm_eps",
 )
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 
-_CHUNK_VALUES = 1 << 22
+_MAX_CHUNK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file: `name` there, and its bytes [start, stop)."""
+    """Tensor in a safetensors file, with its name there and its range of bytes [start, stop)."""
 
     file: Path
     name: str
@@ -55,18 +56,21 @@ class StoredTensor:
     stop: int
 
     def bfloat16_chunks(self) -> Iterator[npt.NDArray[np.uint16]]:
-        """Its values in bfloat16, as bits, a few million at a time."""
-        values = np.memmap(self.file, _FLOATS[self.dtype], "r", self.start, (math.prod(self.shape),))
-        for start in range(0, len(values), _CHUNK_VALUES):
-            chunk = np.asarray(values[start : start + _CHUNK_VALUES])
+        """Yields the bits of the tensor's values in bfloat16, a few million at a time."""
+        values = np.memmap(self.file, _FLOAT_TYPES[self.dtype], "r", self.start, (math.prod(self.shape),))
+        for start in range(0, len(values), _MAX_CHUNK_VALUES):
+            chunk = np.asarray(values[start : start + _MAX_CHUNK_VALUES])
             yield chunk if self.dtype == "BF16" else to_bfloat16(chunk.astype(np.float32))
 
 
 def vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
-    """(configuration of the tower, hidden states that are taken, select strategy) of a LLaVA or CLIP directory.
+    """Reads the vision configuration of a LLaVA or CLIP directory.
+
+    Returns:
+        The configuration of the tower, the numbers of the hidden states that are taken, and the select strategy.
 
     Raises:
-        ModelError: another kind of model, or a tower that is neither CLIP's nor SigLIP's.
+        ModelError: it is another kind of model, or the tower is neither CLIP's nor SigLIP's.
     """
     from transformers import AutoConfig
 
@@ -77,12 +81,12 @@ def vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
         raise ModelError(
             f"{model_dir}: its config.json names no vision tower ({error}); expected a LLaVA or CLIP directory"
         ) from error
-    if config.model_type not in ("llava", "clip") or vision.model_type not in _TOWERS:
+    if config.model_type not in ("llava", "clip") or vision.model_type not in _TOWER_TYPES:
         raise ModelError(
             f"{model_dir}: found a {config.model_type} with a {vision.model_type}; expected a LLaVA or CLIP directory "
-            f"with one of {', '.join(_TOWERS)}"
+            f"with one of {', '.join(_TOWER_TYPES)}"
         )
-    # LLaVA-1.5's choice, where a tower stands alone.
+    # A CLIP directory does not say which layer, so LLaVA-1.5's is taken.
     found = getattr(config, "vision_feature_layer", -2)
     layers = tuple(found) if isinstance(found, list | tuple) else (found,)
     strategy = getattr(config, "vision_feature_select_strategy", "default")
@@ -96,17 +100,17 @@ def vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
 
 
 def encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> EncoderIdentity:
-    """Fingerprint of what a model makes of an image before its multi-modal projector.
+    """Computes the fingerprint of the features that a model gives its multi-modal projector.
 
-    Reads the tower's tensors once, a few at a time: about a second for CLIP ViT-L/14.
+    Reads the tower's tensors once, a few million values at a time; about a second for CLIP ViT-L/14.
 
     Raises:
-        ModelError: no tower there, or one that is not supported.
+        ModelError: the directory has no vision tower, or one that is not supported.
     """
     vision, layers, strategy = vision_config(model_dir)
     spec = ImageSpec.load(model_dir)
     assert spec is not None
-    computing = json.dumps({name: getattr(vision, name) for name in _COMPUTING}, sort_keys=True)
+    settings = json.dumps({name: getattr(vision, name) for name in _OUTPUT_SETTINGS}, sort_keys=True)
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tower_tensors(model_dir).items()):
         sha256.update(f"{name} {list(tensor.shape)}\n".encode())
@@ -115,7 +119,7 @@ def encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> EncoderIdent
     return EncoderIdentity(
         architecture=vision.model_type,
         weights_sha256=sha256.hexdigest(),
-        config_sha256=hashlib.sha256(computing.encode()).hexdigest(),
+        config_sha256=hashlib.sha256(settings.encode()).hexdigest(),
         layers=layers,
         select_strategy="full" if strategy == "full" else "default",
         processor_sha256=spec.sha256,
@@ -127,14 +131,14 @@ def encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> EncoderIdent
 
 
 def check_encoder(manifest: FeatureManifest, cache: Location, model_dir: Path, aspect_ratio: AspectRatio) -> None:
-    """Refuses a model that would make other features than a cache holds.
+    """Checks that a model would compute the features that a cache holds.
 
     Raises:
-        ProvenanceError: with every difference. ModelError: as `encoder_identity`.
+        ProvenanceError: it would not; names every difference. ModelError: as for `encoder_identity`.
     """
-    here = encoder_identity(model_dir, aspect_ratio)
+    found = encoder_identity(model_dir, aspect_ratio)
     names = "the cache", "the model"
-    if differences := list_differences(manifest.encoder.model_dump(), here.model_dump(), names=names):
+    if differences := list_differences(manifest.encoder.model_dump(), found.model_dump(), names=names):
         raise ProvenanceError(
             f"{cache}: these features are not what {model_dir} makes of an image\n"
             + "\n".join(f"  {line}" for line in differences)
@@ -143,16 +147,16 @@ def check_encoder(manifest: FeatureManifest, cache: Location, model_dir: Path, a
 
 
 def tower_tensors(model_dir: Path) -> dict[str, StoredTensor]:
-    """The tower's floating-point tensors, by the names that transformers' vision model gives them.
+    """Returns the tower's floating-point tensors, by the names that transformers' vision model gives them.
 
     Raises:
-        ModelError: no safetensors, a damaged file, a tensor twice, or none of a tower.
+        ModelError: there are no safetensors, a file is damaged, a tensor is there twice, or none belongs to a tower.
     """
     found: dict[str, StoredTensor] = {}
     for file in sorted(model_dir.glob("*.safetensors")):
-        for tensor in _tensors_in(file):
-            name = _own_name(tensor.name)
-            if name is None or tensor.dtype not in _FLOATS:
+        for tensor in _list_tensors(file):
+            name = _tower_name(tensor.name)
+            if name is None or tensor.dtype not in _FLOAT_TYPES:
                 continue
             if name in found:
                 raise ModelError(
@@ -164,14 +168,17 @@ def tower_tensors(model_dir: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _own_name(name: str) -> str | None:
-    """What the tower itself calls a tensor of a model; None if it is not the tower's."""
+def _tower_name(name: str) -> str | None:
+    """Returns the name that the tower itself gives a tensor of a model; None if the tensor is not the tower's."""
     match = re.search(r"(?:^|\.)vision_tower\.(?:vision_model\.)?(.+)", name) or re.match(r"vision_model\.(.+)", name)
     return match[1] if match else None
 
 
-def _tensors_in(file: Path) -> Iterator[StoredTensor]:
-    """What the header of a safetensors file lists: 8 bytes of its length, then JSON, then all tensors' bytes."""
+def _list_tensors(file: Path) -> Iterator[StoredTensor]:
+    """Yields the tensors that the header of a safetensors file lists.
+
+    The file has 8 bytes of the header's length, the header as JSON, then the bytes of all tensors.
+    """
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")

@@ -1,17 +1,19 @@
-"""Feature caches: what a frozen vision tower makes of each distinct image, computed once.
+"""Feature caches: the features of each distinct image from a frozen vision tower, computed once.
 
     output/
-      manifest.json         which encoder, which images, in what form
+      manifest.json         the encoder, the images and the form of the features
       images.parquet        the distinct images, in order of first appearance: SHA-256 of the file, paths
-      shard-00042.parquet   features of images [42 S, 43 S), and their receipt beside them
+      shard-00042.parquet   features of images [42 S, 43 S), with its receipt shard-00042.json beside it
 
 Legend: P tokens that the tower gives an image (patches), D channels.
 
-Features are what goes into the multi-modal projector. Two forms hold them:
+Features are the input of the multi-modal projector. They are stored in one of two forms:
 
-    bf16   bfloat16, exact for a tower that computes in it; low and high bytes apart, since only the high ones repeat
+    bf16   bfloat16, exact for a tower that computes in it; low and high bytes are separate columns, because only the
+           high bytes repeat
     q8     x = code * patch_scale * channel_scale with code in -127..127; a channel's scale is its root mean square over
-           the image's patches, so that the few channels that are tens of times the others do not take all the codes
+           the image's patches, because a few channels are tens of times larger than the others and would else leave
+           these few codes
 """
 
 import hashlib
@@ -49,15 +51,15 @@ from common.storage.files import Location, open_ranged, publish, read_bytes
 
 INDEX_NAME = "images.parquet"
 
-# A row group is read whole to get one image of it; it holds as many as fit in this, and one at least.
-_GROUP_BYTES = 1 << 20
+# A row group is read whole even for one image, so it holds only as many as fit into this, but at least one.
+_MAX_GROUP_BYTES = 1 << 20
 
-# A cache may have more shards than a process may have open files.
-_OPEN_FILES = 64
+# Limited, because a cache may have more shards than a process may have open files.
+_MAX_OPEN_FILES = 64
 
 _MAX_CODE = 127
 
-_PACKED: dict[str, tuple[str, ...]] = {
+_PACKED_COLUMNS: dict[str, tuple[str, ...]] = {
     "bf16": ("features_low", "features_high"),
     "q8": ("codes", "patch_scales", "channel_scales"),
 }
@@ -71,7 +73,7 @@ _INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class CachedImage:
-    """A distinct image: SHA-256 (hex) of its encoded file, and the paths under which the dataset names it."""
+    """Distinct image: SHA-256 (hex) of its encoded file, and the paths by which the dataset names it."""
 
     sha256: str
     paths: tuple[str, ...]
@@ -79,7 +81,7 @@ class CachedImage:
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """An image's features as they are stored; `index` is its position among the distinct images."""
+    """Features of an image as they are stored; `index` is its position among the distinct images."""
 
     index: int
     image: CachedImage
@@ -87,7 +89,7 @@ class FeatureRow:
 
 
 def images_digest(images: Iterable[CachedImage]) -> str:
-    """SHA-256 (hex) of a list of images and their paths."""
+    """Returns the SHA-256 (hex) of a list of images and their paths."""
     sha256 = hashlib.sha256()
     for image in images:
         sha256.update((json.dumps([image.sha256, *image.paths]) + "\n").encode())
@@ -95,42 +97,42 @@ def images_digest(images: Iterable[CachedImage]) -> str:
 
 
 def images_per_group(tokens_per_image: int, num_channels: int) -> int:
-    """How many images a row group holds."""
-    return max(1, _GROUP_BYTES // (2 * tokens_per_image * num_channels))
+    """Returns the number of images of a row group."""
+    return max(1, _MAX_GROUP_BYTES // (2 * tokens_per_image * num_channels))
 
 
 def feature_schema(manifest: FeatureManifest) -> pa.Schema:
-    """Arrow schema of a shard."""
-    packed = [pa.field(name, pa.binary(), nullable=False) for name in _PACKED[manifest.form]]
+    """Returns the Arrow schema of a shard."""
+    packed = [pa.field(name, pa.binary(), nullable=False) for name in _PACKED_COLUMNS[manifest.form]]
     return pa.schema([pa.field("index", pa.int64(), nullable=False), *_INDEX_SCHEMA, *packed])
 
 
 def pack_features(features_PD: npt.NDArray[np.float32], form: str) -> dict[str, bytes]:
-    """The packed columns of one image; see the module's docstring."""
+    """Packs the features of one image into binary columns; the module's docstring describes both forms."""
     if form == "bf16":
         halves_PD2 = to_bfloat16(features_PD).astype("<u2").view(np.uint8).reshape(*features_PD.shape, 2)
-        return {name: halves_PD2[..., half].tobytes() for half, name in enumerate(_PACKED[form])}
+        return {name: halves_PD2[..., half].tobytes() for half, name in enumerate(_PACKED_COLUMNS[form])}
     channels_D = np.sqrt(np.mean(np.square(features_PD, dtype=np.float64), axis=0)).astype("<f4")
     scaled_PD = features_PD / np.where(channels_D > 0, channels_D, np.float32(1))
     patches_P = (np.abs(scaled_PD).max(axis=1) / _MAX_CODE).astype("<f4")
     codes_PD = np.rint(scaled_PD / np.where(patches_P > 0, patches_P, np.float32(1))[:, None])
     codes_PD = np.clip(codes_PD, -_MAX_CODE, _MAX_CODE).astype(np.int8)
-    return dict(zip(_PACKED[form], (x.tobytes() for x in (codes_PD, patches_P, channels_D)), strict=True))
+    return dict(zip(_PACKED_COLUMNS[form], (x.tobytes() for x in (codes_PD, patches_P, channels_D)), strict=True))
 
 
 def unpack_features(packed: Mapping[str, bytes], manifest: FeatureManifest, where: str) -> npt.NDArray[np.float32]:
-    """Inverse of `pack_features`: float32 [P, D]; of the form bf16 each is a bfloat16 number.
+    """Inverse of `pack_features`: float32 [P, D]; in the form bf16 each value is a bfloat16 number.
 
     Raises:
-        ShardError: a column is not of the size that the manifest implies, or a code is none; names `where`.
+        ShardError: a column has not the size that the manifest implies, or a code is out of range; names `where`.
     """
     shape = num_patches, num_channels = manifest.encoder.tokens_per_image, manifest.encoder.num_channels
-    values = num_patches * num_channels
+    num_values = num_patches * num_channels
     sizes = {"patch_scales": 4 * num_patches, "channel_scales": 4 * num_channels}
-    for name in _PACKED[manifest.form]:
-        if len(packed[name]) != (expected := sizes.get(name, values)):
+    for name in _PACKED_COLUMNS[manifest.form]:
+        if len(packed[name]) != (expected := sizes.get(name, num_values)):
             raise ShardError(f"{where}: {name} has {len(packed[name]):,} bytes, expected {expected:,}")
-    columns = [packed[name] for name in _PACKED[manifest.form]]
+    columns = [packed[name] for name in _PACKED_COLUMNS[manifest.form]]
     if manifest.form == "bf16":
         bits_PD = np.empty((*shape, 2), np.uint8)
         for half, column in enumerate(columns):
@@ -145,7 +147,7 @@ def unpack_features(packed: Mapping[str, bytes], manifest: FeatureManifest, wher
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The bits of each finite value in bfloat16, rounded to the nearest, ties to even."""
+    """Returns the bits of each finite value in bfloat16, rounded to the nearest, ties to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
 
@@ -158,10 +160,10 @@ def from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 def write_feature_shard(
     output: Location, number: int, manifest: FeatureManifest, rows: Sequence[FeatureRow]
 ) -> Receipt:
-    """Publishes a shard, then its receipt. Deterministic: same rows, same bytes.
+    """Publishes a shard, then its receipt. The same rows always give the same bytes.
 
     Raises:
-        StorageError: not written; no receipt exists then, so the shard does not either.
+        StorageError: the shard or its receipt was not written, so the shard does not exist.
     """
     table_schema = feature_schema(manifest)
     buffer = io.BytesIO()
@@ -179,7 +181,10 @@ def write_feature_shard(
             columns = [
                 pa.array([row.index for row in group], pa.int64()),
                 *_index_columns([row.image for row in group]),
-                *(pa.array([row.packed[name] for row in group], pa.binary()) for name in _PACKED[manifest.form]),
+                *(
+                    pa.array([row.packed[name] for row in group], pa.binary())
+                    for name in _PACKED_COLUMNS[manifest.form]
+                ),
             ]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table_schema))
         writer.add_key_value_metadata(footer_metadata(manifest, number))
@@ -187,25 +192,25 @@ def write_feature_shard(
 
 
 class FeatureFile(ParquetShard):
-    """An open shard of features.
+    """Open shard of features.
 
     Raises:
-        ShardError: on opening or reading, naming the file, if it is not a shard of this manifest or is damaged.
+        ShardError: on opening or reading, if the file is damaged or not this shard of the manifest; names the file.
     """
 
     def __init__(self, path: Location, manifest: FeatureManifest, number: int) -> None:
         super().__init__(path, manifest, number, feature_schema(manifest), f"feature shard of the form {manifest.form}")
-        self._names = _PACKED[manifest.form]
+        self._names = _PACKED_COLUMNS[manifest.form]
 
     def read_group(self, group: int) -> list[FeatureRow]:
-        """The rows of one row group."""
+        """Reads the rows of one row group."""
         with self.shard_errors():
             table = self._read(group)
             columns = [table.column(name).to_pylist() for name in self._names]
-            heads = (table.column(name).to_pylist() for name in ("index", "sha256", "paths"))
+            keys = (table.column(name).to_pylist() for name in ("index", "sha256", "paths"))
             return [
                 FeatureRow(index, CachedImage(sha256, tuple(paths)), dict(zip(self._names, packed, strict=True)))
-                for index, sha256, paths, *packed in zip(*heads, *columns, strict=True)
+                for index, sha256, paths, *packed in zip(*keys, *columns, strict=True)
             ]
 
 
@@ -218,10 +223,11 @@ def write_index(output: Location, images: Sequence[CachedImage]) -> None:
 
 
 def read_index(output: Location, manifest: FeatureManifest) -> list[CachedImage]:
-    """The distinct images of a cache, in order.
+    """Reads the distinct images of a cache, in order.
 
     Raises:
-        ShardError: missing, damaged, or not the list that the manifest names. StorageError: the store refused.
+        ShardError: the list is missing, damaged, or not the one that the manifest names.
+        StorageError: the store failed.
     """
     path = output / INDEX_NAME
     try:
@@ -239,12 +245,12 @@ def read_index(output: Location, manifest: FeatureManifest) -> list[CachedImage]
 
 
 class FeatureCache:
-    """A complete cache, open for reading by image.
+    """Complete cache, open for reading by image.
 
-    Files are opened when first read from, so that a worker process has its own.
+    Shards are opened on the first read, so that each worker process has file handles of its own.
 
     Raises:
-        ShardError: no feature cache, an incomplete or a damaged one.
+        ShardError: the output is no feature cache, or an incomplete or damaged one.
     """
 
     def __init__(self, output: Location) -> None:
@@ -264,49 +270,49 @@ class FeatureCache:
 
     @cached_property
     def by_path(self) -> dict[str, int]:
-        """Position of the image that the dataset names so."""
+        """Position of each image, by each path in the dataset."""
         return {path: index for index, image in enumerate(self.images) for path in image.paths}
 
     @cached_property
     def by_content(self) -> dict[str, int]:
-        """Position of the image whose file has this SHA-256 (hex)."""
+        """Position of each image, by the SHA-256 (hex) of its file."""
         return {image.sha256: index for index, image in enumerate(self.images)}
 
     def group_of(self, index: int) -> range:
-        """Positions of the images that are read together with this one."""
+        """Returns the positions of the images in the row group of image `index`, which are read together."""
         shard = self.manifest.shard_range(index // self.manifest.images_per_shard)
         start = index - (index - shard.start) % self.manifest.images_per_group
         return range(start, min(start + self.manifest.images_per_group, shard.stop))
 
     def read(self, group: range) -> list[npt.NDArray[np.float32]]:
-        """float32 [P, D] of each image of a group, as `group_of` gave it.
+        """Reads the features of each image of a group that `group_of` returned, float32 [P, D] each.
 
         Raises:
-            ShardError: damaged.
+            ShardError: the shard is damaged or holds other images.
         """
         number, position = divmod(group.start, self.manifest.images_per_shard)
         path = shard_path(self.output, number)
-        rows = self._file(number).read_group(position // self.manifest.images_per_group)
+        rows = self._open_shard(number).read_group(position // self.manifest.images_per_group)
         if [(row.index, row.image.sha256) for row in rows] != [(i, self.images[i].sha256) for i in group]:
             raise ShardError(
                 f"{path}: its images {group.start} to {group.stop - 1} are not those of {INDEX_NAME}; run verify-shards"
             )
         return [unpack_features(row.packed, self.manifest, f"{path}: image {row.index}") for row in rows]
 
-    def _file(self, number: int) -> FeatureFile:
+    def _open_shard(self, number: int) -> FeatureFile:
         if number not in self._files:
             self._files[number] = FeatureFile(shard_path(self.output, number), self.manifest, number)
-            if len(self._files) > _OPEN_FILES:
+            if len(self._files) > _MAX_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(number)
         return self._files[number]
 
 
 def is_feature_cache(output: Location) -> bool:
-    """Whether an output holds features: so its manifest says, or where that is broken its first shard.
+    """Returns True if an output holds features, by its manifest, or by its first shard if the manifest is broken.
 
     Raises:
-        StorageError: the store did not say.
+        StorageError: the store failed.
     """
     try:
         return bool(json.loads(read_bytes(output / MANIFEST_NAME))["kind"] == "features")
@@ -314,11 +320,11 @@ def is_feature_cache(output: Location) -> bool:
         raise
     except (OSError, ValueError, KeyError, TypeError):
         for number in published_shards(output)[:1]:
-            return bool(_kind_in_footer(shard_path(output, number)) == "features")
+            return bool(_read_footer_kind(shard_path(output, number)) == "features")
     return False
 
 
-def _kind_in_footer(path: Location) -> Any:
+def _read_footer_kind(path: Location) -> Any:
     try:
         return json.loads(read_footer(path)["manifest"])["kind"]
     except (ShardError, ValueError, KeyError, TypeError):

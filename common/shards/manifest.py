@@ -1,15 +1,15 @@
-"""The contract of an output directory, and the receipts of its shards.
+"""Manifest of an output directory, and the receipts of its shards.
 
     output/
-      manifest.json       what made this output; written once, before the first shard
-      shard-00042.parquet the rows of samples [42 S, 43 S) of the dataset
+      manifest.json       provenance of the output; written once, before the first shard
+      shard-00042.parquet rows of samples [42 S, 43 S) of the dataset
       shard-00042.json    its receipt: rows, tokens, bytes, SHA-256, skipped samples
 
-A feature cache has the same form; its items are images (common/shards/feature_shard.py).
+A feature cache has the same layout; its items are images (common/shards/feature_shard.py).
 
-The receipt is published last and is the commit: a shard without one does not exist. There is no list of shards
-to update, so any number of processes can work on one output without a coordinator. Both kinds of JSON carry a
-SHA-256 of their own content, so a changed bit in them is found too.
+The receipt is published last and is the commit: a shard without one does not exist. No list of shards has to be
+updated, so any number of processes can work on one output without a coordinator. Manifest and receipts hold a SHA-256
+of their own content, so that a changed bit in them is found too.
 """
 
 import hashlib
@@ -32,17 +32,19 @@ SCHEMA_VERSION = 5
 FEATURE_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
-# Receipts that are read at once.
+# Number of receipts that are read at the same time.
 NUM_READERS = 16
 
-# Read at once to be hashed: one request, of an object.
-_HASHED_BYTES = 2**24
+# Bytes of a file that are read and hashed at once; of an object, one request.
+_HASH_CHUNK_BYTES = 2**24
+
+FeatureForm = Literal["bf16", "q8"]
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.(parquet|json)")
 
 
 class TeacherIdentity(StrictModel):
-    """Which model spoke. `vocab_size` is the size of its output layer, padding included."""
+    """Teacher model. `vocab_size` is the size of its output layer, padding included."""
 
     architecture: str
     weights_sha256: str
@@ -51,7 +53,7 @@ class TeacherIdentity(StrictModel):
 
 
 class TokenizerIdentity(StrictModel):
-    """Which tokenizer, and which chat template, turned conversations into tokens."""
+    """Tokenizer and chat template that turned conversations into tokens."""
 
     sha256: str
     vocab_size: int
@@ -59,7 +61,7 @@ class TokenizerIdentity(StrictModel):
 
 
 class ImageIdentity(StrictModel):
-    """What the teacher saw of an image."""
+    """Image processor of the teacher, the aspect ratio and the number of tokens of an image."""
 
     processor_sha256: str
     aspect_ratio: AspectRatio
@@ -67,7 +69,7 @@ class ImageIdentity(StrictModel):
 
 
 class DatasetIdentity(StrictModel):
-    """Which samples, in which order."""
+    """Dataset file, which fixes the samples and their order."""
 
     name: str
     sha256: str
@@ -75,7 +77,7 @@ class DatasetIdentity(StrictModel):
 
 
 class GenerateSettings(StrictModel):
-    """How the teacher wrote the responses."""
+    """Settings with which the teacher generated responses."""
 
     temperature: float
     top_p: float
@@ -84,11 +86,12 @@ class GenerateSettings(StrictModel):
 
 
 class CaptureSettings(StrictModel):
-    """What is kept of the distribution. `top_k` 0 keeps no best entries; the vocabulary's size keeps all.
+    """Settings of the capture: which entries of a distribution are kept, and what else a row holds.
 
-    With `top_p` a row keeps from `min_k` to `top_k` of them; with `num_draws` the drawn ids and their counts. `seed` is
-    null unless something is drawn or generated. `precision` is that of the kept log-probs, null where ids are drawn.
-    `images`: whether rows hold the encoded image files or their paths alone.
+    `top_k` 0 keeps no best entries, the vocabulary's size keeps all. With `top_p` a row keeps from `min_k` to `top_k`
+    of them, with `num_draws` the drawn ids and their counts. `seed` is null unless ids are drawn or responses
+    generated. `precision` is that of the kept log-probs, null if ids are drawn. `images` says if rows hold the encoded
+    image files or only their paths.
     """
 
     top_k: int
@@ -105,17 +108,17 @@ class CaptureSettings(StrictModel):
 
     @property
     def coding(self) -> Quantizer:
-        """How shards store what is kept."""
+        """Quantizer of the kept entries."""
         return Quantizer(self.precision, self.top_k, self.num_draws)
 
     @property
     def max_kept(self) -> int:
-        """Most entries that a row may keep."""
+        """Largest number of entries that a row may keep."""
         return self.top_k if self.num_draws is None else self.num_draws
 
 
 class EngineIdentity(StrictModel):
-    """What computed the scores."""
+    """Engine that computed the scores or features."""
 
     name: str
     version: str
@@ -123,10 +126,11 @@ class EngineIdentity(StrictModel):
 
 
 class EncoderIdentity(StrictModel):
-    """What made features of an image: the frozen vision tower, and what of its output is taken.
+    """Frozen vision tower, and the part of its output that is taken as features.
 
-    `weights_sha256` covers the tower's tensors by name, in bfloat16, in which `dtype` says they computed; not how files
-    hold them. `layers` are numbers of hidden states from 0, the embeddings; several stand side by side in the channels.
+    `weights_sha256` covers the tower's tensors by name, in bfloat16, but not how files hold them. `dtype` is the type
+    in which the tower computed. `layers` are numbers of hidden states, of which 0 is the embeddings; several are
+    concatenated along the channels.
     """
 
     architecture: str
@@ -142,33 +146,37 @@ class EncoderIdentity(StrictModel):
 
 
 class ShardedManifest(StrictModel):
-    """What any output is: shard n holds items [n S, (n + 1) S) of a sequence that is known from the start.
+    """Manifest of any output: shard n holds items [n S, (n + 1) S) of a sequence that is known from the start.
 
-    `command` writes such outputs.
+    `command` is the command that writes such outputs.
     """
 
     command: ClassVar[str]
 
     @property
-    def extent(self) -> tuple[int, int]:
-        """How many items there are, and S."""
+    def num_items(self) -> int:
+        """Number of items of a complete output."""
+        raise NotImplementedError
+
+    @property
+    def items_per_shard(self) -> int:
+        """Number of items of each shard but the last, S."""
         raise NotImplementedError
 
     @property
     def num_shards(self) -> int:
-        """How many shards a complete output has."""
-        num_items, each = self.extent
-        return -(-num_items // each)
+        """Number of shards of a complete output."""
+        return -(-self.num_items // self.items_per_shard)
 
     @property
     def sha256(self) -> str:
-        """Digest that every shard and receipt of this output carries."""
+        """Digest of this manifest, which every shard and receipt of the output holds."""
         return digest(self)
 
     def shard_range(self, number: int) -> range:
-        """Positions of the items of shard `number`."""
-        num_items, each = self.extent
-        return range(number * each, min((number + 1) * each, num_items))
+        """Returns the positions of the items of shard `number`."""
+        start = number * self.items_per_shard
+        return range(start, min(start + self.items_per_shard, self.num_items))
 
 
 class Manifest(ShardedManifest):
@@ -187,16 +195,21 @@ class Manifest(ShardedManifest):
     samples_per_shard: int
 
     @property
-    def extent(self) -> tuple[int, int]:
-        """Samples of the dataset, and of a shard."""
-        return self.dataset.num_samples, self.samples_per_shard
+    def num_items(self) -> int:
+        """Number of samples of the dataset."""
+        return self.dataset.num_samples
+
+    @property
+    def items_per_shard(self) -> int:
+        """Number of samples of each shard but the last."""
+        return self.samples_per_shard
 
 
 class FeatureManifest(ShardedManifest):
-    """Provenance of a feature cache; its items are the dataset's distinct images, in the order of their appearance.
+    """Provenance of a feature cache; its items are the dataset's distinct images, in order of first appearance.
 
-    `images_sha256` stands for the list of them (common/shards/feature_shard.py). `form`: how features are stored. A row
-    group holds `images_per_group` images.
+    `images_sha256` is the digest of the list of images, and `form` the form of the stored features
+    (common/shards/feature_shard.py). A row group holds `images_per_group` images.
     """
 
     command: ClassVar[str] = "precompute-features"
@@ -208,18 +221,23 @@ class FeatureManifest(ShardedManifest):
     engine: EngineIdentity
     num_images: int
     images_sha256: str
-    form: Literal["bf16", "q8"]
+    form: FeatureForm
     images_per_shard: int
     images_per_group: int
 
     @property
-    def extent(self) -> tuple[int, int]:
-        """Distinct images, and those of a shard."""
-        return self.num_images, self.images_per_shard
+    def num_items(self) -> int:
+        """Number of distinct images."""
+        return self.num_images
+
+    @property
+    def items_per_shard(self) -> int:
+        """Number of images of each shard but the last."""
+        return self.images_per_shard
 
 
 class SkippedSample(StrictModel):
-    """A sample that was left out by explicit choice."""
+    """Sample that was left out, because the configuration says to skip bad samples."""
 
     index: int
     id: str
@@ -227,7 +245,7 @@ class SkippedSample(StrictModel):
 
 
 class Receipt(StrictModel):
-    """What shard `shard` holds and what its bytes are."""
+    """Receipt of the published shard `shard`: what it holds, and the size and SHA-256 of its file."""
 
     shard: int
     manifest_sha256: str
@@ -242,7 +260,7 @@ ModelT = TypeVar("ModelT", bound=StrictModel)
 
 
 def write_with_digest(path: Location, content: StrictModel) -> None:
-    """Publishes a model as JSON together with the digest of its content."""
+    """Publishes a model as JSON that includes the digest of its content."""
     publish(path, _with_digest(content))
 
 
@@ -252,11 +270,11 @@ def _with_digest(content: StrictModel) -> bytes:
 
 
 def read_with_digest(path: Location, schema: type[ModelT]) -> ModelT:
-    """Reads what `write_with_digest` wrote.
+    """Reads a file that `write_with_digest` wrote.
 
     Raises:
-        ShardError: missing, unreadable, of another schema, or not the bytes that were written.
-        StorageError: the store did not give it; nothing is known of its content.
+        ShardError: the file is missing, unreadable, of another schema, or was changed after it was written.
+        StorageError: the store failed, which says nothing about the file.
     """
     try:
         raw: dict[str, Any] = json.loads(read_bytes(path))
@@ -276,7 +294,7 @@ def read_with_digest(path: Location, schema: type[ModelT]) -> ModelT:
 
 
 def _check_schema(path: Location, raw: dict[str, Any], schema: type[StrictModel]) -> None:
-    """Another version, or a manifest of the other kind of output."""
+    """Raises ShardError if `raw` is of another schema version, or a manifest of the other kind of output."""
     if issubclass(schema, ShardedManifest) and (raw["kind"] == "features") != (schema is FeatureManifest):
         raise ShardError(
             f"{path}: belongs to an output of precompute-logits, expected one of precompute-features"
@@ -293,40 +311,45 @@ def _check_schema(path: Location, raw: dict[str, Any], schema: type[StrictModel]
 
 
 def shard_path(output: Location, number: int) -> Location:
-    """Path of a shard's Parquet file."""
+    """Returns the path of a shard's Parquet file."""
     return output / f"shard-{number:05d}.parquet"
 
 
 def receipt_path(output: Location, number: int) -> Location:
-    """Path of a shard's receipt."""
+    """Returns the path of a shard's receipt."""
     return shard_path(output, number).with_suffix(".json")
 
 
 def read_manifest(output: Location) -> Manifest:
-    """Reads and checks manifest.json of an output."""
+    """Reads and checks manifest.json of an output of scores. Raises ShardError or StorageError."""
     return read_with_digest(output / MANIFEST_NAME, Manifest)
 
 
 def read_feature_manifest(output: Location) -> FeatureManifest:
-    """Reads and checks manifest.json of a feature cache."""
+    """Reads and checks manifest.json of a feature cache. Raises ShardError or StorageError."""
     return read_with_digest(output / MANIFEST_NAME, FeatureManifest)
 
 
 def published_shards(output: Location) -> tuple[int, ...]:
-    """Numbers of the shards that have a receipt, ascending."""
+    """Returns the numbers of the shards that have a receipt, ascending. Raises StorageError."""
     return tuple(
         sorted(n for name in list_files(output) if (n := shard_number(name)) is not None and name.endswith(".json"))
     )
 
 
 def shard_number(name: str) -> int | None:
-    """The number in the name of a shard's file or receipt; None for other names, and for numbers written otherwise."""
+    """Returns the number in the name of a shard's file or receipt; None for a name that this program does not write."""
     match = _SHARD_NAME.fullmatch(name)
     return int(match[1]) if match and name == f"shard-{int(match[1]):05d}.{match[2]}" else None
 
 
 def read_receipt(output: Location, number: int, manifest: ShardedManifest) -> Receipt:
-    """Reads a shard's receipt and checks that it belongs to this manifest and number."""
+    """Reads a shard's receipt, and checks that it belongs to this manifest and number.
+
+    Raises:
+        ShardError: the receipt is missing or damaged, or was renamed. StorageError: the store failed.
+        ProvenanceError: it belongs to an output with another manifest.
+    """
     path = receipt_path(output, number)
     receipt = read_with_digest(path, Receipt)
     if receipt.shard != number:
@@ -337,17 +360,20 @@ def read_receipt(output: Location, number: int, manifest: ShardedManifest) -> Re
 
 
 def read_receipts(output: Location, manifest: ShardedManifest) -> list[Receipt]:
-    """The receipts of the published shards, ascending; several are read at once, since a store takes its time."""
+    """Reads the receipts of the published shards, ascending. Raises the same errors as `read_receipt`.
+
+    Several are read at a time, because a request to a store takes long.
+    """
     numbers = [number for number in published_shards(output) if number < manifest.num_shards]
     with ThreadPoolExecutor(NUM_READERS) as pool:
         return list(pool.map(lambda number: read_receipt(output, number, manifest), numbers))
 
 
 def is_complete(output: Location, number: int, manifest: ShardedManifest) -> bool:
-    """Whether a shard is published. One whose file is gone, or is not of the size that was written, is not.
+    """Returns True if a shard has a receipt, and its file exists and has the size that was written.
 
     Raises:
-        ShardError: its receipt is damaged.
+        ShardError: the receipt is damaged.
     """
     if not is_file(receipt_path(output, number)):
         return False
@@ -359,15 +385,15 @@ def is_complete(output: Location, number: int, manifest: ShardedManifest) -> boo
 
 
 def open_output(output: Location, manifest: ShardedManifest) -> None:
-    """Begins an output, or checks that `manifest` is what began it.
+    """Writes the manifest of a new output, or checks that an existing output has the same manifest.
 
     Raises:
-        ProvenanceError: with every difference, if another teacher, dataset or setting began it.
+        ProvenanceError: the output was begun with another teacher, dataset or setting; names every difference.
     """
     if publish_new(output / MANIFEST_NAME, _with_digest(manifest)):
         return
-    there = read_with_digest(output / MANIFEST_NAME, type(manifest))
-    differences = list_differences(there.model_dump(), manifest.model_dump())
+    existing = read_with_digest(output / MANIFEST_NAME, type(manifest))
+    differences = list_differences(existing.model_dump(), manifest.model_dump())
     if differences:
         raise ProvenanceError(
             f"{output}: was begun with other settings; nothing was written\n"
@@ -377,15 +403,15 @@ def open_output(output: Location, manifest: ShardedManifest) -> None:
 
 
 def list_differences(
-    there: dict[str, Any],
-    here: dict[str, Any],
+    first: dict[str, Any],
+    second: dict[str, Any],
     prefix: str = "",
     names: tuple[str, str] = ("the output", "this run"),
 ) -> list[str]:
-    """Every leaf in which two nested dictionaries differ, one line each; `names` are what the two are called."""
+    """Returns a line for each leaf in which two nested dictionaries differ; `names` are their names in these lines."""
     lines = []
-    for key in sorted({*there, *here}):
-        a, b = there.get(key), here.get(key)
+    for key in sorted({*first, *second}):
+        a, b = first.get(key), second.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             lines += list_differences(a, b, f"{prefix}{key}.", names)
         elif a != b:
@@ -394,15 +420,15 @@ def list_differences(
 
 
 def file_sha256(path: Location) -> str:
-    """SHA-256 (hex) of a file's bytes.
+    """Returns the SHA-256 (hex) of a file's bytes.
 
     Raises:
-        ShardError: it cannot be read. StorageError: the store did not give it.
+        ShardError: the file cannot be read. StorageError: the store failed.
     """
     sha256 = hashlib.sha256()
     try:
         with open_ranged(path) as file:
-            while chunk := file.read(_HASHED_BYTES):
+            while chunk := file.read(_HASH_CHUNK_BYTES):
                 sha256.update(chunk)
         return sha256.hexdigest()
     except OSError as error:

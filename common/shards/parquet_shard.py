@@ -1,8 +1,9 @@
-"""What shards of scores and of features have in common: a Parquet file that says what it belongs to, and a receipt."""
+"""Common part of score shards and feature shards: a Parquet file whose footer holds the manifest, and a receipt."""
 
+import contextlib
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,31 +15,31 @@ from common.errors import ShardError
 from common.shards.manifest import Receipt, ShardedManifest, SkippedSample, receipt_path, shard_path, write_with_digest
 from common.storage.files import Location, open_ranged, publish
 
-# Columns hold numbers, in which there are few repetitions: higher levels look for some, and code what they find dearly.
+# The lowest level, because the columns' numbers hardly repeat: the few matches that higher levels find cost more bytes.
 ZSTD_LEVEL = 1
 
-# Keys of the Parquet footer begin with this; what follows it is a key of `ParquetShard.footer`.
+# Prefix of this program's keys in the Parquet footer; `ParquetShard.footer` has them without it.
 _KEY_PREFIX = b"decant."
 
 
 class ParquetShard:
-    """An open shard: rows by row group, each read when it is asked for. `footer` has what the file says of itself.
+    """Open shard, read by row group. `footer` has this program's metadata in the file's footer, by key.
 
     Raises:
-        ShardError: on opening or reading, naming the file, if it is not a shard of this manifest or is damaged.
+        ShardError: on opening or reading, if the file is damaged or not this shard of the manifest; names the file.
     """
 
     def __init__(self, path: Location, manifest: ShardedManifest, number: int, schema: pa.Schema, what: str) -> None:
         self.path = path
-        # pyarrow's reader crashes now and then where threads share it.
-        self._one_at_a_time = threading.Lock()
+        # pyarrow's reader may crash if threads use it at the same time.
+        self._lock = threading.Lock()
         with self.shard_errors():
-            # Of an object, a row group's columns in one request.
-            remote = not isinstance(path, Path)
-            source = open_ranged(path) if remote else path
-            self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
+            is_object = not isinstance(path, Path)
+            source = open_ranged(path) if is_object else path
+            # Buffered for an object, so that all columns of a row group are one request.
+            self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=is_object)
             found = self._file.schema_arrow
-            self.footer = _footer(self._file.metadata)
+            self.footer = _own_metadata(self._file.metadata)
         if not found.equals(schema):
             raise ShardError(
                 f"{path}: its columns are not those of a {what}:\n{found.to_string(show_schema_metadata=False)}"
@@ -55,30 +56,30 @@ class ParquetShard:
         return int(self._file.num_row_groups)
 
     def group_rows(self, group: int) -> int:
-        """Number of rows in a row group."""
+        """Returns the number of rows in a row group."""
         return int(self._file.metadata.row_group(group).num_rows)
 
     def read_column(self, name: str) -> list[Any]:
-        """All values of one column, or of one part of it, such as images.list.element.path."""
-        with self.shard_errors(), self._one_at_a_time:
+        """Reads all values of one column, or of one part of it, such as images.list.element.path."""
+        with self.shard_errors(), self._lock:
             values: list[Any] = self._file.read([name]).column(name.partition(".")[0]).to_pylist()
         return values
 
     def _read(self, group: int, leaves: Sequence[str] | None = None) -> pa.Table:
-        with self._one_at_a_time:
+        with self._lock:
             return self._file.read_row_group(group, leaves)
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
-    def shard_errors(self) -> "_NamedShardErrors":
-        """A context that turns what reading raises into a ShardError."""
-        return _NamedShardErrors(self.path)
+    def shard_errors(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context that turns errors of reading into a ShardError that names the file."""
+        return _shard_errors(self.path)
 
 
 def footer_metadata(manifest: ShardedManifest, number: int, **others: str | bytes) -> dict[bytes, str | bytes]:
-    """Metadata of a shard's file, for `ParquetWriter.add_key_value_metadata`."""
+    """Returns the metadata of a shard's file, for `ParquetWriter.add_key_value_metadata`."""
     return {
         _KEY_PREFIX + name.encode(): value
         for name, value in {
@@ -93,7 +94,7 @@ def footer_metadata(manifest: ShardedManifest, number: int, **others: str | byte
 
 @dataclass(frozen=True)
 class ShardContents:
-    """A shard's Parquet file, and what its receipt says of the rows in it."""
+    """Bytes of a shard's Parquet file, and the facts about its rows that the receipt holds."""
 
     data: bytes
     num_rows: int
@@ -105,7 +106,7 @@ def publish_shard(output: Location, number: int, manifest: ShardedManifest, cont
     """Publishes a shard's Parquet file, then its receipt.
 
     Raises:
-        StorageError: not written; no receipt exists then, so the shard does not either.
+        StorageError: the file or the receipt was not written, so the shard does not exist.
     """
     publish(shard_path(output, number), contents.data)
     receipt = Receipt(
@@ -122,17 +123,17 @@ def publish_shard(output: Location, number: int, manifest: ShardedManifest, cont
 
 
 def read_footer(path: Location) -> dict[str, str]:
-    """What a shard says of itself, whatever output it belongs to.
+    """Reads this program's metadata in the footer of a shard of any output.
 
     Raises:
-        ShardError: no Parquet file, or a damaged one.
+        ShardError: the file is missing, damaged, or no Parquet file. StorageError: the store failed.
     """
-    with _NamedShardErrors(path), open_ranged(path) as file:
-        return _footer(pq.read_metadata(file))
+    with _shard_errors(path), open_ranged(path) as file:
+        return _own_metadata(pq.read_metadata(file))
 
 
-def _footer(metadata: pq.FileMetaData) -> dict[str, str]:
-    """The keys that this program writes, without their prefix."""
+def _own_metadata(metadata: pq.FileMetaData) -> dict[str, str]:
+    """Returns the values of this program's keys, by key without the prefix."""
     return {
         key.removeprefix(_KEY_PREFIX).decode(errors="replace"): value.decode(errors="replace")
         for key, value in (metadata.metadata or {}).items()
@@ -140,21 +141,14 @@ def _footer(metadata: pq.FileMetaData) -> dict[str, str]:
     }
 
 
-class _NamedShardErrors:
-    """Turns whatever pyarrow or numpy raises on damaged bytes into a ShardError that names the file."""
-
-    def __init__(self, path: Location) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if isinstance(
-            error,
-            OSError | pa.ArrowException | ValueError | TypeError | KeyError | OverflowError | IndexError,
-        ):
-            raise ShardError(
-                f"{self._path}: cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                "run verify-shards with --repair, then the command that wrote it again: it fills the gap"
-            ) from error
+@contextlib.contextmanager
+def _shard_errors(path: Location) -> Iterator[None]:
+    """Turns any error of pyarrow or numpy over damaged bytes into a ShardError that names the file."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ShardError(
+            f"{path}: cannot be read ({reason}); run verify-shards with --repair, then the command that wrote it "
+            "again: it fills the gap"
+        ) from error

@@ -1,9 +1,9 @@
-"""Shards: ordinary Parquet files of scored samples.
+"""Shards of scored samples: ordinary Parquet files, of which each row is one sample.
 
-One row is one sample. Everything that people ask about is a native column; the kept entries are packed into binary
-ones (common/shards/codec.py): best entries with their log-probs, drawn ones with their numbers of draws. A preference
-pair has each conversation's columns twice, with the prefixes `chosen_` and `rejected_`; a conversation to distil has
-them without a prefix.
+Ids, texts, tokens, spans and sums are native columns, which any Parquet reader can query. The kept entries are packed
+into binary columns (common/shards/codec.py): best entries with their log-probs, drawn ones with their numbers of
+draws. A preference pair has the columns of a conversation twice, with the prefixes `chosen_` and `rejected_`; a
+conversation to distil has them without a prefix.
 """
 
 import io
@@ -31,8 +31,8 @@ PREFIXES: dict[Kind, tuple[str, ...]] = {"kd": ("",), "dpo": ("chosen_", "reject
 
 ROWS_PER_GROUP = 64
 
-_REPEATING = ("messages.list.element.role", "topk_counts.list.element")
-_SPLIT_BYTES = ("input_ids.list.element", "own_logprobs.list.element", "rest_mass.list.element")
+_DICTIONARY_COLUMNS = ("messages.list.element.role", "topk_counts.list.element")
+_BYTE_SPLIT_COLUMNS = ("input_ids.list.element", "own_logprobs.list.element", "rest_mass.list.element")
 
 _IMAGES = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
@@ -44,7 +44,7 @@ _BYTES = pa.list_(pa.uint8())
 
 @dataclass(frozen=True)
 class ScoredConversation:
-    """A conversation's tokens and the teacher's scores of the scored ones."""
+    """Tokens of a conversation, with the teacher's scores of the scored tokens."""
 
     encoded: EncodedChat
     scores: TeacherScores
@@ -52,7 +52,7 @@ class ScoredConversation:
 
 @dataclass(frozen=True)
 class ShardRow:
-    """One sample with its scores; `index` is its position in the dataset."""
+    """Sample with its scores; `index` is its position in the dataset."""
 
     index: int
     sample: Sample
@@ -60,7 +60,7 @@ class ShardRow:
 
 
 def score_schema(kind: Kind, capture: CaptureSettings) -> pa.Schema:
-    """Arrow schema of a shard."""
+    """Returns the Arrow schema of a shard."""
     fields = [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("index", pa.int64(), nullable=False),
@@ -77,17 +77,21 @@ def score_schema(kind: Kind, capture: CaptureSettings) -> pa.Schema:
         "topk_tables": _BYTES,
         **dict.fromkeys(column_names(capture.precision), pa.binary()),
     }
-    fields += [pa.field(p + name, kind_, nullable=False) for p in PREFIXES[kind] for name, kind_ in columns.items()]
+    fields += [
+        pa.field(prefix + name, column_type, nullable=False)
+        for prefix in PREFIXES[kind]
+        for name, column_type in columns.items()
+    ]
     return pa.schema(fields)
 
 
 def write_shard(
     output: Location, number: int, manifest: Manifest, rows: Sequence[ShardRow], skipped: Sequence[SkippedSample]
 ) -> Receipt:
-    """Encodes rows, publishes the Parquet file, then its receipt. Deterministic: same rows, same bytes.
+    """Encodes rows, and publishes the Parquet file, then its receipt. The same rows always give the same bytes.
 
     Raises:
-        StorageError: not written; no receipt exists then, so the shard does not either.
+        StorageError: the file or the receipt was not written, so the shard does not exist.
     """
     image_token_ids = {c.encoded.image_token_id for row in rows for c in row.conversations}
     assert len(image_token_ids) <= 1
@@ -96,26 +100,27 @@ def write_shard(
     classes, tables = find_classes(scores, manifest.tokenizer.vocab_size)
     codec = CodecSettings(TokenOrder(classes), manifest.capture.coding)
     table_schema = score_schema(manifest.kind, manifest.capture)
+    num_conversations = len(PREFIXES[manifest.kind])
     buffer = io.BytesIO()
     with pq.ParquetWriter(
         buffer,
         table_schema,
         compression="zstd",
         compression_level=ZSTD_LEVEL,
-        use_dictionary=[prefix + name for prefix in PREFIXES[manifest.kind] for name in _REPEATING],
-        # Bytes of one significance side by side: what repeats in floats and ids are their high bytes.
+        use_dictionary=[prefix + name for prefix in PREFIXES[manifest.kind] for name in _DICTIONARY_COLUMNS],
+        # Bytes of the same significance stand together, because only the high bytes of floats and ids repeat.
         column_encoding={
-            prefix + name: "BYTE_STREAM_SPLIT" for prefix in PREFIXES[manifest.kind] for name in _SPLIT_BYTES
+            prefix + name: "BYTE_STREAM_SPLIT" for prefix in PREFIXES[manifest.kind] for name in _BYTE_SPLIT_COLUMNS
         },
         write_page_checksum=True,
         write_statistics=["sample_id", "index"],
     ) as writer:
         for start in range(0, len(rows), ROWS_PER_GROUP):
             stop = start + ROWS_PER_GROUP
-            at_once = len(PREFIXES[manifest.kind])
-            columns = _to_columns(rows[start:stop], tables[start * at_once : stop * at_once], manifest.kind, codec)
+            group_tables = tables[start * num_conversations : stop * num_conversations]
+            columns = _to_columns(rows[start:stop], group_tables, manifest.kind, codec)
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table_schema))
-        # Given to the schema it would be written twice, the second time in what Arrow keeps for itself.
+        # Not in the schema's metadata, because Arrow would write that a second time in its own serialised schema.
         writer.add_key_value_metadata(
             footer_metadata(
                 manifest,
@@ -129,13 +134,12 @@ def write_shard(
 
 
 class ShardFile(ParquetShard):
-    """An open shard of scores, each row group decoded when it is asked for.
+    """Open shard of scores, decoded by row group. `image_token_id` is read from `footer`.
 
-    `image_token_id` is a part of `footer`. With `keep_codes` rows keep the codes of their log-probs, so that they can
-    be written again as they are.
+    With `keep_codes` rows have the codes of their log-probs, so that they can be written again without a change.
 
     Raises:
-        ShardError: on opening or reading, naming the file, if it is not a shard of this manifest or is damaged.
+        ShardError: on opening or reading, if the file is damaged or not this shard of the manifest; names the file.
     """
 
     def __init__(self, path: Location, manifest: Manifest, number: int, *, keep_codes: bool = False) -> None:
@@ -151,9 +155,9 @@ class ShardFile(ParquetShard):
         self._codec = CodecSettings(order, manifest.capture.coding, keep_codes)
 
     def read_sizes(self, group: int) -> npt.NDArray[np.int32]:
-        """Tokens and images of each row of a group, int32 [rows, 2], without decoding the rows.
+        """Reads the numbers of tokens and of images of each row of a group, int32 [rows, 2], without decoding the rows.
 
-        Tokens up to the last scored one, an image counting as one; of a pair's conversations the longer one's.
+        Tokens are counted up to the last scored one, an image as one token, in the longer conversation of a pair.
         """
         spans = [f"{prefix}response_spans" for prefix in PREFIXES[self._kind]]
         leaves = [*(f"{name}.list.element.stop" for name in spans), "images.list.element.path"]
@@ -194,7 +198,7 @@ class ShardFile(ParquetShard):
 
     def _to_conversations(self, table: pa.Table, prefix: str, first_row: int) -> list[ScoredConversation]:
         spans, own, rest, counts, tables = (
-            _split(table.column(prefix + name))
+            _from_lists(table.column(prefix + name))
             for name in ("response_spans", "own_logprobs", "rest_mass", "topk_counts", "topk_tables")
         )
         found = map(_lengths, (own, rest, counts, tables))
@@ -205,12 +209,12 @@ class ShardFile(ParquetShard):
                     f"{lengths[3]} counts and {lengths[4]} tables for {lengths[0]} scored tokens; the shard is damaged"
                 )
         kept = unpack(
-            {name: _packed(table.column(prefix + name)) for name in column_names(self._capture.precision)},
+            {name: _from_binary(table.column(prefix + name)) for name in column_names(self._capture.precision)},
             [RowColumns(*row) for row in zip(counts, rest, tables, strict=True)],
             self._codec,
             f"{self.path}: rows {first_row} to {first_row + len(counts) - 1}",
         )
-        columns = zip(_split(table.column(prefix + "input_ids")), spans, own, rest, counts, kept, strict=True)
+        columns = zip(_from_lists(table.column(prefix + "input_ids")), spans, own, rest, counts, kept, strict=True)
         return [
             ScoredConversation(
                 EncodedChat(input_ids, spans_, self.image_token_id),
@@ -223,48 +227,48 @@ class ShardFile(ParquetShard):
 def _to_columns(
     rows: Sequence[ShardRow], tables: Sequence[npt.NDArray[np.uint8]], kind: Kind, codec: CodecSettings
 ) -> list[pa.Array]:
-    """The columns of `score_schema`, in its order; `tables` has the conversations of all rows, one after the other."""
+    """Returns the columns of `score_schema`, in its order; `tables` has one entry for each conversation of each row."""
     samples = [row.sample for row in rows]
     columns = [
         pa.array([sample.id for sample in samples], pa.string()),
         pa.array([row.index for row in rows], pa.int64()),
         pa.array([[{"bytes": image.data, "path": image.path} for image in s.images] for s in samples], _IMAGES),
     ]
-    for which in range(len(PREFIXES[kind])):
-        turns = [[{"role": t.role, "content": t.content} for t in s.conversations[which]] for s in samples]
-        encoded = [row.conversations[which].encoded for row in rows]
-        scores = [row.conversations[which].scores for row in rows]
-        tables_of = tables[which :: len(PREFIXES[kind])]
+    for number in range(len(PREFIXES[kind])):
+        turns = [[{"role": t.role, "content": t.content} for t in s.conversations[number]] for s in samples]
+        encoded = [row.conversations[number].encoded for row in rows]
+        scores = [row.conversations[number].scores for row in rows]
+        own_tables = tables[number :: len(PREFIXES[kind])]
         columns += [
             pa.array(turns, _MESSAGES),
-            _join([e.input_ids for e in encoded], _INTS),
-            _join([e.spans for e in encoded], _SPANS),
+            _to_lists([e.input_ids for e in encoded], _INTS),
+            _to_lists([e.spans for e in encoded], _SPANS),
             pa.array([s.total_logprob for s in scores], pa.float64()),
-            _join([s.own_logprobs for s in scores], _FLOATS),
-            _join([codec.quantizer.stored_rest(s.rest_mass) for s in scores], _FLOATS),
-            _join([s.counts for s in scores], _INTS),
-            _join(list(tables_of), _BYTES),
-            *map(_binary, pack(scores, tables_of, codec).values()),
+            _to_lists([s.own_logprobs for s in scores], _FLOATS),
+            _to_lists([codec.quantizer.stored_rest(s.rest_mass) for s in scores], _FLOATS),
+            _to_lists([s.counts for s in scores], _INTS),
+            _to_lists(list(own_tables), _BYTES),
+            *map(_to_binary, pack(scores, own_tables, codec).values()),
         ]
     return columns
 
 
-def _binary(packed: BinaryColumn) -> pa.BinaryArray:
-    """One value a conversation."""
+def _to_binary(packed: BinaryColumn) -> pa.BinaryArray:
+    """Returns an Arrow column with one value for each conversation."""
     buffers = [None, pa.py_buffer(packed.offsets.astype(np.int32)), pa.py_buffer(packed.data)]
     return pa.Array.from_buffers(pa.binary(), len(packed.offsets) - 1, buffers)
 
 
-def _packed(column: pa.ChunkedArray) -> BinaryColumn:
-    """Inverse of `_binary`."""
+def _from_binary(column: pa.ChunkedArray) -> BinaryColumn:
+    """Inverse of `_to_binary`."""
     values = column.combine_chunks()
     _, offsets, data = values.buffers()
     offsets = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1].astype(np.int64)
     return BinaryColumn(np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), offsets)
 
 
-def _join(arrays: list[npt.NDArray[Any]], list_type: pa.ListType) -> pa.ListArray:
-    """One list a row from arrays [n], or [n, 2] for a list of pairs."""
+def _to_lists(arrays: list[npt.NDArray[Any]], list_type: pa.ListType) -> pa.ListArray:
+    """Returns an Arrow column with one list for each array [n], or for each array [n, 2] one list of pairs."""
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
     item = list_type.value_type
     flat = np.concatenate(arrays) if arrays else np.zeros((0, item.num_fields or 1), np.int32).squeeze()
@@ -275,8 +279,8 @@ def _join(arrays: list[npt.NDArray[Any]], list_type: pa.ListType) -> pa.ListArra
     return pa.ListArray.from_arrays(offsets, values, type=list_type)
 
 
-def _split(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
-    """Inverse of `_join`. Each array owns its memory, so that keeping one row keeps nothing else."""
+def _from_lists(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
+    """Inverse of `_to_lists`. Each array owns its memory, so that a kept row keeps no other alive."""
     lists = column.combine_chunks()
     values = lists.values
     flat = np.stack([v.to_numpy() for v in values.flatten()], axis=1) if values.type.num_fields else values.to_numpy()
@@ -292,5 +296,5 @@ def _lengths(arrays: Sequence[npt.NDArray[Any]]) -> list[int]:
 
 
 def num_scored_tokens(rows: Iterable[ShardRow]) -> int:
-    """Scored tokens of all conversations of `rows`."""
+    """Returns the number of scored tokens in all conversations of `rows`."""
     return sum(c.scores.num_rows for row in rows for c in row.conversations)

@@ -1,4 +1,4 @@
-"""What the teacher says about a conversation; codec.py has its packed form.
+"""The teacher's scores of a conversation: log-probs, kept entries and rest masses. codec.py packs them into bytes.
 
 Legend: R scored tokens, N kept entries of all rows, K kept entries of one row, D draws of one row.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_VOCAB_SIZE = 1 << 20
-# Counts of draws are stored in two bytes.
+# A number of draws is stored in two bytes.
 MAX_DRAWS = 1 << 16
 
 
@@ -17,16 +17,16 @@ MAX_DRAWS = 1 << 16
 class TeacherScores:
     """The teacher's distribution at each scored token, at temperature 1 over its whole vocabulary.
 
-    `own_logprobs` float32 [R]: log-prob of the token that stands there. `counts` int32 [R]: kept entries a row.
-    `ids` int32 [N] and `logprobs` float32 [N]: the kept entries, rows one after the other, in a row by descending
-    log-prob, ties by ascending id. `rest_mass` float32 [R]: probability of everything not kept.
+    `own_logprobs` float32 [R]: log-prob of the scored token itself. `counts` int32 [R]: kept entries of each row.
+    `ids` int32 [N] and `logprobs` float32 [N]: the kept entries, row after row, within a row by descending log-prob,
+    ties by ascending id. `rest_mass` float32 [R]: probability of all ids that were not kept.
 
     `draws` int32 [N] is None where the best entries are kept. Where ids were drawn from the distribution with
-    replacement it says how often each was; then `logprobs` is ln(draws / number of draws), and `rest_mass` the share
-    of the draws that fell on ids past the tokenizer's vocabulary. Sparse Logit Sampling, arXiv 2503.16870.
+    replacement it has the number of draws of each; then `logprobs` is ln(draws / number of draws), and `rest_mass` the
+    share of the draws that fell on ids past the tokenizer's vocabulary. Sparse Logit Sampling, arXiv 2503.16870.
 
-    `codes` uint8 [N], where they are given, are what `logprobs` were decoded from (precisions q8 and q6): written again
-    they give the same log-probs to the bit, which coding the decoded ones would not.
+    `codes` uint8 [N] are the codes that `logprobs` were decoded from (precisions q8 and q6), or None. Stored again they
+    give the same log-probs to the bit; coding the decoded log-probs instead could change some by a step.
     """
 
     own_logprobs: npt.NDArray[np.float32]
@@ -46,22 +46,22 @@ class TeacherScores:
 
     @property
     def num_rows(self) -> int:
-        """R, the number of scored tokens."""
+        """Number of scored tokens, R."""
         return len(self.own_logprobs)
 
     @property
     def total_logprob(self) -> float:
-        """Log-prob of the whole response, summed in float64: DPO's reference term."""
+        """Log-prob of the whole response, summed in float64; DPO's reference term."""
         return float(self.own_logprobs.astype(np.float64).sum())
 
     def topk(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Kept entries as rectangles [R, max K]; empty slots hold id 0 and log-prob -inf."""
+        """Returns the kept entries as rectangles [R, max K]; unused slots hold id 0 and log-prob -inf."""
         width = int(self.counts.max(initial=0))
-        filled = np.arange(width) < self.counts[:, None]
-        ids_RK = np.zeros(filled.shape, np.int64)
-        logprobs_RK = np.full(filled.shape, -np.inf, np.float32)
-        ids_RK[filled] = self.ids
-        logprobs_RK[filled] = self.logprobs
+        is_used_RK = np.arange(width) < self.counts[:, None]
+        ids_RK = np.zeros(is_used_RK.shape, np.int64)
+        logprobs_RK = np.full(is_used_RK.shape, -np.inf, np.float32)
+        ids_RK[is_used_RK] = self.ids
+        logprobs_RK[is_used_RK] = self.logprobs
         return ids_RK, logprobs_RK
 
 
@@ -73,12 +73,12 @@ def scores_from_topk(
     top_p: float | None = None,
     min_k: int = 1,
 ) -> TeacherScores:
-    """Scores from the best entries as rectangles [R, K], in any order; unused slots have log-prob -inf.
+    """Makes scores from the best entries: rectangles [R, K] in any order; unused slots have log-prob -inf.
 
-    With `top_p` a row keeps its entries in order until their mass, added in float64, reaches it: at least `min_k`,
-    if it has so many, and the entry that reaches it included.
+    With `top_p` a row keeps its best entries up to and including the one at which their mass, summed in float64,
+    reaches `top_p`; at least `min_k`, if it has that many.
     """
-    ids_RK, logprobs_RK = _in_order(ids_RK, logprobs_RK)
+    ids_RK, logprobs_RK = _sort_rows(ids_RK, logprobs_RK)
     kept_RK = np.isfinite(logprobs_RK)
     probs_RK = np.exp(logprobs_RK, dtype=np.float64)
     if top_p is not None:
@@ -97,7 +97,7 @@ def scores_from_topk(
 def scores_from_draws(
     own_logprobs: npt.NDArray[np.floating], drawn_RD: npt.NDArray[np.integer], *, vocab_size: int
 ) -> TeacherScores:
-    """Scores from D ids a row, drawn with replacement; those at or past `vocab_size` only count in the rest."""
+    """Makes scores from D ids a row, drawn with replacement; ids from `vocab_size` on count in the rest mass alone."""
     num_rows, num_draws = drawn_RD.shape
     sorted_RD = np.sort(drawn_RD.astype(np.int32), axis=1)
     is_first_RD = np.ones(sorted_RD.shape, bool)
@@ -106,7 +106,7 @@ def scores_from_draws(
     draws = np.diff(starts, append=sorted_RD.size)
     ids = sorted_RD.reshape(-1)[starts]
     rows = starts // num_draws
-    # Ids ascend within a row already, so a stable sort leaves ties in that order.
+    # A stable sort, so that ids with equal numbers of draws stay in ascending order.
     order = np.argsort(rows * MAX_DRAWS - draws, kind="stable")
     order = order[ids[order] < vocab_size]
     rows, ids, draws = rows[order], ids[order], draws[order].astype(np.int32)
@@ -122,28 +122,28 @@ def scores_from_draws(
 
 
 def rest_mass(probs_RK: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """1 - sum of the kept probabilities of each row, float32 [R].
+    """Returns 1 - the sum of the kept probabilities of each row, float32 [R]; 0 where that is below 2e-6.
 
-    Below 2e-6 it is 0: float32 log-probs cannot tell such a rest from rounding, and a spurious one would ask the
-    student for mass outside a set that may be the whole vocabulary.
+    Float32 log-probs cannot tell so small a rest from rounding, and a spurious one would make the student put mass
+    outside of the kept ids, which may be the whole vocabulary.
     """
     rest = 1.0 - probs_RK.sum(axis=1)
     return np.where(rest < 2e-6, 0.0, rest).astype(np.float32)
 
 
 def empirical_logprobs(draws: npt.NDArray[np.integer], num_draws: int) -> npt.NDArray[np.float32]:
-    """ln(draws / num_draws), float32 of the float64 value; -inf for an entry that was never drawn."""
+    """Returns ln(draws / num_draws), computed in float64 and rounded to float32; -inf for an id that was not drawn."""
     with np.errstate(divide="ignore"):
         return np.log(draws / num_draws).astype(np.float32)
 
 
-def _in_order(
+def _sort_rows(
     ids_RK: npt.NDArray[np.integer], logprobs_RK: npt.NDArray[np.floating]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Each row by descending log-prob, ties by ascending id.
+    """Sorts each row by descending log-prob, ties by ascending id.
 
-    One sort of 64-bit keys, the log-prob's bits above the id: ten times as fast as sorting by two keys. Half precision
-    logits tie in most rows, so leaving alone the rows that are in order already would spare little.
+    It is one sort of 64-bit keys, the log-prob's bits above the id, which is ten times as fast as a sort by two keys.
+    All rows are sorted, because logits of half precision tie in most rows, so few rows are in order already.
     """
     keys = descending_keys(logprobs_RK.astype(np.float32)).astype(np.uint64) << 32 | ids_RK.astype(np.uint32)
     keys.sort(axis=1)
@@ -151,11 +151,12 @@ def _in_order(
 
 
 def descending_keys(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
-    """Integers that ascend as float32 `values` descend.
+    """Returns integers that ascend as float32 `values` descend.
 
-    The bits of negative floats do; those of the others do once all but the sign are flipped.
+    The bits of a negative float have this order already; those of another float have it once all but the sign bit are
+    flipped.
     """
-    # Adding 0 turns -0.0 into 0.0, which has other bits.
+    # Adding 0 turns -0.0 into 0.0, so that both have the same bits.
     bits = (values + np.float32(0)).view(np.uint32)
     return np.where(bits >> 31, bits, bits ^ 0x7FFF_FFFF)
 

@@ -1,7 +1,7 @@
-"""Where data is, and writing files so that a reader sees a whole one or none.
+"""Locations of data, and operations on their files. A reader sees a whole file or none.
 
-A location is a local path or an address such as s3://bucket/key; the functions here treat both alike, and what is
-special about object stores is in object_store.py.
+A location is a local path or an address such as s3://bucket/key. The functions here take either; requests to object
+stores are made by object_store.py.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from common.storage import object_store
 PARTIAL_SUFFIX = ".partial"
 LOCK_NAME = ".lock"
 
-# What is on a disk of this machine is a plain Path, never a UPath.
+# A location on this machine is always a plain Path, so that `isinstance(location, Path)` tells the two apart.
 Location = Path | UPath
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+_EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
 def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
-    """A local path, or an address of any protocol that fsspec knows; file:// becomes a local path.
+    """Parses a local path, or an address of any protocol that fsspec knows; file:// becomes a local path.
 
     Raises:
-        ConfigError: an unknown protocol, one whose package is not installed, or an address that holds credentials.
+        ConfigError: the protocol is unknown, its package is not installed, or the address holds credentials.
     """
     if not isinstance(text, str | Path) and isinstance(text, UPath):
         return text
@@ -45,7 +45,7 @@ def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
         return Path(address)
     protocol, host = match[1].lower(), match[2]
     if "@" in host or re.search(r"\?[\w-]+=", address):
-        # Not repeated in the message, which may end in a log.
+        # The message does not repeat the address, because it may end in a log.
         raise ConfigError(
             f"an address that begins with {protocol}:// holds credentials or options (before an @, or after a ?); "
             "leave them out: credentials come from the environment"
@@ -59,7 +59,7 @@ def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
     try:
         get_filesystem_class(protocol)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
+        extra = _EXTRA_OF_PROTOCOL.get(protocol)
         wanted = f"'decant[{extra}]'" if extra else "the package that fsspec names"
         raise ConfigError(f"{address}: {protocol}:// needs a package ({error}); run: pip install {wanted}") from error
     except ValueError as error:
@@ -73,54 +73,53 @@ def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
 
 def _validate_location(value: Any) -> Location:
     if not isinstance(value, str | os.PathLike | UPath):
-        # Not a TypeError, which pydantic would not take for a wrong value.
-        raise ValueError("expected a path or an address")  # noqa: TRY004
+        raise ValueError("expected a path or an address")  # noqa: TRY004 - pydantic reports no TypeError as wrong value
     try:
         return parse_location(value)
     except ConfigError as error:
         raise PydanticCustomError(ADDRESS_ERROR, "{reason}", {"reason": str(error)}) from error
 
 
-def _check_no_address(value: Any) -> Any:
+def _check_local(value: Any) -> Any:
     if isinstance(value, UPath) or (isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value)):
         raise ValueError("models, checkpoints and training outputs are local directories; copy it here first")
     return value
 
 
-# Fields of configurations: data may be anywhere, models and what training writes are on this machine.
+# Types of configuration fields: data may be anywhere; models and the outputs of training are on this machine.
 LocationField = Annotated[Location, PlainValidator(_validate_location), PlainSerializer(str, when_used="json")]
-LocalPath = Annotated[Path, BeforeValidator(_check_no_address)]
+LocalPath = Annotated[Path, BeforeValidator(_check_local)]
 
 
 def publish(location: Location, data: bytes) -> None:
-    """Writes a file that is there whole or not at all; the directory is made.
+    """Writes a file atomically, and makes its directory.
 
-    Locally: under a temporary name beside it, flushed to the disk, renamed. A crash at any moment leaves the old
-    content or the new one, and at most a `*.partial` file that no reader looks at. On an object store: one PUT.
+    A local file is written under a temporary name beside it, flushed to the disk and renamed. A crash at any moment
+    leaves the old content or the new one, and at most a `*.partial` file that no reader opens. An object is one PUT.
 
     Raises:
-        StorageError: the directory cannot be written, the disk is full, or the store refuses; the file has its old
+        StorageError: the directory cannot be written, the disk is full, or the store refuses. The file has its old
             content, or, if only the last step failed, the new one.
     """
     if isinstance(location, Path):
-        _publish_locally(location, data)
+        _write_atomically(location, data)
     else:
         object_store.put(location, data)
 
 
 def publish_new(location: Location, data: bytes) -> bool:
-    """As `publish`, but leaves a file that is there already: returns False then.
+    """Writes a file atomically unless it exists. Returns True if it was written, False if it existed.
 
-    Of two processes that do this at once on an object store with conditional writes (S3, Google Cloud Storage), one
-    gets True. Locally it takes `directory_lock` as well.
+    Of several processes that do this at once on an object store with conditional writes (S3, Google Cloud Storage), one
+    gets True. For a local file this holds only under `directory_lock`.
 
     Raises:
-        StorageError: as `publish`.
+        StorageError: as for `publish`.
     """
     if isinstance(location, Path):
         if location.exists():
             return False
-        _publish_locally(location, data)
+        _write_atomically(location, data)
         return True
     try:
         object_store.put(location, data, replace=False)
@@ -130,10 +129,10 @@ def publish_new(location: Location, data: bytes) -> bool:
 
 
 def move(source: Location, destination: Location) -> None:
-    """Gives a file another name in the same file system or bucket; of an object, copies it and then deletes it.
+    """Renames a file within its file system; copies an object within its bucket, then deletes it.
 
     Raises:
-        StorageError: not moved; of an object there may be a copy already.
+        StorageError: the file was not moved. An object may have been copied already.
     """
     if not isinstance(source, Path):
         assert not isinstance(destination, Path)
@@ -150,25 +149,26 @@ def move(source: Location, destination: Location) -> None:
 
 
 def read_bytes(location: Location) -> bytes:
-    """A whole file.
+    """Reads a whole file.
 
     Raises:
-        FileNotFoundError: there is none. OSError: the disk refused. StorageError: the store did.
+        FileNotFoundError: there is no such file. OSError: the disk failed. StorageError: the store failed.
     """
     return location.read_bytes() if isinstance(location, Path) else object_store.get(location)
 
 
 def open_ranged(location: Location) -> BinaryIO:
-    """A seekable binary file; of an object, each read asks for the bytes that it wants and no others.
+    """Opens a seekable binary file; each read of an object is one request for just the bytes of that read.
 
     Raises:
-        FileNotFoundError: there is none. OSError: the disk refused. StorageError: the store did, now or when reading.
+        FileNotFoundError: there is no such file. OSError: the disk failed.
+        StorageError: the store failed, on opening or on reading.
     """
     return location.open("rb") if isinstance(location, Path) else cast(BinaryIO, object_store.RangedFile(location))
 
 
 def is_file(location: Location) -> bool:
-    """Whether there is such a file or object. Raises StorageError if the store does not say."""
+    """Returns True if there is such a file or object. Raises StorageError if the store failed."""
     if isinstance(location, Path):
         return location.is_file()
     try:
@@ -179,18 +179,20 @@ def is_file(location: Location) -> bool:
 
 
 def file_size(location: Location) -> int:
-    """Bytes of a file. Raises as `read_bytes`."""
+    """Returns the size of a file in bytes. Raises the same errors as `read_bytes`."""
     return location.stat().st_size if isinstance(location, Path) else object_store.size(location)
 
 
 def list_files(directory: Location) -> dict[str, int]:
-    """Names of the files right in a directory, with their bytes; none if it is not there. Never from a cache.
+    """Returns the names and sizes (bytes) of the files directly in a directory; none if there is no such directory.
+
+    The listing is never cached.
 
     Raises:
-        StorageError: the disk or the store refused, or the bucket does not exist.
+        StorageError: the disk or the store failed, or the bucket does not exist.
     """
     if not isinstance(directory, Path):
-        return object_store.listing(directory)
+        return object_store.list_objects(directory)
     found = {}
     try:
         for path in directory.iterdir() if directory.is_dir() else ():
@@ -204,11 +206,11 @@ def list_files(directory: Location) -> dict[str, int]:
 
 @contextlib.contextmanager
 def directory_lock(directory: Location) -> Iterator[None]:
-    """Holds `directory` for one process at a time, between looking at what is published and publishing.
+    """Locks `directory` for one process at a time, so that nothing is published between a check and a write.
 
-    The lock is the kernel's and ends with its process, however that ends; the empty file `.lock` stays. Object stores
-    have no locks, and nothing is held there: what must be decided once is written with `publish_new`, and a shard that
-    two processes write is the same rows twice.
+    The kernel releases the lock when the process ends, however it ends; the empty file `.lock` stays. Object stores
+    have no locks, so nothing is locked there: a decision that only one process may take is written with `publish_new`,
+    and two processes that write the same shard write the same rows.
 
     Raises:
         StorageError: the directory cannot be written, or its file system has no locks.
@@ -232,9 +234,10 @@ def directory_lock(directory: Location) -> Iterator[None]:
 
 
 def remove_partials(directory: Location, older_than_s: float = 3600.0) -> None:
-    """Deletes temporary files that killed processes left in `directory`; younger ones may belong to a live one.
+    """Deletes temporary files that killed processes left in `directory`.
 
-    An object store has none: an object appears when its PUT has ended.
+    Younger files stay, because they may belong to a live process. An object store has none, because an object appears
+    only when its PUT has ended.
     """
     if not isinstance(directory, Path):
         return
@@ -244,7 +247,7 @@ def remove_partials(directory: Location, older_than_s: float = 3600.0) -> None:
                 partial.unlink()
 
 
-def _publish_locally(path: Path, data: bytes) -> None:
+def _write_atomically(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""Objects of S3, Google Cloud Storage or whatever else fsspec knows: every request to them is made here.
+"""Requests to object stores: S3, Google Cloud Storage or any other file system of fsspec. All are made here.
 
-    attempt ─> filesystem ─> one request; what fails for a moment is tried again, the rest names the key at once
+    put, get, ... ─> call_with_retries ─> filesystem ─> one request
+                     a transient failure is retried after a pause; any other is a StorageError at once
 
-The client libraries' own tries are switched off where they can be, so that one place waits and says so. Credentials
-come from the environment, as the client libraries look for them (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS,
-the machine's role, AWS_ENDPOINT_URL for other stores that speak S3).
+The client libraries' own retries are switched off where possible, so that one place waits and logs. The client
+libraries take credentials from the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, the machine's role,
+AWS_ENDPOINT_URL for other stores that speak S3).
 """
 
 import errno
@@ -25,33 +26,33 @@ from common.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
-# About half a minute in all: stores ask for patience for seconds while they make room for more requests.
+# The waits add up to about half a minute, because a store that scales up answers "slow down" for some seconds.
 ATTEMPTS = 8
 FIRST_WAIT_S = 0.25
-LONGEST_WAIT_S = 8.0
+MAX_WAIT_S = 8.0
 
-# What one PUT may hold on S3.
+# The largest object that S3 takes in one PUT.
 MAX_PUT_BYTES = 5 * 2**30
 
-# gcsfs tries six times by itself, for half a minute, and cannot be told not to.
-_TRIED_BY_CLIENT = frozenset({"gs", "gcs"})
+# gcsfs makes six tries of its own within half a minute, which cannot be switched off.
+_RETRIED_BY_CLIENT = frozenset({"gs", "gcs"})
 
-_BUSY = frozenset(
+_TRANSIENT_CODES = frozenset(
     {"408", "429", "500", "502", "503", "504"}
     | {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling"}
 )
-_BUSY_ERRNOS = frozenset({errno.EBUSY, errno.ETIMEDOUT, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH})
-# By name, because these belong to packages that need not be installed: botocore, aiohttp, requests.
-_BROKEN_CONNECTIONS = frozenset(
+_TRANSIENT_ERRNOS = frozenset({errno.EBUSY, errno.ETIMEDOUT, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH})
+# Names of classes, because their packages (botocore, aiohttp, requests) need not be installed.
+_TRANSIENT_CLASSES = frozenset(
     {"ConnectionError", "TimeoutError", "HTTPClientError", "ResponseParserError", "ResponseStreamingError", "Timeout"}
     | {"ClientConnectionError", "ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ChunkedEncodingError"}
 )
-_NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"})
-_DENIED = frozenset({"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"})
+_CREDENTIALS_CLASSES = frozenset({"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"})
+_DENIED_CODES = frozenset({"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"})
 
 _S3_OPTIONS: dict[str, Any] = {
     "config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60},
-    # Otherwise the length of an object is asked for before it is read.
+    # With more, s3fs requests the size of an object before it reads it.
     "max_concurrency": 1,
 }
 
@@ -59,17 +60,17 @@ T = TypeVar("T")
 
 
 def call_with_retries(path: UPath, action: str, call: Callable[[Any, str], T]) -> T:
-    """`call(filesystem, key)`, tried again with growing pauses while the store or the way to it is out of order.
+    """Returns `call(filesystem, key)`; a call that fails for a transient reason is repeated after growing pauses.
 
-    `action` says for messages what was tried, such as "read".
+    `action` names the request in messages, such as "read".
 
     Raises:
-        FileNotFoundError, FileExistsError: as `call` raised it, unless it is the bucket that is not there.
-        StorageError: at once if trying again cannot help, else when the last try has failed; it names the key.
+        FileNotFoundError, FileExistsError: as `call` raised it, unless it is the bucket that does not exist.
+        StorageError: at once if a retry cannot help, else after the last try; names the key.
     """
     began_s = time.monotonic()
-    num_tries = 1 if path.protocol in _TRIED_BY_CLIENT else ATTEMPTS
-    for number in itertools.count(1):
+    num_tries = 1 if path.protocol in _RETRIED_BY_CLIENT else ATTEMPTS
+    for attempt in itertools.count(1):
         try:
             return call(filesystem(path.protocol, os.getpid()), path.path)
         except Exception as error:
@@ -77,46 +78,47 @@ def call_with_retries(path: UPath, action: str, call: Callable[[Any, str], T]) -
                 raise
             if isinstance(error, FileNotFoundError | FileExistsError) and "NoSuchBucket" not in _codes(error):
                 raise
-            what = f"{path}: could not {action}: "
+            failure = f"{path}: could not {action}: "
             if not _is_transient(error):
-                raise StorageError(what + _permanent(error, path)) from error
-            if number == num_tries:
+                raise StorageError(failure + _explain(error, path)) from error
+            if attempt == num_tries:
                 raise StorageError(
-                    f"{what}{number} tries in {time.monotonic() - began_s:.0f} s failed, the last with "
-                    f"{_words(error)}; the store is out of reach or overloaded: run the same "
+                    f"{failure}{attempt} tries in {time.monotonic() - began_s:.0f} s failed, the last with "
+                    f"{_first_line(error)}; the store is out of reach or overloaded: run the same "
                     "command again later, it continues"
                 ) from error
-            # Half of the pause is drawn, so that the nodes of a cluster do not come back all at once.
-            wait_s = min(FIRST_WAIT_S * 2 ** (number - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
-            logger.warning("%s%s; trying again in %.1f s", what, _words(error), wait_s)
+            # The pause is partly random, so that the nodes of a cluster do not all retry at once.
+            wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0)
+            logger.warning("%s%s; trying again in %.1f s", failure, _first_line(error), wait_s)
         time.sleep(wait_s)
     raise AssertionError("unreachable")
 
 
 @functools.lru_cache
 def filesystem(protocol: str, pid: int) -> Any:  # noqa: ARG001 - a part of the cache's key
-    """The process's fsspec file system of a protocol; `pid` because its connections do not survive a fork.
+    """Returns the fsspec file system of a protocol.
 
-    Listings are never cached: other processes write to the same output.
+    There is one for each process id, because connections do not survive a fork. It caches no listings, because other
+    processes write to the same output.
     """
     is_s3 = protocol in ("s3", "s3a")
     options = _S3_OPTIONS if is_s3 else {}
-    made = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **options)
+    found = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **options)
     if is_s3:
-        made.retries = 1
-    return made
+        found.retries = 1
+    return found
 
 
 def put(path: UPath, data: bytes, *, replace: bool = True) -> None:
-    """Writes an object with one PUT, or, above what one may hold, in parts that become visible together.
+    """Writes an object with one PUT, or, above its limit, in parts that become visible together.
 
     Raises:
-        FileExistsError: there is one and `replace` is False. A store without conditional writes replaces it.
-        StorageError: not written.
+        FileExistsError: the object exists and `replace` is False. A store without conditional writes replaces it.
+        StorageError: the object was not written.
     """
     options: dict[str, Any] = {} if replace else {"mode": "create"}
     if path.protocol in ("s3", "s3a"):
-        # s3fs writes in parts what is larger than two of these.
+        # s3fs writes an object in parts if it is larger than two chunks.
         options["chunksize"] = MAX_PUT_BYTES // 2
 
     def call(fs: Any, key: str) -> None:
@@ -130,7 +132,7 @@ def put(path: UPath, data: bytes, *, replace: bool = True) -> None:
     try:
         call_with_retries(path, f"write {len(data):,} bytes", call)
     except FileNotFoundError as error:
-        raise StorageError(f"{path}: could not be written ({_words(error)}); is there such a bucket?") from error
+        raise StorageError(f"{path}: could not be written ({_first_line(error)}); is there such a bucket?") from error
 
 
 def move(source: UPath, destination: UPath) -> None:
@@ -143,34 +145,35 @@ def move(source: UPath, destination: UPath) -> None:
 
 
 def get(path: UPath) -> bytes:
-    """A whole object. Raises FileNotFoundError or StorageError."""
+    """Reads a whole object. Raises FileNotFoundError or StorageError."""
     return bytes(call_with_retries(path, "read", lambda fs, key: fs.cat_file(key)))
 
 
 def size(path: UPath) -> int:
-    """Bytes of an object. Raises FileNotFoundError or StorageError."""
+    """Returns the size of an object in bytes. Raises FileNotFoundError or StorageError."""
     info = call_with_retries(path, "look at", lambda fs, key: fs.info(key))
     if info["type"] != "file":
         raise FileNotFoundError(f"{path}: is no object")
     return int(info["size"])
 
 
-def listing(path: UPath) -> dict[str, int]:
-    """Names and sizes of the objects right below a key; none if there is nothing there. Raises StorageError."""
+def list_objects(path: UPath) -> dict[str, int]:
+    """Returns the names and sizes (bytes) of the objects directly below a key; may be none. Raises StorageError."""
     try:
         found = call_with_retries(path, "list", lambda fs, key: fs.ls(key, detail=True))
     except FileNotFoundError:
         return {}
     files = {str(entry["name"]).rsplit("/", 1)[-1]: int(entry["size"]) for entry in found if entry["type"] == "file"}
-    # An object of the key itself may be listed in place of what is below it; folders made by hand are named "".
+    # A store may list an object of the key itself in place of those below it; a folder made by hand has the name "".
     return {name: num_bytes for name, num_bytes in files.items() if name and name != path.name}
 
 
 class RangedFile(io.RawIOBase):
-    """An object as a seekable file; each read is one request for that range. Works on after a fork.
+    """Object as a seekable file, of which each read is one request for its range. Remains usable after a fork.
 
     Raises:
-        FileNotFoundError: on opening. StorageError: on opening and reading.
+        FileNotFoundError: on opening, if there is no such object.
+        StorageError: on opening and reading, if the store failed.
     """
 
     def __init__(self, path: UPath) -> None:
@@ -179,30 +182,30 @@ class RangedFile(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def seekable(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def tell(self) -> int:
-        """Position in bytes."""
+        """Returns the position in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves; nothing is read."""
+        """Moves the position, without a request."""
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         return self._position
 
     def read(self, num_bytes: int | None = -1) -> bytes:
-        """Up to `num_bytes` from here on; all of the rest for None or -1."""
+        """Reads up to `num_bytes` from the position on; all of the rest for None or -1."""
         start = self._position
         stop = self._size if num_bytes is None or num_bytes < 0 else min(start + num_bytes, self._size)
         if stop <= start:
             return b""
         try:
-            data = call_with_retries(self._path, f"read bytes {start:,} to {stop:,}", self._range(start, stop))
+            data = call_with_retries(self._path, f"read bytes {start:,} to {stop:,}", self._read_range(start, stop))
         except FileNotFoundError as error:
             raise StorageError(
                 f"{self._path}: is gone since it was opened; find out what removed it, then run the same command again"
@@ -210,7 +213,7 @@ class RangedFile(io.RawIOBase):
         self._position = stop
         return data
 
-    def _range(self, start: int, stop: int) -> Callable[[Any, str], bytes]:
+    def _read_range(self, start: int, stop: int) -> Callable[[Any, str], bytes]:
         def call(fs: Any, key: str) -> bytes:
             data = bytes(fs.cat_file(key, start=start, end=stop))
             if len(data) != stop - start:
@@ -220,22 +223,22 @@ class RangedFile(io.RawIOBase):
         return call
 
     def readinto(self, buffer: Any) -> int:
-        """Fills `buffer` from here on; returns the number of bytes."""
+        """Fills `buffer` from the position on. Returns the number of bytes."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _codes(error: BaseException) -> set[str]:
-    """Error codes and HTTP statuses that the client libraries left in an exception, and in what led to it."""
+    """Returns the error codes and HTTP statuses of an exception of a client library and of its causes."""
     codes = set()
-    for link in _chain(error):
+    for link in _causes(error):
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             codes |= {
@@ -247,33 +250,33 @@ def _codes(error: BaseException) -> set[str]:
 
 
 def _class_names(error: BaseException) -> set[str]:
-    return {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
+    return {kind.__name__ for link in _causes(error) for kind in type(link).__mro__}
 
 
 def _is_transient(error: BaseException) -> bool:
     names = _class_names(error)
-    if _NO_CREDENTIALS & names:
+    if _CREDENTIALS_CLASSES & names:
         return False
-    broken = _BROKEN_CONNECTIONS & names or getattr(error, "errno", None) in _BUSY_ERRNOS
-    return bool(broken or _BUSY & _codes(error))
+    is_broken = _TRANSIENT_CLASSES & names or getattr(error, "errno", None) in _TRANSIENT_ERRNOS
+    return bool(is_broken or _TRANSIENT_CODES & _codes(error))
 
 
-def _permanent(error: BaseException, path: UPath) -> str:
+def _explain(error: BaseException, path: UPath) -> str:
     codes = _codes(error)
-    if _NO_CREDENTIALS & _class_names(error):
+    if _CREDENTIALS_CLASSES & _class_names(error):
         return (
             "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for gs:// "
             "GOOGLE_APPLICATION_CREDENTIALS) in the environment, or give the machine a role"
         )
     if "NoSuchBucket" in codes:
         return f"there is no bucket {path.path.split('/', 1)[0]!r}; make it, or correct the address"
-    if isinstance(error, PermissionError) or _DENIED & codes or str(error).startswith("Forbidden"):
+    if isinstance(error, PermissionError) or _DENIED_CODES & codes or str(error).startswith("Forbidden"):
         return (
-            f"access was denied ({_words(error)}); check that the credentials in the environment are those of this "
-            "store, are not expired and may do this here, then run the same command again: it continues"
+            f"access was denied ({_first_line(error)}); check that the credentials in the environment are those of "
+            "this store, are not expired and may do this here, then run the same command again: it continues"
         )
-    return f"the store refused ({_words(error)}); correct that, then run the same command again: it continues"
+    return f"the store refused ({_first_line(error)}); correct that, then run the same command again: it continues"
 
 
-def _words(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""Manifests and scored rows for the tests of common/, drawn from a seed."""
+"""Manifests and scored rows for tests, drawn from a seed."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ IMAGE_TOKEN_ID = 151_646
 
 
 def make_manifest(kind: Kind = "kd", num_samples: int = 200, samples_per_shard: int = 200, **capture: Any) -> Manifest:
-    """`capture` replaces settings of the capture."""
+    """Makes a manifest; `capture` replaces settings of the capture."""
     settings: dict[str, Any] = {
         "top_k": 64,
         "top_p": None,
@@ -58,12 +58,12 @@ def make_manifest(kind: Kind = "kd", num_samples: int = 200, samples_per_shard: 
 
 
 def read_table(path: Path) -> pa.Table:
-    """A shard's table with its footer's metadata, so that writing it again leaves a shard."""
+    """Reads a shard's table with the footer's metadata, so that the table can be written as a shard again."""
     return pq.read_table(path).replace_schema_metadata(pq.read_metadata(path).metadata)
 
 
 def make_scores(rng: np.random.Generator, num_rows: int, top_k: int) -> TeacherScores:
-    """Random sparse rows; a tenth of the slots is empty, so that counts differ."""
+    """Makes random rows; a tenth of their slots is empty, so that counts differ."""
     logprobs_RK = np.log(rng.dirichlet(np.full(top_k + 1, 0.3), num_rows)[:, :top_k] + 1e-12).astype(np.float32)
     logprobs_RK[rng.random(logprobs_RK.shape) < 0.1] = -np.inf
     ids_RK = np.stack([rng.choice(VOCAB_SIZE, top_k, replace=False) for _ in range(num_rows)])
@@ -71,7 +71,7 @@ def make_scores(rng: np.random.Generator, num_rows: int, top_k: int) -> TeacherS
 
 
 def make_draws(rng: np.random.Generator, num_rows: int, num_draws: int) -> TeacherScores:
-    """Random draws of few ids, so that some are drawn often; a few are padding."""
+    """Makes random draws of few ids, so that some are drawn often; a few are past the vocabulary."""
     own = -rng.exponential(1, num_rows).astype(np.float32)
     drawn_RD = VOCAB_SIZE // 20 * rng.zipf(2, (num_rows, num_draws)).clip(max=21)
     return scores_from_draws(own, drawn_RD, vocab_size=VOCAB_SIZE)
@@ -80,7 +80,7 @@ def make_draws(rng: np.random.Generator, num_rows: int, num_draws: int) -> Teach
 def make_rows(  # noqa: PLR0913 - a test names the one or two properties of rows that matter to it
     kind: Kind, num_rows: int, *, seed: int = 0, top_k: int = 5, num_tokens: int = 12, num_draws: int | None = None
 ) -> list[ShardRow]:
-    """Rows of one or two conversations with two spans each, images by path, by bytes and none."""
+    """Makes rows of one or two conversations with two spans each, and no image, one by path, or a second by bytes."""
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(num_rows):

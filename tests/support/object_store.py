@@ -1,4 +1,4 @@
-"""A real S3 server on loopback (moto's), behind a proxy that counts requests and can make each of them fail."""
+"""S3 server for tests (moto's, on loopback), behind a proxy that records requests and can make each of them fail."""
 
 import http.client
 import os
@@ -16,8 +16,8 @@ from common.storage import object_store
 
 BUCKET = "decant-tests"
 
-# An HTTP status with S3's code for it; the connection closed before the request is passed on, after it was answered
-# but before the answer is passed back, or within the answer's body.
+# An HTTP status with S3's error code; or the proxy closes the connection before it forwards the request ("drop"), after
+# the server answered ("drop answer"), or within the answer's body ("cut").
 Fault = tuple[int, str] | Literal["drop", "drop answer", "cut"] | None
 
 SLOW_DOWN: Fault = (503, "SlowDown")
@@ -29,7 +29,7 @@ _ERROR = """<?xml version="1.0" encoding="UTF-8"?>
 
 @dataclass(frozen=True)
 class Request:
-    """A request that came, and how many bytes its own body and that of the answer have. `key` is without the bucket."""
+    """Recorded request, with the numbers of bytes in its body and in the answer's. `key` is without the bucket."""
 
     method: str
     key: str
@@ -40,7 +40,10 @@ class Request:
 
 
 class Store:
-    """The server. `fault` is asked before each request, with its number since `clear`, its method and its key."""
+    """Record of the proxy's requests. `fault(number, method, key)` decides the fault of each request.
+
+    `number` counts requests from 0 since `clear`.
+    """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -62,7 +65,7 @@ class Store:
         return sum(request.method == method and request.key.endswith(key_end) for request in self.requests)
 
     def objects(self, prefix: str) -> dict[str, bytes]:
-        """What lies below a prefix, read past the proxy's faults."""
+        """Returns the objects below a prefix, by the rest of their keys; these requests do not fail."""
         fault, self.fault = self.fault, lambda *_: None
         fs = object_store.filesystem("s3", os.getpid())
         found = {key: fs.cat_file(key) for key in fs.find(f"{BUCKET}/{prefix}")}
@@ -70,8 +73,8 @@ class Store:
         return {key.removeprefix(f"{BUCKET}/{prefix}/"): data for key, data in found.items()}
 
 
-# In a process of its own: Flask's stand-ins for the current request, once imported, make torch fail where it looks
-# through all loaded modules, as it does when vLLM starts. It ends when its input does, so with this process.
+# In a process of its own, because Flask's proxy objects make torch fail when it inspects all loaded modules, as it does
+# when vLLM starts. The process ends with this one, because its input ends then.
 _SERVER = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -84,7 +87,7 @@ sys.stdin.read()
 
 @contextmanager
 def running_store() -> Iterator[Store]:
-    """Starts server and proxy, points the environment at them and makes the bucket `BUCKET`."""
+    """Starts server and proxy, sets the environment variables for them and creates the bucket `BUCKET`."""
     server = subprocess.Popen(
         [sys.executable, "-c", _SERVER],
         stdin=subprocess.PIPE,
@@ -121,7 +124,7 @@ def running_store() -> Iterator[Store]:
 
 
 class _Proxy(ThreadingHTTPServer):
-    """Passes requests on to the server at `port` of this machine, except those that `store.fault` makes fail."""
+    """Proxy that forwards requests to the server at `port` of this machine, unless `store.fault` makes them fail."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""Against moto's S3 server on loopback, behind a proxy that counts requests and makes them fail."""
+"""Object stores: requests, retries and errors, against moto's S3 server behind a proxy that makes requests fail."""
 
 import multiprocessing
 import os
@@ -33,21 +33,21 @@ from common.storage.files import (
 from tests.support.builders import make_manifest, make_rows
 from tests.support.object_store import BUCKET, DENIED, SLOW_DOWN, Fault, Store
 
-# A server is started, and every second test waits for tries that fail.
+# Slow, because a server is started and many tests wait for retries.
 pytestmark = pytest.mark.slow
 
-PASSING: list[Fault] = [SLOW_DOWN, (500, "InternalError"), (429, "TooManyRequests"), "drop", "drop answer"]
+TRANSIENT: list[Fault] = [SLOW_DOWN, (500, "InternalError"), (429, "TooManyRequests"), "drop", "drop answer"]
 
 
 @pytest.fixture
 def root(store: Store) -> UPath:  # noqa: ARG001 - starts the server
-    """A prefix of its own."""
+    """Returns an address that no other test uses."""
     found = parse_location(f"s3://{BUCKET}/{uuid4()}")
     assert isinstance(found, UPath)
     return found
 
 
-def at_first(store: Store, fault: Fault, num_times: int) -> None:
+def fail_first(store: Store, fault: Fault, num_times: int) -> None:
     store.clear()
     store.fault = lambda number, *_: fault if number < num_times else None
 
@@ -62,14 +62,14 @@ def test_publish_is_one_put_at_any_size(store: Store, root: UPath) -> None:
         assert file_size(root / "x") == num_bytes
 
 
-def test_what_is_written_is_read_and_listed_from_anywhere(root: UPath) -> None:
+def test_objects_are_read_and_listed_after_any_process_wrote_them(root: UPath) -> None:
     assert list_files(root) == {}
     assert not is_file(root / "a")
     publish(root / "a", b"12")
     publish(root / "below" / "b", b"3")
     assert (read_bytes(root / "a"), is_file(root / "a"), is_file(root / "below")) == (b"12", True, False)
     assert list_files(root) == {"a": 2}
-    # Another process writes.
+    # An object that another process writes is listed at once.
     object_store.filesystem.__wrapped__("s3", 0).pipe_file(f"{BUCKET}/{root.name}/c", b"456")
     assert list_files(root) == {"a": 2, "c": 3}
     with pytest.raises(FileNotFoundError):
@@ -135,7 +135,7 @@ def test_a_row_group_is_one_request_for_its_own_bytes(store: Store, root: UPath)
     num_bytes = file_size(shard_path(root, 0))
     store.clear()
     shard = ShardFile(shard_path(root, 0), manifest, 0)
-    # Its size, the last 64 KiB, and the rest of the footer if that is longer.
+    # Requests for its size, its last 64 KiB, and the rest of the footer if that is longer.
     assert [request.method for request in store.requests] in (["HEAD", "GET"], ["HEAD", "GET", "GET"])
     assert sum(request.num_received for request in store.requests) < num_bytes / 5
     store.clear()
@@ -167,8 +167,8 @@ def test_an_open_shard_can_be_read_after_a_fork(root: UPath) -> None:
     assert queue.get() == list(range(64, 70))
 
 
-@pytest.mark.parametrize("fault", [*PASSING, "cut"])
-def test_what_passes_is_tried_again_until_it_works(
+@pytest.mark.parametrize("fault", [*TRANSIENT, "cut"])
+def test_transient_failures_are_retried_until_the_request_works(
     store: Store, root: UPath, caplog: pytest.LogCaptureFixture, fault: Fault
 ) -> None:
     publish(root / "x", b"old" * 1000)
@@ -178,25 +178,25 @@ def test_what_passes_is_tried_again_until_it_works(
             file.seek(3)
             return file.read(3)
 
-    at_first(store, fault, 2)
+    fail_first(store, fault, 2)
     publish(root / "x", b"new" * 1000)
-    at_first(store, fault, 2)
+    fail_first(store, fault, 2)
     assert read_bytes(root / "x") == b"new" * 1000
-    at_first(store, fault, 2)
+    fail_first(store, fault, 2)
     assert list_files(root) == {"x": 3000}
-    at_first(store, fault, 2)
+    fail_first(store, fault, 2)
     assert is_file(root / "x")
-    at_first(store, fault, 2)
+    fail_first(store, fault, 2)
     assert read_ranged() == b"new"
     assert f"{root / 'x'}: could not read" in caplog.text
     assert "trying again in" in caplog.text
 
 
-def test_pauses_grow_and_end(store: Store, root: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_grow_and_retries_end(store: Store, root: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(object_store, "FIRST_WAIT_S", 1.0)
     monkeypatch.setattr(time, "sleep", pauses.append)
-    at_first(store, SLOW_DOWN, 1000)
+    fail_first(store, SLOW_DOWN, 1000)
     with pytest.raises(StorageError, match=rf"{root}/x: could not read: 8 tries in .* s failed.*SlowDown.*again later"):
         read_bytes(root / "x")
     assert len(store.requests) == 8, "the client library tries again by itself"
@@ -214,7 +214,7 @@ def test_pauses_grow_and_end(store: Store, root: UPath, monkeypatch: pytest.Monk
         ((400, "InvalidArgument"), "the store refused"),
     ],
 )
-def test_what_does_not_pass_names_the_key_at_once(store: Store, root: UPath, fault: Fault, words: str) -> None:
+def test_permanent_failures_name_the_key_at_once(store: Store, root: UPath, fault: Fault, words: str) -> None:
     publish(root / "x", b"old")
     file = open_ranged(root / "x")
     for call in (
@@ -223,11 +223,11 @@ def test_what_does_not_pass_names_the_key_at_once(store: Store, root: UPath, fau
         lambda: read_bytes(root / "x"),
         lambda: file.read(),
     ):
-        at_first(store, fault, 1000)
+        fail_first(store, fault, 1000)
         with pytest.raises(StorageError, match=f"{root}/x: could not .*{words}"):
             call()
         assert len(store.requests) == 1
-    at_first(store, fault, 1000)
+    fail_first(store, fault, 1000)
     with pytest.raises(StorageError, match=f"{root}: could not list"):
         list_files(root)
     store.clear()
@@ -289,14 +289,14 @@ def test_of_two_that_begin_one_output_one_decides(root: UPath) -> None:
 
 
 def test_a_manifest_whose_answer_got_lost_is_not_taken_for_another_run(store: Store, root: UPath) -> None:
-    at_first(store, "drop answer", 1)
+    fail_first(store, "drop answer", 1)
     open_output(root, make_manifest())
     assert store.count("PUT") >= 2
     assert read_manifest(root) == make_manifest()
 
 
 def test_a_store_without_conditional_writes_takes_plain_ones(store: Store, root: UPath) -> None:
-    at_first(store, (501, "NotImplemented"), 1)
+    fail_first(store, (501, "NotImplemented"), 1)
     assert publish_new(root / "x", b"new")
     assert read_bytes(root / "x") == b"new"
 
@@ -309,12 +309,12 @@ def test_a_store_that_fails_is_not_a_damaged_shard(
     manifest = make_manifest(num_samples=70, samples_per_shard=70)
     write_shard(root, 0, manifest, make_rows("kd", 70), [])
     shard = ShardFile(shard_path(root, 0), manifest, 0)
-    at_first(store, fault, 1000)
+    fail_first(store, fault, 1000)
     with pytest.raises(StorageError, match=r"shard-00000.parquet: could not read.*again"):
         shard.read_group(0)
     with pytest.raises(StorageError, match=r"shard-00000.parquet: could not look at"):
         ShardFile(shard_path(root, 0), manifest, 0)
-    # A listing has no key.
+    # Listings, whose requests have no key, work.
     store.fault = lambda _number, _method, key: fault if key else None
     with pytest.raises(StorageError, match=r"shard-00000.json: could not read"):
         read_receipts(root, manifest)
@@ -367,7 +367,7 @@ def test_an_image_may_not_leave_a_remote_root(root: Location, path: str) -> None
 
 def test_an_object_is_copied_before_it_is_deleted(store: Store, root: UPath) -> None:
     publish(root / "a", b"12")
-    at_first(store, SLOW_DOWN, 2)
+    fail_first(store, SLOW_DOWN, 2)
     move(root / "a", root / "below" / "b")
     assert store.objects(root.name) == {"below/b": b"12"}
     publish(root / "a", b"3")

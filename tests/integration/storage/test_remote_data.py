@@ -1,4 +1,4 @@
-"""Training from an object store gives what training from a disk gives."""
+"""Training from an object store gives the same weights as training from a disk."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_shards_and_images_of_a_store_train_two_ranks_with_workers(tmp_path: Pat
     dataset = write_mixed_dataset(tmp_path / "data", 24)
     student = tiny_llava(tmp_path / "student", num_layers=1)
     scores = LiveTeacher(student, dataset.parent).write_output(tmp_path / "scores", dataset, "kd", top_k=4)
-    places = {
+    data_settings = {
         "disk": {"shards": str(scores), "image_root": str(dataset.parent)},
         "store": {
             "shards": upload(scores, f"s3://{BUCKET}/training/scores"),
@@ -38,7 +38,7 @@ def test_shards_and_images_of_a_store_train_two_ranks_with_workers(tmp_path: Pat
             loss={"distillation": 1.0},
             optim={"max_steps": 4},
         )
-        for name, data in places.items()
+        for name, data in data_settings.items()
     ]
     run_stages(configs, tmp_path / "scratch", num_ranks=2)
     assert largest_difference(weights(tmp_path / "disk"), weights(tmp_path / "store")) == 0.0

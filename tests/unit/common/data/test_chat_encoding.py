@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from common.data.samples import IMAGE_MARKER, ImageRef, Sample, Turn
 from common.errors import ConfigError, DataError, ModelError
 from tests.support.models import CHAT_TEMPLATE, tiny_tokenizer
 
-# ChatML with the markers by which transformers itself tells what an assistant wrote.
+# ChatML with transformers' own markers of the assistant's text.
 MARKED_CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -96,7 +97,7 @@ def test_the_row_of_the_first_response_token_is_the_last_of_the_generation_promp
 
 @st.composite
 def conversations(draw: st.DrawFn) -> list[Turn]:
-    """Any text in any number of rounds, with or without a system turn and images."""
+    """Draws one to three rounds of any text, with or without a system turn and images."""
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda s: "<" not in s)
     turns = [Turn("system", draw(text))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
@@ -161,7 +162,7 @@ def test_a_template_of_parts_and_one_of_strings_give_the_same_ids(
 
 
 def words_tokenizer(corpus: str) -> PreTrainedTokenizerFast:
-    """Words with the space before them, as in LLaMA's tokenizer: "answer USER" has the token " USER"."""
+    """Trains a tokenizer whose words include the space before them, as LLaMA's: "answer USER" has a token " USER"."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
@@ -301,3 +302,28 @@ def test_a_model_or_template_that_is_not_there_is_refused(model_dir: Path, tmp_p
         ChatEncoder.load(tmp_path)
     with pytest.raises(ConfigError, match="template cannot be read"):
         ChatEncoder.load(model_dir, tmp_path / "none.jinja")
+
+
+def test_a_prompt_ends_with_the_generation_prompt(encoder: ChatEncoder) -> None:
+    prompt = encoder.encode_prompt(CONVERSATION[:4])
+    assert prompt.dtype == np.int32
+    whole = encoder.encode(CONVERSATION, 1, "here")
+    assert prompt.tolist() == whole.input_ids[: whole.spans[-1, 0]].tolist()
+
+
+def test_an_image_in_an_answer_is_refused(encoder: ChatEncoder) -> None:
+    turns = (Turn("user", "Draw one."), Turn("assistant", "Here: <image>"))
+    with pytest.raises(DataError, match="here: an assistant turn holds an <image>"):
+        encoder.encode(turns, 1, "here")
+
+
+def test_a_slow_tokenizer_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
+    with pytest.raises(ModelError, match=r"has no fast tokenizer \(tokenizer\.json\)"):
+        ChatEncoder.load(model_dir)
+
+
+def test_missing_transformers_are_named(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModelError, match="needs transformers, which is not installed"):
+        ChatEncoder.load(model_dir)

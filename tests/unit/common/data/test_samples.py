@@ -23,15 +23,15 @@ def write(directory: Path, records: list[Any], name: str = "data.jsonl") -> Path
     return path
 
 
-def only_sample(directory: Path, record: dict[str, Any], kind: Any = "kd") -> Sample:
+def read_single_sample(directory: Path, record: dict[str, Any], kind: Any = "kd") -> Sample:
     dataset = Dataset.open(write(directory, [record]), kind)
     assert len(dataset) == 1
     return dataset[0]
 
 
-def refusal(directory: Path, record: dict[str, Any], kind: Any = "kd") -> str:
+def error_message(directory: Path, record: dict[str, Any], kind: Any = "kd") -> str:
     with pytest.raises(DataError) as caught:
-        only_sample(directory, record, kind)
+        read_single_sample(directory, record, kind)
     return str(caught.value)
 
 
@@ -47,7 +47,7 @@ def test_llava_conversations_become_turns_with_their_markers_in_place(tmp_path: 
             {"from": "gpt", "value": "Yes"},
         ],
     }
-    assert only_sample(tmp_path, record) == Sample(
+    assert read_single_sample(tmp_path, record) == Sample(
         id="7",
         kind="kd",
         images=(ImageRef("coco/1.jpg"),),
@@ -78,7 +78,7 @@ def test_messages_take_list_content_whose_image_parts_become_markers(tmp_path: P
             {"role": "assistant", "content": [{"type": "text", "text": "Left"}]},
         ],
     }
-    sample = only_sample(tmp_path, record)
+    sample = read_single_sample(tmp_path, record)
     assert sample.images == (ImageRef("l.png"), ImageRef("r.png"))
     assert sample.conversations == ((Turn("user", "Left <image> or <image>"), Turn("assistant", "Left")),)
 
@@ -105,19 +105,19 @@ def test_preference_lists_and_strings_give_the_same_pair(tmp_path: Path) -> None
         conversations=tuple((Turn("user", "<image>\nWhy?"), Turn("assistant", text)) for text in ("Good.", "Bad.")),
     )
     for record in (strings, lists, answers_alone):
-        assert only_sample(tmp_path, record, "dpo") == expected
+        assert read_single_sample(tmp_path, record, "dpo") == expected
 
 
 def test_unmarked_images_go_before_the_first_user_turn(tmp_path: Path) -> None:
     conversation = [{"from": "system", "value": "S"}, QUESTION, ANSWER, QUESTION, ANSWER]
-    sample = only_sample(tmp_path, {"id": "a", "image": ["1", "2"], "conversations": conversation})
+    sample = read_single_sample(tmp_path, {"id": "a", "image": ["1", "2"], "conversations": conversation})
     assert [turn.content for turn in sample.conversations[0]] == ["S", "<image>\n<image>\nWhy?", "So.", "Why?", "So."]
 
 
 def test_text_alone_needs_no_image_key(tmp_path: Path) -> None:
     extras: tuple[dict[str, Any], ...] = ({}, {"image": None}, {"images": []})
     for extra in extras:
-        assert only_sample(tmp_path, GOOD | extra).images == ()
+        assert read_single_sample(tmp_path, GOOD | extra).images == ()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_text_alone_needs_no_image_key(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_sample_is_refused_by_id_line_and_finding(tmp_path: Path, change: dict[str, Any], found: str) -> None:
-    message = refusal(tmp_path, GOOD | change)
+    message = error_message(tmp_path, GOOD | change)
     assert all(part in message for part in (str(tmp_path / "data.jsonl"), "'a'", "line 1", found)), message
 
 
@@ -157,14 +157,14 @@ def test_a_bad_sample_is_refused_by_id_line_and_finding(tmp_path: Path, change: 
 )
 def test_a_bad_pair_is_refused(tmp_path: Path, change: dict[str, Any], found: str) -> None:
     pair = {"id": "a", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]}
-    assert only_sample(tmp_path, pair, "dpo")
-    assert found in refusal(tmp_path, pair | change, "dpo")
+    assert read_single_sample(tmp_path, pair, "dpo")
+    assert found in error_message(tmp_path, pair | change, "dpo")
 
 
 def test_samples_of_the_other_kind_are_refused(tmp_path: Path) -> None:
-    assert 'kind = "dpo"' in refusal(tmp_path, GOOD, "dpo")
-    assert 'kind = "kd"' in refusal(tmp_path, {"id": "a", "question": "q", "chosen": "x", "rejected": "y"}, "kd")
-    assert "expected conversations" in refusal(tmp_path, {"id": "a", "text": "x"})
+    assert 'kind = "dpo"' in error_message(tmp_path, GOOD, "dpo")
+    assert 'kind = "kd"' in error_message(tmp_path, {"id": "a", "question": "q", "chosen": "x", "rejected": "y"}, "kd")
+    assert "expected conversations" in error_message(tmp_path, {"id": "a", "text": "x"})
 
 
 def test_half_a_surrogate_pair_is_refused_wherever_it_stands(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_array_lines_windows_lines_and_compressed_lines_hold_the_same_samples(tm
     windows.write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n\r\n").rstrip())
     packed = tmp_path / "packed.jsonl.zst"
     packed.write_bytes(zstandard.compress(data))
-    split = tmp_path / "split.jsonl.zst"  # what `cat a.zst b.zst` gives
+    split = tmp_path / "split.jsonl.zst"  # as `cat a.zst b.zst` makes it
     split.write_bytes(zstandard.compress(data[:100]) + zstandard.compress(data[100:]))
     paths = [plain, write(tmp_path, records, "data.json"), windows, packed, split]
     datasets = [Dataset.open(path, "kd") for path in paths]

@@ -1,4 +1,4 @@
-"""Kept entries through the codec: decode(encode(x)) against x, for anything that a capture may keep."""
+"""Kept entries through the codec and back, for anything that a capture may keep."""
 
 from unittest.mock import patch
 
@@ -15,15 +15,15 @@ from common.shards.scores import MAX_DRAWS, MAX_VOCAB_SIZE, TeacherScores, score
 from common.shards.token_order import TokenOrder, classes_from_text, classes_to_text, find_classes
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "q8", "q6")
-# Of which q8 derives its steps.
+# Determines the number of q8's steps.
 TOP_K = 64
 
 
 @st.composite
 def conversations(draw: st.DrawFn, max_vocab: int = 3000) -> tuple[list[TeacherScores], int]:
-    """Conversations of best entries and their vocabulary: k from 1 to V, flat and peaked rows, ties, empty slots.
+    """Draws conversations and a vocabulary size: k from 1 to V, flat and peaked rows, ties, empty slots.
 
-    Some have one row; the kept mass is anything from nearly 0 to 1.
+    Some conversations have one row; the kept mass is anything from nearly 0 to 1.
     """
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     vocab_size = draw(st.sampled_from([1, 2, 5, 193, 300, max_vocab]))
@@ -36,7 +36,7 @@ def conversations(draw: st.DrawFn, max_vocab: int = 3000) -> tuple[list[TeacherS
         if draw(st.booleans()):
             logits = np.round(logits)
         logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        # Anything may be kept, not only the best: so that the kept mass may be next to nothing.
+        # Half of the time the worst entries, so that the kept mass is nearly 0.
         ids = np.argsort(-logprobs if draw(st.booleans()) else logprobs, axis=1, kind="stable")[:, :top_k]
         kept = np.take_along_axis(logprobs, ids, 1).astype(np.float32)
         kept[rng.random(kept.shape) < draw(st.sampled_from([0.0, 0.0, 0.5]))] = -np.inf
@@ -46,14 +46,14 @@ def conversations(draw: st.DrawFn, max_vocab: int = 3000) -> tuple[list[TeacherS
     return scores, vocab_size
 
 
-def through(
+def store_and_read(
     scores: list[TeacherScores],
     vocab_size: int,
     form: StoredPrecision,
     num_draws: int | None = None,
-    entries_a_table: int = 1 << 18,
+    entries_per_table: int = 1 << 18,
 ) -> list[TeacherScores]:
-    with patch("common.shards.token_order.ENTRIES_A_TABLE", entries_a_table):
+    with patch("common.shards.token_order.ENTRIES_A_TABLE", entries_per_table):
         classes, tables = find_classes(scores, vocab_size)
     order = TokenOrder(classes_from_text(classes_to_text(classes).encode(), vocab_size, "here"))
     codec = CodecSettings(order, Quantizer(form, TOP_K, num_draws))
@@ -77,6 +77,7 @@ def row_columns(
 
 
 def by_id(scores: TeacherScores) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the entries' ids in ascending order within each row, and the index of each entry."""
     order = np.lexsort((scores.ids, np.repeat(np.arange(scores.num_rows), scores.counts)))
     return scores.ids[order], order
 
@@ -84,10 +85,10 @@ def by_id(scores: TeacherScores) -> tuple[np.ndarray, np.ndarray]:
 @settings(max_examples=150, deadline=None)
 @given(conversations(), st.sampled_from(PRECISIONS), st.sampled_from([1, 30, 1 << 18]))
 def test_ids_come_back_exactly_and_probabilities_within_the_stated_error(
-    case: tuple[list[TeacherScores], int], precision: Precision, entries_a_table: int
+    case: tuple[list[TeacherScores], int], precision: Precision, entries_per_table: int
 ) -> None:
     written, vocab_size = case
-    read = through(written, vocab_size, precision, entries_a_table=entries_a_table)
+    read = store_and_read(written, vocab_size, precision, entries_per_table=entries_per_table)
     for before, after in zip(written, read, strict=True):
         ids, order = by_id(before)
         found_ids, found_order = by_id(after)
@@ -97,7 +98,7 @@ def test_ids_come_back_exactly_and_probabilities_within_the_stated_error(
         assert (np.abs(p - q) <= allowed * (1 + 1e-6) + 1e-7 * p).all()
         assert (after.logprobs <= 0).all() or precision == "fp32"
         assert np.isfinite(after.logprobs).all()
-        # In the order that is promised: by descending log-prob, ties by ascending id.
+        # Entries are sorted by descending log-prob, ties by ascending id.
         rows = np.repeat(np.arange(after.num_rows), after.counts)
         np.testing.assert_array_equal(np.lexsort((after.ids, -after.logprobs, rows)), np.arange(len(rows)))
         if precision == "fp32":
@@ -115,7 +116,7 @@ def test_ids_come_back_exactly_and_probabilities_within_the_stated_error(
 )
 def test_draws_come_back_exactly(seed: int, num_draws: int, vocab_size: int) -> None:
     rng = np.random.default_rng(seed)
-    # A few words are drawn often, and of the last tokens a few are padding.
+    # A few ids are drawn often, and a few of the last are padding.
     limit = max(1, vocab_size - 3)
     written = [
         scores_from_draws(
@@ -125,7 +126,7 @@ def test_draws_come_back_exactly(seed: int, num_draws: int, vocab_size: int) -> 
         )
         for num_rows in (1, 4)
     ]
-    for before, after in zip(written, through(written, limit, None, num_draws), strict=True):
+    for before, after in zip(written, store_and_read(written, limit, None, num_draws), strict=True):
         for name in ("ids", "logprobs", "draws"):
             np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
 
@@ -163,18 +164,18 @@ def test_every_kind_of_difference_comes_back(gap: int) -> None:
 
 
 def test_the_mean_divergence_of_codes_is_that_of_rounding_square_roots() -> None:
-    # KL(p || q) is 2 sum (sqrt p - sqrt q)^2 to second order, and rounding to steps s errs by s^2 / 12 on average.
+    # To second order KL(p || q) = 2 sum (sqrt p - sqrt q)^2; rounding to steps s has a mean squared error of s^2 / 12.
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.full(32, 5.0), 4000)
     ids = np.tile(np.arange(32), (4000, 1))
     written = scores_from_topk(np.zeros(4000, np.float32), ids, np.log(p).astype(np.float32))
     precisions: tuple[Precision, ...] = ("q8", "q6")
     for precision in precisions:
-        (read,) = through([written], 32, precision)
+        (read,) = store_and_read([written], 32, precision)
         (_, a), (_, b) = by_id(written), by_id(read)
         log_p, log_q = written.logprobs[a].astype(np.float64), read.logprobs[b].astype(np.float64)
         kl = (np.exp(log_p) * (log_p - log_q)).sum() / 4000
-        # One degree of freedom of 32 goes to the scaling.
+        # 31 rather than 32, because the scaling to the row's mass takes a degree of freedom.
         levels = Quantizer(precision, TOP_K, None).levels
         assert levels is not None
         assert kl == pytest.approx(31 / (6 * levels**2), rel=0.1)
@@ -192,7 +193,7 @@ def test_rest_masses_beside_codes_have_12_significant_bits() -> None:
     rest = np.concatenate([[0, 1, 2e-6], rng.random(1000) ** 8]).astype(np.float32)
     stored = Quantizer("q8", 50, None).stored_rest(rest)
     mantissas, exponents = np.frexp(rest.astype(np.float64))
-    # NumPy's rint takes ties to the even one; none is among these.
+    # rint and the codec round ties differently, but there are no ties among these numbers.
     np.testing.assert_array_equal(stored, np.ldexp(np.rint(mantissas * 4096), exponents - 12))
     np.testing.assert_array_equal(Quantizer("q6", 50, None).stored_rest(stored), stored)
     for form in ("fp32", "fp16", None):
@@ -207,7 +208,7 @@ def test_tables_come_back_from_the_footer(num_tables: int) -> None:
     np.testing.assert_array_equal(found, classes)
 
 
-def test_a_class_ends_at_what_half_a_byte_holds() -> None:
+def test_a_class_is_at_most_15() -> None:
     scores = scores_from_topk(np.zeros(1 << 16, np.float32), np.zeros((1 << 16, 1), int), np.zeros((1 << 16, 1)))
     classes, _ = find_classes([scores], 2)
     assert classes.tolist() == [[15, 0]]
@@ -233,12 +234,12 @@ def test_the_same_scores_give_the_same_bytes_whatever_they_are_batched_with() ->
     for number in (0, 41, 79):
         alone = pack([many[number]], [tables[number]], codec)
         for name, column in together.items():
-            assert column.part(number, number + 1).tobytes() == alone[name].data.tobytes()
+            assert column.slice(number, number + 1).tobytes() == alone[name].data.tobytes()
 
 
 def test_rows_of_alike_ids_share_a_table() -> None:
     rng = np.random.default_rng(2)
-    # Four topics, whose rows come in any order, with words of their own and some of everybody's.
+    # Rows of four topics in random order; each topic has ids of its own, and two ids are in every row.
     topics = rng.integers(0, 4, 400)
     ids = np.stack(
         [rng.permutation(np.concatenate([100 * t + rng.choice(60, 20, replace=False), [900, 901]])) for t in topics]
@@ -250,13 +251,13 @@ def test_rows_of_alike_ids_share_a_table() -> None:
         classes, (tables,) = find_classes([scores], 1000)
     assert len(classes) == 4
     assert len({*zip(topics.tolist(), tables.tolist(), strict=True)}) == len({*topics.tolist()})
-    # Each table counts its own rows.
+    # Each table's classes count its own rows alone.
     for topic, table in {*zip(topics.tolist(), tables.tolist(), strict=True)}:
         counts = np.bincount(ids[topics == topic].ravel(), minlength=1000)
         assert classes[table].tolist() == [int(count).bit_length() for count in counts]
 
 
-def test_a_table_for_few_entries_is_one_for_all() -> None:
+def test_few_entries_have_one_table() -> None:
     classes, tables = find_classes([], 7)
     assert (classes.shape, tables) == ((1, 7), [])
     scores = scores_from_topk(np.zeros(2, np.float32), np.array([[3], [5]]), np.zeros((2, 1), np.float32))
@@ -305,7 +306,7 @@ def test_streams_that_do_not_fit_are_named() -> None:
 @settings(max_examples=50, deadline=None)
 @given(conversations(), st.sampled_from(["q6", "q8"]))
 def test_codes_are_written_again_as_they_are(case: tuple[list[TeacherScores], int], precision: Precision) -> None:
-    """Between two orders of tokens; coding the decoded log-probs instead would shift some by a step."""
+    """From one token order to another; coding the decoded log-probs again would change some by a step."""
     first, vocab_size = case
     quantizer = Quantizer(precision, TOP_K, None)
     classes, tables = find_classes(first, vocab_size)

@@ -1,4 +1,4 @@
-"""The fingerprint of a vision tower says what it computes, not how files hold it."""
+"""The fingerprint of a vision tower depends on its output alone, not on how files hold its weights."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def test_layers_are_counted_from_the_first_however_they_are_given(llava: Path, c
         encoder_identity(copy, "pad")
 
 
-def test_every_difference_is_named_with_both_sides(llava: Path, copy: Path) -> None:
+def test_every_difference_is_named_with_both_values(llava: Path, copy: Path) -> None:
     manifest = make_feature_manifest([], encoder=encoder_identity(llava, "pad"))
     check_encoder(manifest, Path("cache"), llava, "pad")
     set_config(copy, vision_feature_layer=-1, vision_feature_select_strategy="full")
@@ -111,7 +111,7 @@ def test_every_difference_is_named_with_both_sides(llava: Path, copy: Path) -> N
         assert line in str(caught.value)
 
 
-def test_what_is_no_tower_is_refused(copy: Path, tmp_path: Path) -> None:
+def test_a_directory_without_an_intact_tower_is_refused(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="names no vision tower"):
         encoder_identity(tiny_causal_lm(tmp_path / "text", num_layers=1), "pad")
     weights = load_file(copy / "model.safetensors")

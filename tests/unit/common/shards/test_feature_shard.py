@@ -1,4 +1,4 @@
-"""The feature format: exact where it says so, readable with numpy and pyarrow alone, and refused when it is damaged."""
+"""Feature shards are as exact as documented, readable with numpy and pyarrow alone, and refused if damaged."""
 
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from common.shards.feature_shard import (
     FeatureRow,
     from_bfloat16,
     images_digest,
+    images_per_group,
     is_feature_cache,
     pack_features,
     read_index,
@@ -67,7 +68,7 @@ def make_feature_manifest(images: list[CachedImage], **changes: Any) -> FeatureM
 
 
 def make_features(seed: int) -> npt.NDArray[np.float32]:
-    """bfloat16 numbers, some channels tens of times the others, as CLIP has them."""
+    """Makes bfloat16 numbers of which one channel is tens of times larger than the others, as in CLIP."""
     values = np.random.default_rng(seed).normal(size=(NUM_PATCHES, NUM_CHANNELS)).astype(np.float32)
     values[:, 3] *= 40
     return from_bfloat16(to_bfloat16(values))
@@ -113,7 +114,7 @@ def test_q8_columns_hold_a_code_and_the_scales_of_patch_and_channel(tmp_path: Pa
         codes = np.frombuffer(row["codes"], np.int8).reshape(NUM_PATCHES, NUM_CHANNELS)
         patches, channels = np.frombuffer(row["patch_scales"], "<f4"), np.frombuffer(row["channel_scales"], "<f4")
         step = np.outer(patches, channels)
-        # Half a step of the nearest code, and the rounding of float32.
+        # The error is half a step, plus the rounding of float32.
         assert (np.abs(codes * step - features[row["index"]]) <= 0.5001 * step).all()
         assert np.abs(codes).max(axis=1).tolist() == [127] * NUM_PATCHES
 
@@ -122,7 +123,7 @@ def test_a_large_channel_takes_no_codes_from_the_others() -> None:
     features = make_features(0)
     manifest = make_feature_manifest([], form="q8")
     error = unpack_features(pack_features(features, "q8"), manifest, "") - features
-    # One scale a patch, as a plain 8-bit form has it.
+    # The reference is a plain 8-bit form with one scale for each patch.
     scale = np.abs(features).max(axis=1, keepdims=True) / 127
     plain = np.rint(features / scale) * scale - features
     others = np.arange(NUM_CHANNELS) != 3
@@ -219,8 +220,49 @@ def test_scores_and_features_are_told_apart(tmp_path: Path) -> None:
         FeatureCache(scores)
     with pytest.raises(ShardError, match="belongs to a feature cache"):
         open_output(features, make_manifest())
-    # Without its manifest the first shard still says what it is.
+    # With a broken manifest the first shard's footer decides.
     (features / "manifest.json").write_bytes(b"\xff")
     assert is_feature_cache(features)
     with pytest.raises(ShardError, match="its columns are not those of a feature shard of the form q8"):
         FeatureFile(shard_path(features, 0), make_feature_manifest([], form="q8"), 0)
+
+
+def test_a_broken_shard_without_a_manifest_is_no_feature_cache(tmp_path: Path) -> None:
+    write_cache(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert is_feature_cache(tmp_path / "out")
+    shard_path(tmp_path / "out", 0).write_bytes(b"?")
+    assert not is_feature_cache(tmp_path / "out")
+
+
+def test_a_row_group_holds_a_mebibyte_of_bfloat16_and_at_least_one_image() -> None:
+    # CLIP ViT-L/14 at 336 pixels: 576 x 1024 values of 2 bytes are 1.125 MiB.
+    assert images_per_group(576, 1024) == 1
+    assert images_per_group(64, 1024) == 8
+
+
+def test_a_code_that_is_never_written_is_refused() -> None:
+    manifest, packed = make_feature_manifest([], form="q8"), pack_features(make_features(0), "q8")
+    with pytest.raises(ShardError, match="here: has a code below -127"):
+        unpack_features({**packed, "codes": b"\x80" + packed["codes"][1:]}, manifest, "here")
+
+
+def test_a_list_of_images_with_other_columns_is_refused(tmp_path: Path) -> None:
+    write_cache(tmp_path / "out")
+    manifest = read_feature_manifest(tmp_path / "out")
+    path = tmp_path / "out" / "images.parquet"
+    pq.write_table(pq.read_table(path).rename_columns(["sha256", "names"]), path)
+    with pytest.raises(ShardError, match=r"images\.parquet: its columns are not sha256 and paths"):
+        read_index(tmp_path / "out", manifest)
+
+
+def test_a_cache_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.shards.feature_shard._MAX_OPEN_FILES", 1)
+    features = write_cache(tmp_path / "out")
+    closed: list[Path] = []
+    monkeypatch.setattr(FeatureFile, "close", lambda self: closed.append(self.path))
+    cache = FeatureCache(tmp_path / "out")
+    for number in (0, 3, 4, 0):
+        group = cache.group_of(number)
+        assert np.array_equal(cache.read(group)[number - group.start], features[number])
+    assert [path.name for path in closed] == ["shard-00000.parquet", "shard-00001.parquet"]

@@ -13,11 +13,13 @@ from common.shards.manifest import (
     Receipt,
     SkippedSample,
     file_sha256,
+    is_complete,
     list_differences,
     open_output,
     published_shards,
     read_manifest,
     read_receipt,
+    read_receipts,
     receipt_path,
     shard_path,
     write_with_digest,
@@ -44,7 +46,7 @@ def make_receipt(number: int = 42, skipped: tuple[SkippedSample, ...] = ()) -> R
     )
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_manifest_and_receipt_are_read_as_they_were_written(tmp_path: Path) -> None:
     receipt = make_receipt(skipped=(SkippedSample(index=3, id="ключ", reason='image "x" does not exist'),))
     write_with_digest(receipt_path(tmp_path, 42), receipt)
     open_output(tmp_path, MANIFEST)
@@ -81,7 +83,7 @@ def test_every_changed_byte_is_found_or_changes_nothing(
     path = tmp_path / name
     write_with_digest(path, content)
     whole = path.read_bytes()
-    unnoticed = []
+    undetected = []
     for position in range(len(whole)):
         for bit in (0, 3, 5, 7):
             data = bytearray(whole)
@@ -89,17 +91,17 @@ def test_every_changed_byte_is_found_or_changes_nothing(
             monkeypatch.setattr(Path, "read_bytes", lambda _, changed=bytes(data): changed)
             try:
                 assert read(tmp_path) == content
-                unnoticed.append(chr(whole[position]))
+                undetected.append(chr(whole[position]))
             except (ShardError, ProvenanceError) as error:
                 assert str(path) in str(error)
-    # White space carries nothing, and the hex digit of an escaped character (\u00e9) may be either case.
-    assert set(unnoticed) <= {" ", "\n", "e"}
+    # White space does not matter, and the hex digits of an escaped character (\u00e9) may have either case.
+    assert set(undetected) <= {" ", "\n", "e"}
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"[]", b"null", b"{}", b'"content_sha256"', b'{"content_sha256": 1}', b"\xff\xfe"]
 )
-def test_what_is_no_sealed_json_is_a_shard_error(tmp_path: Path, data: bytes) -> None:
+def test_json_without_its_digest_is_a_shard_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(data)
     with pytest.raises(ShardError, match=MANIFEST_NAME):
         read_manifest(tmp_path)
@@ -185,3 +187,31 @@ def test_file_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(ShardError, match="none"):
         file_sha256(tmp_path / "none")
+
+
+def test_a_shard_is_complete_with_a_receipt_and_a_file_of_its_size(tmp_path: Path) -> None:
+    assert not is_complete(tmp_path, 42, MANIFEST)
+    write_with_digest(receipt_path(tmp_path, 42), make_receipt(42))
+    assert not is_complete(tmp_path, 42, MANIFEST), "the file is missing"
+    for num_bytes in (4999, 5000, 5001):
+        shard_path(tmp_path, 42).write_bytes(bytes(num_bytes))
+        assert is_complete(tmp_path, 42, MANIFEST) == (num_bytes == 5000)
+    receipt_path(tmp_path, 42).write_text("{}")
+    with pytest.raises(ShardError, match=r"shard-00042\.json: is damaged"):
+        is_complete(tmp_path, 42, MANIFEST)
+
+
+def test_receipts_are_read_in_order_and_only_of_shards_of_the_manifest(tmp_path: Path) -> None:
+    manifest = make_manifest(num_samples=30, samples_per_shard=1)
+    receipts = [make_receipt(n).model_copy(update={"manifest_sha256": manifest.sha256}) for n in (29, 3, 30, 17)]
+    for receipt in receipts:
+        write_with_digest(receipt_path(tmp_path, receipt.shard), receipt)
+    assert [receipt.shard for receipt in read_receipts(tmp_path, manifest)] == [3, 17, 29]
+    write_with_digest(receipt_path(tmp_path, 4), make_receipt(4))
+    with pytest.raises(ProvenanceError, match=r"shard-00004\.json: belongs to an output with another manifest"):
+        read_receipts(tmp_path, manifest)
+
+
+def test_the_largest_number_of_kept_entries_is_top_k_or_the_draws() -> None:
+    assert make_manifest(top_k=50, top_p=0.9).capture.max_kept == 50
+    assert make_manifest(top_k=0, num_draws=7).capture.max_kept == 7

@@ -26,7 +26,7 @@ from common.shards.score_shard import (
 from common.shards.scores import TeacherScores, scores_from_topk
 from tests.support.builders import IMAGE_TOKEN_ID, make_manifest, make_rows, read_table
 
-# Of each kind of entries: the settings of the capture, and those of `make_rows`.
+# Settings of the capture and of `make_rows` for each kind of kept entries.
 CAPTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "best": ({}, {}),
     "drawn": ({"top_k": 0, "num_draws": 40, "seed": 0}, {"num_draws": 40}),
@@ -69,7 +69,7 @@ def assert_same_rows(found: list[ShardRow], expected: list[ShardRow]) -> None:
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
 @pytest.mark.parametrize("num_rows", [0, 1, ROWS_PER_GROUP, 2 * ROWS_PER_GROUP + 3])
-def test_what_is_written_is_read(tmp_path: Path, kind: Kind, num_rows: int, capture: str) -> None:
+def test_rows_are_read_as_they_were_written(tmp_path: Path, kind: Kind, num_rows: int, capture: str) -> None:
     settings, entries = CAPTURES[capture]
     manifest, rows = make_manifest(kind, **settings), make_rows(kind, num_rows, **entries)
     skipped = [SkippedSample(index=199, id="s199", reason="no assistant turn")]
@@ -231,7 +231,7 @@ def test_pages_are_zstd_with_checksums_and_roles_share_a_dictionary(tmp_path: Pa
     dictionaries = {c.path_in_schema for c in columns if "RLE_DICTIONARY" in c.encodings}
     names = ("messages.list.element.role", "topk_counts.list.element")
     assert dictionaries == {f"{prefix}_{name}" for prefix in ("chosen", "rejected") for name in names}
-    # A changed byte of page data is found by the page's own checksum, without the receipt.
+    # The page's own checksum finds a changed byte, without the receipt.
     offset = next(c for c in columns if c.path_in_schema == "chosen_topk_logprobs_1").data_page_offset + 60
     data = bytearray(shard_path(tmp_path, 0).read_bytes())
     data[offset] ^= 1
@@ -264,7 +264,7 @@ def test_a_renamed_shard_or_one_of_another_output_or_kind_is_refused(tmp_path: P
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" * 9, b'{"a": 1}'])
-def test_what_is_no_parquet_is_a_shard_error(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_no_parquet_is_a_shard_error(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "shard-00000.parquet"
     path.write_bytes(data)
     with pytest.raises(ShardError, match=str(path)):
@@ -337,3 +337,13 @@ def test_the_image_token_is_kept_with_and_without_one(tmp_path: Path) -> None:
         (row,) = ShardFile(shard_path(tmp_path, 0), manifest, 0)
         assert row.conversations[0].encoded.image_token_id == image_token_id
     assert receipt_path(tmp_path, 0).exists()
+
+
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+def test_sizes_are_read_without_decoding_the_rows(tmp_path: Path, kind: Kind) -> None:
+    manifest, rows = make_manifest(kind), make_rows(kind, ROWS_PER_GROUP + 3)
+    write_shard(tmp_path, 0, manifest, rows, ())
+    sizes = ShardFile(shard_path(tmp_path, 0), manifest, 0).read_sizes(1)
+    assert sizes.dtype == np.int32
+    # Every conversation of `make_rows` has 12 tokens, of which the last is scored.
+    assert sizes.tolist() == [[12, len(row.sample.images)] for row in rows[ROWS_PER_GROUP:]]

@@ -21,7 +21,7 @@ from common.shards.scores import (
 
 @st.composite
 def rectangles(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids [R, K] and log-probs [R, K] with ties and empty slots; K from 0 to the whole vocabulary."""
+    """Draws distinct ids [R, K] and log-probs [R, K] with ties and empty slots; K from 0 to the vocabulary size."""
     num_rows, vocab_size = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     top_k = draw(st.integers(0, vocab_size))
     rows = st.permutations(range(vocab_size)).map(lambda ids: ids[:top_k])
@@ -72,7 +72,7 @@ def test_a_rectangle_made_of_topk_gives_the_same_scores(rectangle: tuple[np.ndar
         np.testing.assert_array_equal(getattr(once, name), getattr(twice, name))
 
 
-def test_zeros_of_either_sign_tie_and_what_stands_in_an_empty_slot_does_not_matter() -> None:
+def test_zeros_of_either_sign_tie_and_ids_of_empty_slots_are_ignored() -> None:
     ids = np.array([[9, -1, 5, 7, 2**24 - 1]], np.int64)
     scores = scores_from_topk(np.zeros(1, np.float32), ids, np.array([[0.0, -np.inf, -0.0, 1e-6, -200.0]]))
     assert scores.ids.tolist() == [7, 5, 9, 2**24 - 1]
@@ -127,7 +127,7 @@ def test_draws_are_counted_row_by_row_and_padding_goes_to_the_rest(drawn: np.nda
         entry for row in rows for entry in row
     ]
     assert scores.counts.tolist() == [len(row) for row in rows]
-    # math.log is another implementation, and may be off by a last digit.
+    # Not exactly equal, because math.log may differ from NumPy's in the last digit.
     logs = [math.log(draws / num_draws) for row in rows for _, draws in row]
     np.testing.assert_allclose(scores.logprobs, logs, rtol=1.2e-7)
     rests = [Fraction(num_draws - counter.total(), num_draws) for counter in expected]
@@ -146,14 +146,14 @@ def test_topk_of_draws_holds_their_shares() -> None:
     np.testing.assert_allclose(np.exp(logprobs_RK), [[0.75, 0.25], [1.0, 0.0]], rtol=1e-6)
 
 
-def test_most_draws_of_one_id_can_be_kept() -> None:
+def test_the_largest_number_of_draws_of_one_id_is_kept() -> None:
     scores = scores_from_draws(np.zeros(1, np.float32), np.full((1, MAX_DRAWS - 1), 5), vocab_size=6)
     assert scores.draws is not None
     assert scores.draws.tolist() == [MAX_DRAWS - 1]
     assert (scores.logprobs.tolist(), scores.rest_mass.tolist()) == ([0.0], [0.0])
 
 
-def test_what_was_never_drawn_has_no_share() -> None:
+def test_an_id_that_was_not_drawn_has_log_prob_minus_infinity() -> None:
     assert empirical_logprobs(np.array([0, 4], np.int32), 4).tolist() == [-math.inf, 0.0]
 
 
@@ -171,7 +171,7 @@ def test_rest_mass_of_a_uniform_distribution_is_the_share_left_out(vocab_size: i
 
 
 def test_rest_mass_of_a_geometric_distribution_is_its_tail() -> None:
-    # p(i) = 2^-(i+1): the first k sum to 1 - 2^-k.
+    # p(i) = 2^-(i+1), so the first k sum to 1 - 2^-k.
     logprobs = (-np.arange(1, 31) * math.log(2)).astype(np.float32)
     for top_k in range(31):
         tail = 2.0**-top_k

@@ -1,4 +1,4 @@
-"""docs/shard-format.md against the files: a reader that knows only that page."""
+"""Shards are read by a second reader that is written from docs/shard-format.md alone."""
 
 import base64
 import hashlib
@@ -32,8 +32,8 @@ from tests.support.builders import make_manifest, make_rows
 PAGE = (Path(__file__).parents[4] / "docs" / "shard-format.md").read_text("utf-8")
 
 
-def ids_of(counts: list[int], tables: list[int], orders: list[list[int]], *streams: bytes) -> list[list[int]]:
-    """The page's section "Ids": the ids of each row, by ascending rank in its table."""
+def decode_ids(counts: list[int], tables: list[int], orders: list[list[int]], *streams: bytes) -> list[list[int]]:
+    """Decodes the ids of each row, by ascending rank in its table, as the page's section "Ids" says."""
     *quarters, low, high = streams
     symbols, low_byte = [iter(quarter) for quarter in quarters], iter(low)
     h_high = iter(struct.unpack(f"<{len(high) // 2}H", high))
@@ -53,8 +53,10 @@ def ids_of(counts: list[int], tables: list[int], orders: list[list[int]], *strea
     return rows
 
 
-def values_of(columns: dict[str, bytes], counts: list[int], rests: list[float], form: str | None) -> list[list[float]]:
-    """The page's section "Values": log-probs, or numbers of draws, in the order of the ids."""
+def decode_values(
+    columns: dict[str, bytes], counts: list[int], rests: list[float], form: str | None
+) -> list[list[float]]:
+    """Decodes log-probs or numbers of draws, in the order of the ids, as the page's section "Values" says."""
     if form in ("q8", "q6"):
         streams, rows = [iter(columns[f"topk_roots_{bucket}"]) for bucket in range(16)], []
         for count, rest in zip(counts, rests, strict=True):
@@ -80,8 +82,8 @@ def values_of(columns: dict[str, bytes], counts: list[int], rests: list[float], 
     return [[next(values) for _ in range(count)] for count in counts]
 
 
-def ranked(classes: bytes) -> list[int]:
-    """Ids with a class by descending class, ties by ascending id."""
+def ids_by_rank(classes: bytes) -> list[int]:
+    """Returns the ids whose class is not 0, by descending class, ties by ascending id."""
     return sorted(
         (token_id for token_id, value in enumerate(classes) if value),
         key=lambda token_id: (-classes[token_id], token_id),
@@ -93,7 +95,7 @@ def test_the_worked_example_is_right() -> None:
     cells = r"^\| (\d) \| (\d+) \| (\d+) \| ([\d.]+) \| (\d+) \| [^|]* \| 0x([0-9A-F]{8}) \|$"
     classes = np.ones(151_936, np.uint8)
     classes[5] = 2
-    order = ranked(classes.tobytes())
+    order = ids_by_rank(classes.tobytes())
     for row, token_id, rank, p, code, bits in re.findall(cells, PAGE, re.MULTILINE):
         stated[int(row)].append((int(token_id), float(p), int(code)))
         assert order[int(rank)] == int(token_id)
@@ -105,16 +107,16 @@ def test_the_worked_example_is_right() -> None:
     columns |= {name: bytes.fromhex(data) for name, data in lines.items()}
     rests = re.findall(r"stored as\n([\d.]+) and ([\d.]+) beside codes", PAGE)[0]
     rests = [float(rest) for rest in rests]
-    ids = ids_of(counts, tables, [order], *(columns[name] for name in ID_COLUMNS))
+    ids = decode_ids(counts, tables, [order], *(columns[name] for name in ID_COLUMNS))
     assert ids == [[token_id for token_id, _, _ in row] for row in stated]
     assert [*columns["topk_roots_2"], *columns["topk_roots_1"]] == [code for row in stated for _, _, code in row]
-    exact = values_of(columns, counts, rests, "fp32")
+    exact = decode_values(columns, counts, rests, "fp32")
     np.testing.assert_allclose(np.exp([*itertools.chain(*exact)]), [p for row in stated for _, p, _ in row], rtol=1e-6)
-    coded = values_of(columns, counts, rests, "q8")
+    coded = decode_values(columns, counts, rests, "q8")
     np.testing.assert_allclose(np.exp([*itertools.chain(*coded)]), [0.3607, 0.4993, 0.64], atol=5e-5)
-    assert values_of(columns, counts, rests, None) == [[300, 1], [302]]
+    assert decode_values(columns, counts, rests, None) == [[300, 1], [302]]
 
-    # What this program writes of the same entries.
+    # The program writes the same bytes for these entries.
     cases: tuple[tuple[StoredPrecision, list[str]], ...] = (
         ("q8", [f"topk_roots_{bucket}" for bucket in range(16)]),
         ("fp32", [f"topk_logprobs_{p}" for p in range(4)]),
@@ -139,7 +141,7 @@ def test_the_worked_example_is_right() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp32", "fp16", "q8", "q6"])
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
-def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path, kind: Kind, form: str) -> None:
+def test_a_reader_written_from_the_page_finds_the_rows(tmp_path: Path, kind: Kind, form: str) -> None:
     manifest, rows = make_manifest(kind, precision=form), make_rows(kind, 70)
     open_output(tmp_path, manifest)
     with patch("common.shards.token_order.ENTRIES_A_TABLE", 300):
@@ -158,7 +160,7 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
     assert file.metadata.metadata[b"decant.shard"] == b"0"
     assert file.metadata.metadata[b"decant.schema_version"] == b"5"
     assert json.loads(file.metadata.metadata[b"decant.manifest"]) == content
-    orders = orders_of(file, manifest.tokenizer.vocab_size)
+    orders = read_orders(file, manifest.tokenizer.vocab_size)
     assert len(orders) >= 4
     assert file.metadata.metadata[b"decant.image_token_id"] == b"151646"
     assert [file.metadata.row_group(i).num_rows for i in range(2)] == [64, 6]
@@ -175,7 +177,7 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
             assert own == scored.scores.own_logprobs.tolist()
             assert record[prefix + "logprob_sum"] == pytest.approx(sum(own), rel=1e-12)
             counts = record[prefix + "topk_counts"]
-            ids = ids_of(
+            ids = decode_ids(
                 counts, record[prefix + "topk_tables"], orders, *(record[prefix + name] for name in ID_COLUMNS)
             )
             rests = np.array(record[prefix + "rest_mass"], np.float32)
@@ -185,15 +187,15 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
             else:
                 np.testing.assert_array_equal(rests, scored.scores.rest_mass)
             columns = {name.removeprefix(prefix): data for name, data in record.items()}
-            values = values_of(columns, counts, record[prefix + "rest_mass"], form)
-            # As it was written, and as this program reads it.
+            values = decode_values(columns, counts, record[prefix + "rest_mass"], form)
+            # Compared with the rows that were written, and with those that this program reads.
             read = ours[row.index].conversations[prefix == "rejected_"].scores
-            for found, probs, expected in zip(ids, values, by_row(scored.scores), strict=True):
+            for found, probs, expected in zip(ids, values, logprobs_by_row(scored.scores), strict=True):
                 assert sorted(found) == sorted(expected)
                 slack = {"fp32": 0, "fp16": 2e-4, "q8": 1.5 / 127, "q6": 1.5 / 63}[form]
                 for token_id, logprob in zip(found, probs, strict=True):
                     assert math.exp(logprob / 2) == pytest.approx(math.exp(expected[token_id] / 2), abs=slack + 1e-12)
-            for found, probs, entries in zip(ids, values, by_row(read), strict=True):
+            for found, probs, entries in zip(ids, values, logprobs_by_row(read), strict=True):
                 in_order = sorted(zip(found, probs, strict=True), key=lambda e: (-np.float32(e[1]), e[0]))
                 assert [token_id for token_id, _ in in_order] == list(entries)
                 np.testing.assert_allclose([p for _, p in in_order], list(entries.values()), rtol=2e-7, atol=1e-6)
@@ -201,19 +203,19 @@ def test_a_reader_that_knows_only_the_page_finds_what_was_written(tmp_path: Path
 
 
 def read_checked(path: Path) -> tuple[dict[str, Any], str]:
-    """What a JSON file holds, and its digest, which the page's canonical JSON has to give."""
+    """Reads a JSON file and its digest, and checks the digest against the page's canonical JSON."""
     content = json.loads(path.read_text("utf-8"))
     claimed = content.pop("content_sha256")
     assert hashlib.sha256(canonical(content).encode("ascii")).hexdigest() == claimed
     return content, claimed
 
 
-def orders_of(file: pq.ParquetFile, vocab_size: int) -> list[list[int]]:
-    """Ids by rank in each table."""
+def read_orders(file: pq.ParquetFile, vocab_size: int) -> list[list[int]]:
+    """Reads the ids by rank in each table from a shard's footer."""
     frame = base64.b64decode(file.metadata.metadata[b"decant.token_classes"])
     data = zstandard.ZstdDecompressor().decompress(frame)
     highest, pairs = data[:vocab_size], data[vocab_size:]
-    used = ranked(highest)
+    used = ids_by_rank(highest)
     if not pairs:
         return [used]
     tables = [bytearray(vocab_size) for _ in range(2 * len(pairs) // len(used))]
@@ -223,17 +225,17 @@ def orders_of(file: pq.ParquetFile, vocab_size: int) -> list[list[int]]:
         tables[2 * pair + 1][used[place]] = byte >> 4
     for token_id in used:
         assert highest[token_id] == max(table[token_id] for table in tables)
-    return [ranked(bytes(table)) for table in tables]
+    return [ids_by_rank(bytes(table)) for table in tables]
 
 
-def by_row(scores: TeacherScores) -> list[dict[int, float]]:
-    """Log-prob by id of each row, in the order of `scores`."""
+def logprobs_by_row(scores: TeacherScores) -> list[dict[int, float]]:
+    """Returns the log-probs of each row by id, in the order of `scores`."""
     entries = zip(scores.ids.tolist(), scores.logprobs.tolist(), strict=True)
     return [dict(itertools.islice(entries, count)) for count in scores.counts.tolist()]
 
 
 def canonical(value: object) -> str:
-    """The page's canonical JSON, written by hand."""
+    """Formats a value as the page's canonical JSON, without the json module."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{canonical(key)}:{canonical(value[key])}" for key in sorted(value)) + "}"
     if isinstance(value, list):
@@ -252,40 +254,41 @@ def canonical(value: object) -> str:
 
 
 def shortest(value: float) -> str:
-    """The page's spelling of a number from 1e-99 to 1e15, by trying one digit more until it reads back."""
+    """Formats a number from 1e-99 to 1e15 as the page says, with as few digits as read back the same number."""
     digits, exponent = next(
         (text.split("e")[0].replace(".", ""), int(text.split("e")[1]))
         for text in (f"{value:.{places}e}" for places in range(17))
         if float(text) == value
     )
     if exponent < -4:
-        return f"{digits[0]}{'.' * (len(digits) > 1)}{digits[1:]}e-{-exponent:02d}"
+        point = "." if len(digits) > 1 else ""
+        return f"{digits[0]}{point}{digits[1:]}e-{-exponent:02d}"
     if exponent < 0:
         return f"0.{'0' * (-exponent - 1)}{digits}"
     return f"{digits[: exponent + 1]:0<{exponent + 1}}.{digits[exponent + 1 :] or 0}"
 
 
-def test_drawn_entries_are_found_by_the_page_too(tmp_path: Path) -> None:
+def test_a_reader_written_from_the_page_finds_drawn_entries(tmp_path: Path) -> None:
     generate = GenerateSettings(temperature=0.1 + 0.2, top_p=5e-05, num_samples=1, max_new_tokens=9)
     manifest = make_manifest(top_k=0, num_draws=1000, seed=7, generate=generate)
     rows = make_rows("kd", 5, num_draws=1000)
     open_output(tmp_path, manifest)
     write_shard(tmp_path, 0, manifest, rows, [])
     read_checked(tmp_path / "manifest.json")
-    most = 0.0
+    max_draws = 0.0
     file = pq.ParquetFile(tmp_path / "shard-00000.parquet")
-    orders = orders_of(file, manifest.tokenizer.vocab_size)
+    orders = read_orders(file, manifest.tokenizer.vocab_size)
     for record, row in zip(file.read().to_pylist(), rows, strict=True):
         scores, counts = row.conversations[0].scores, record["topk_counts"]
         assert scores.draws is not None
-        ids = ids_of(counts, record["topk_tables"], orders, *(record[name] for name in ID_COLUMNS))
-        draws = values_of(record, counts, record["rest_mass"], None)
+        ids = decode_ids(counts, record["topk_tables"], orders, *(record[name] for name in ID_COLUMNS))
+        draws = decode_values(record, counts, record["rest_mass"], None)
         expected = iter(zip(scores.ids.tolist(), scores.draws.tolist(), strict=True))
         for found, times, rest in zip(ids, draws, record["rest_mass"], strict=True):
             assert dict(zip(found, times, strict=True)) == dict(itertools.islice(expected, len(found)))
             assert 1000 * (1 - rest) == pytest.approx(sum(times), abs=1e-4)
-            most = max([most, *times])
-    assert most > 255, "the high plane must matter"
+            max_draws = max([max_draws, *times])
+    assert max_draws > 255, "the high plane must not be empty"
 
 
 def test_the_page_names_every_column_type_and_key() -> None:
@@ -300,7 +303,7 @@ def test_the_page_names_every_column_type_and_key() -> None:
         assert [field.name for field in score_schema("dpo", capture)] == columns[:3] + [
             prefix + name for prefix in ("chosen_", "rejected_") for name in columns[3:]
         ]
-    for key in pq.read_metadata(io.BytesIO(footer_of_a_shard())).metadata:
+    for key in pq.read_metadata(io.BytesIO(shard_bytes())).metadata:
         assert key == b"ARROW:schema" or f"`{key.decode()}`" in PAGE
     keys = [name for model in (Manifest, Receipt, CaptureSettings, SkippedSample) for name in model.model_fields]
     assert [key for key in keys if not re.search(rf"`(capture\.)?{key}[`.]", PAGE)] == []
@@ -310,7 +313,7 @@ def test_the_page_names_every_column_type_and_key() -> None:
             assert f"`{name}.{key}`" in PAGE
 
 
-def footer_of_a_shard() -> bytes:
+def shard_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         write_shard(Path(directory), 0, make_manifest(), make_rows("kd", 1), ())
         return (Path(directory) / "shard-00000.parquet").read_bytes()

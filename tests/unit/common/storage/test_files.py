@@ -18,11 +18,16 @@ from common.storage.files import (
     PARTIAL_SUFFIX,
     LocalPath,
     LocationField,
+    directory_lock,
+    file_size,
+    is_file,
     list_files,
     move,
+    open_ranged,
     parse_location,
     publish,
     publish_new,
+    read_bytes,
     remove_partials,
 )
 
@@ -126,7 +131,7 @@ def test_a_reader_sees_a_whole_file_while_it_is_replaced(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "text", ["a/b", "/a/b", "file:///a/b", "local:///a/b", Path("/a/b"), "s3:/a", "./s3:x", UPath("/a/b")]
 )
-def test_what_is_on_this_machine_is_a_plain_path(text: str | Path | UPath) -> None:
+def test_a_location_on_this_machine_is_a_plain_path(text: str | Path | UPath) -> None:
     location = parse_location(text)
     assert type(location) is PosixPath
     assert str(location) == str(text).removeprefix("file://").removeprefix("local://").removeprefix("./")
@@ -230,3 +235,59 @@ def test_a_file_is_moved_into_a_new_directory(tmp_path: Path) -> None:
     assert list_files(tmp_path / "below" / "deeper") == {"y": 2}
     with pytest.raises(StorageError, match=r"x: could not be moved to .*y \(No such file or directory\)"):
         move(tmp_path / "x", tmp_path / "y")
+
+
+def test_a_local_file_is_read_whole_and_by_ranges(tmp_path: Path) -> None:
+    publish(tmp_path / "x", b"0123")
+    assert (read_bytes(tmp_path / "x"), file_size(tmp_path / "x"), is_file(tmp_path / "x")) == (b"0123", 4, True)
+    with open_ranged(tmp_path / "x") as file:
+        assert (file.seek(1), file.read(2)) == (1, b"12")
+    assert not is_file(tmp_path)
+    for call in (read_bytes, file_size, open_ranged):
+        with pytest.raises(FileNotFoundError):
+            call(tmp_path / "y")
+
+
+def test_a_directory_is_locked_for_one_holder_at_a_time(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def hold_second() -> None:
+        with directory_lock(tmp_path / "out"):
+            order.append("second")
+
+    with directory_lock(tmp_path / "out"):
+        other = threading.Thread(target=hold_second)
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "second"]
+
+
+def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), directory_lock(tmp_path):
+        raise KeyError
+    with directory_lock(tmp_path):
+        pass
+
+
+def test_a_directory_that_cannot_be_locked_or_listed_is_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(StorageError, match="file/below: cannot be written"),
+        directory_lock(tmp_path / "file" / "below"),
+    ):
+        pass
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(StorageError, match=r"cannot be locked \(No locks available\)"), directory_lock(tmp_path):
+        pass
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(StorageError, match=r"cannot be listed .*; check its permissions"):
+        list_files(tmp_path)
