@@ -24,7 +24,7 @@ def no_teacher(_: ScorerSettings) -> Scorer:
 
 
 def shard_bytes(output: Location) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(output.glob("shard-*"))}
+    return {path.name: path.read_bytes() for path in output.glob("shard-*")}
 
 
 def rendered(summary: CaptureSummary | FeatureSummary) -> str:
