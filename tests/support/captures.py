@@ -24,8 +24,7 @@ def no_teacher(_: ScorerSettings) -> Scorer:
 
 
 def shard_bytes(output: Location) -> dict[str, bytes]:
-    names = sorted(path.name for path in output.glob("shard-*"))
-    return {name: (output / name).read_bytes() for name in names}
+    return {path.name: path.read_bytes() for path in output.glob("shard-*")}
 
 
 def rendered(summary: CaptureSummary | FeatureSummary) -> str:
