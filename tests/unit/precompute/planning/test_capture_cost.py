@@ -259,6 +259,15 @@ def test_top_p_gives_a_range_of_bytes(tmp_path: Path, llava_dir: Path) -> None:
     assert low < high
 
 
+def test_assumptions_are_noted(tmp_path: Path, llava_dir: Path) -> None:
+    records = conversation_records(tmp_path, 6)
+    settings = {"top_k": 0, "num_draws": 5, "engine": {"dtype": "float32"}}
+    _, tables = estimate_capture(make_config(tmp_path, llava_dir, records, **settings), progress=False)
+    notes = " ".join(note for table in tables for note in table.notes)
+    assert "draws that repeat an id are one entry, so K lies between 1 and num_draws" in notes
+    assert "several times slower than the bf16 peak" in notes
+
+
 def test_memory_of_the_capture_does_not_grow_with_the_prompt_in_the_engine_but_does_in_stock_vllm(
     tmp_path: Path, llava_dir: Path
 ) -> None:
