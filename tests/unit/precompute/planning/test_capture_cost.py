@@ -41,8 +41,8 @@ from train.moe.upcycle import upcycle_directory
 
 
 def estimates_by_name(config: Any) -> dict[str, Estimate]:
-    _, sections = estimate_capture(config, progress=False)
-    return {figure.name: figure for section in sections for figure in section.figures}
+    _, tables = estimate_capture(config, progress=False)
+    return {estimate.name: estimate for table in tables for estimate in table.figures}
 
 
 @pytest.mark.slow
@@ -294,11 +294,11 @@ def test_the_arithmetic_shown_gives_the_value_shown(tmp_path: Path, llava_dir: P
     num_checked = 0
     for extra in ({}, settings):
         config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 9), **extra)
-        for figure in estimates_by_name(config).values():
-            if not re.search(r"\d", figure.how) or re.search(r"\bK\b|iB|rounded", figure.how):
+        for estimate in estimates_by_name(config).values():
+            if not re.search(r"\d", estimate.how) or re.search(r"\bK\b|iB|rounded", estimate.how):
                 continue
-            formula = re.sub(r"[A-Za-z_]{2,}|,", "", figure.how.replace(" x ", " * "))
-            assert eval(formula) == pytest.approx(figure.value, rel=1e-3), figure
+            formula = re.sub(r"[A-Za-z_]{2,}|,", "", estimate.how.replace(" x ", " * "))
+            assert eval(formula) == pytest.approx(estimate.value, rel=1e-3), estimate
             num_checked += 1
     assert num_checked > 30
 
