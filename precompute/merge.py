@@ -41,7 +41,7 @@ from precompute.report import format_ranges
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What the merged output holds; `notes` say which copy of a shard was taken where copies differ."""
+    """Totals of the merged output; `notes` say which copy of a shard was taken where copies differ."""
 
     out: Location
     num_shards: int

@@ -35,7 +35,7 @@ _LOGPROB_LISTS = pa.list_(pa.list_(pa.float32()))
 
 @dataclass(frozen=True)
 class UnpackResult:
-    """What was written: one file for each shard, with the same name."""
+    """Files that were written: one for each shard, with the same name."""
 
     out: Path
     num_files: int

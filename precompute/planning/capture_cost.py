@@ -63,7 +63,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class ForwardCounts:
-    """What forward passes read: `tokens`, of which `image_tokens` come from the tower and `scored` get logits.
+    """Counts of forward passes: `tokens`, of which `image_tokens` come from the tower and `scored` get logits.
 
     `squares` is the sum of T^2 over the sequences.
     """

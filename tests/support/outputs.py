@@ -1,6 +1,7 @@
 """Reads, damages and rewrites outputs for tests."""
 
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,17 +10,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from rich.console import Console, RenderableType
 
+from common.data.samples import Turn
 from common.shards.manifest import (
+    MANIFEST_NAME,
+    GenerateSettings,
+    Receipt,
     file_sha256,
     published_shards,
     read_manifest,
-    read_receipt,
+    read_with_digest,
     receipt_path,
     shard_path,
     write_with_digest,
 )
-from common.shards.score_shard import ShardFile, ShardRow
+from common.shards.score_shard import ScoredConversation, ShardFile, ShardRow, write_shard
+from common.shards.scores import TeacherScores
 from common.storage.files import Location, list_files
 from precompute.config import PrecomputeConfig
 from precompute.report import Report
@@ -28,6 +35,13 @@ from precompute.report import Report
 def first_problems(report: Report) -> dict[str, str]:
     """Returns the first problem of each failed check, by the check's name."""
     return {check.name: check.problems[0].what for check in report.checks if not check.ok}
+
+
+def render_text(renderable: RenderableType, width: int = 1000) -> str:
+    """Returns what a terminal of this width shows, without colours."""
+    file = io.StringIO()
+    Console(width=width, file=file).print(renderable)
+    return file.getvalue()
 
 
 def rows_of(output: Location, number: int) -> list[ShardRow]:
@@ -39,7 +53,7 @@ def rows_of(output: Location, number: int) -> list[ShardRow]:
 
 def rewrite_receipt(output: Path, number: int) -> None:
     """Writes a receipt that matches the shard's current bytes, so that later checks are reached."""
-    receipt = read_receipt(output, number, read_manifest(output))
+    receipt = read_with_digest(receipt_path(output, number), Receipt)
     path = shard_path(output, number)
     changed = {"sha256": file_sha256(path), "num_bytes": path.stat().st_size}
     write_with_digest(receipt_path(output, number), receipt.model_copy(update=changed))
@@ -80,6 +94,36 @@ def contents(output: Location) -> dict[str, bytes]:
     """Returns the bytes of manifest, shards and receipts by their names."""
     names = sorted(name for name in list_files(output) if name.startswith(("shard-", "manifest.")))
     return {name: (output / name).read_bytes() for name in names}
+
+
+def rewrite_as_generated(output: Path, num_samples: int) -> None:
+    """Turns an output into one of generated responses, `num_samples` to each sample."""
+    rows = {number: rows_of(output, number) for number in published_shards(output)}
+    before = read_manifest(output)
+    generate = GenerateSettings(temperature=1.0, top_p=1.0, num_samples=num_samples, max_new_tokens=64)
+    manifest = before.model_copy(update={"capture": before.capture.model_copy(update={"generate": generate})})
+    write_with_digest(output / MANIFEST_NAME, manifest)
+    for number, shard_rows in rows.items():
+        responses = [make_response(row, n) for row in shard_rows for n in range(num_samples)]
+        write_shard(output, number, manifest, responses, [])
+
+
+def make_response(row: ShardRow, number: int) -> ShardRow:
+    """Returns the row as response `number` to its sample: with another last turn, which alone is scored."""
+    turns = (*row.sample.conversations[0][:-1], Turn("assistant", f"written by the teacher {number}"))
+    (scored,) = row.conversations
+    start, stop = scored.encoded.spans[-1]
+    encoded = dataclasses.replace(
+        scored.encoded, input_ids=scored.encoded.input_ids[:stop], spans=np.array([[start, stop]], np.int32)
+    )
+    num_before = scored.scores.num_rows - int(stop - start)
+    num_entries = int(scored.scores.counts[:num_before].sum())
+    by_row = {name: getattr(scored.scores, name)[num_before:] for name in ("own_logprobs", "rest_mass", "counts")}
+    entries = {name: getattr(scored.scores, name)[num_entries:] for name in ("ids", "logprobs")}
+    last = ScoredConversation(encoded, TeacherScores(**by_row, **entries))
+    return replace_sample(
+        dataclasses.replace(row, conversations=(last,)), id=f"{row.sample.id}#{number}", conversations=(turns,)
+    )
 
 
 def part(whole: Path, out: Path, *numbers: int) -> Path:

@@ -1,12 +1,10 @@
 """Joining outputs and writing shards of another size changes no value, to the bit."""
 
-import io
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from common.errors import ConfigError, DecantError, ProvenanceError, ShardError
 from common.shards.manifest import (
@@ -21,17 +19,21 @@ from common.shards.score_shard import write_shard
 from common.storage.files import parse_location
 from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
-from precompute.merge import MergeResult, merge_outputs
+from precompute.merge import merge_outputs
 from precompute.verify.logits import verify_logits
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
 from tests.support.object_store import BUCKET, Store
-from tests.support.outputs import all_rows, contents, copy_file, flip, part, row_values, rows_of
-
-
-def render_text(merged: MergeResult) -> str:
-    console = Console(width=1000, file=io.StringIO())
-    console.print(merged.render())
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+from tests.support.outputs import (
+    all_rows,
+    contents,
+    copy_file,
+    flip,
+    part,
+    render_text,
+    rewrite_shard,
+    row_values,
+    rows_of,
+)
 
 
 @pytest.mark.slow
@@ -40,14 +42,14 @@ def test_parts_are_joined_byte_for_byte(whole: Path, tmp_path: Path) -> None:
     merged = merge_outputs(parts, tmp_path / "merged", progress=False)
     assert (merged.num_shards, merged.num_new_shards, merged.missing, merged.num_rows) == (3, 3, (), 10)
     assert contents(tmp_path / "merged") == contents(whole / "out")
-    assert render_text(merged).endswith("complete\n")
+    assert render_text(merged.render()).endswith("complete\n")
     assert verify_logits(tmp_path / "merged", whole / "data.jsonl", progress=False).ok
 
 
 def test_what_is_missing_is_listed(whole: Path, tmp_path: Path) -> None:
     merged = merge_outputs([part(whole / "out", tmp_path / "a", 1)], tmp_path / "merged", progress=False)
     assert merged.missing == (0, 2)
-    assert "incomplete: shards 0, 2 are in none of the outputs" in render_text(merged)
+    assert "incomplete: shards 0, 2 are in none of the outputs" in render_text(merged.render())
 
 
 def test_an_interrupted_merge_continues(whole: Path, tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_the_first_copy_of_a_shard_that_was_scored_twice_is_taken_with_a_notice(
     write_with_digest(receipt_path(other, 1), changed)
     merged = merge_outputs([whole / "out", other], tmp_path / "merged", progress=False)
     assert len(merged.notes) == 1
-    assert re.search(r"shard 1 was scored twice: .*the first is taken", render_text(merged))
+    assert re.search(r"shard 1 was scored twice: .*the first is taken", render_text(merged.render()))
     assert contents(tmp_path / "merged") == contents(whole / "out")
 
 
@@ -121,10 +123,16 @@ def test_an_intact_copy_is_taken_instead_of_a_damaged_one(whole: Path, tmp_path:
     assert merged.missing == ()
     if size is None:
         assert contents(tmp_path / "merged") == contents(whole / "out")
-        assert render_text(merged).count("is gone or not what its receipt names") == 2
+        assert render_text(merged.render()).count("is gone or not what its receipt names") == 2
     assert verify_logits(tmp_path / "merged", whole / "data.jsonl", progress=False).ok
     with pytest.raises(ShardError, match=r"shard-0000\d.parquet: gone, or not the bytes that the receipt names"):
         merge_outputs([damaged], tmp_path / "second", progress=False)
+
+
+def test_another_size_needs_an_intact_copy_of_each_shard(output: Path, tmp_path: Path) -> None:
+    flip(shard_path(output, 1), 2000)
+    with pytest.raises(ShardError, match=r"shard-00001.parquet: gone, or not the bytes that the receipt names"):
+        merge_outputs([output], tmp_path / "merged", 5, progress=False)
 
 
 CAPTURES: dict[str, dict[str, Any]] = {
@@ -184,6 +192,12 @@ def test_another_size_needs_all_shards(whole: Path, tmp_path: Path) -> None:
 def test_rows_that_do_not_cover_the_dataset_are_not_hidden_in_larger_shards(output: Path, tmp_path: Path) -> None:
     write_shard(output, 1, read_manifest(output), rows_of(output, 1)[1:], [])
     with pytest.raises(ShardError, match="the samples 0 to 9 have 9 rows and 0 are skipped"):
+        merge_outputs([output], tmp_path / "merged", 10, progress=False)
+
+
+def test_shards_with_different_image_tokens_are_not_joined_in_one(output: Path, tmp_path: Path) -> None:
+    rewrite_shard(output, 1, image_token_id="7")
+    with pytest.raises(ShardError, match="the samples 0 to 9 were written with different image tokens"):
         merge_outputs([output], tmp_path / "merged", 10, progress=False)
 
 

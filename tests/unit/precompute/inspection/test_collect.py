@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import scipy.special
-from rich.console import Console
+import tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import cli
+from common.data.chat_encoding import load_tokenizer, tokenizer_sha256
 from common.data.samples import ImageRef, Kind
 from common.errors import ConfigError, ModelError, ProvenanceError, ShardError
 from common.shards.manifest import TokenizerIdentity, read_manifest, shard_path
@@ -27,17 +30,16 @@ from tests.support.builders import make_draws, make_scores
 from tests.support.inspect_outputs import run_sql, write_known_output, write_output
 from tests.support.models import tiny_tokenizer
 from tests.support.object_store import BUCKET, Store
+from tests.support.outputs import flip, render_text
 
 
 def inspect(path: Location, **options: object) -> Inspection:
     return inspect_output(path, progress=False, **options)  # type: ignore[arg-type]
 
 
-def render_text(inspection: Inspection, width: int = 100, max_tokens: int = 48) -> str:
-    console = Console(width=width, force_terminal=False)
-    with console.capture() as captured:
-        console.print(terminal.render_terminal(inspection, max_tokens=max_tokens))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+def render_inspection(inspection: Inspection, width: int = 100, max_tokens: int = 48) -> str:
+    text = render_text(terminal.render_terminal(inspection, max_tokens=max_tokens), width)
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def numbers_by_metric(inspection: Inspection) -> dict[str, tuple[float, ...]]:
@@ -119,6 +121,16 @@ def test_dropped_values_change_neither_ends_nor_mean_and_hardly_quantiles() -> N
     assert 2500 <= sum(found.counts) <= 5000
 
 
+def test_values_that_are_all_equal_have_one_bin() -> None:
+    values = StreamingDistribution(ENTROPY)
+    values.add(np.array([]))
+    assert values.distribution() is None
+    values.add(np.array([2.0, 2.0]))
+    found = values.distribution()
+    assert found is not None
+    assert (found.edges, found.counts) == ((1.5, 2.5), (2,))
+
+
 def test_bins_of_whole_numbers_have_a_whole_width() -> None:
     for low, high in ((3, 3), (0, 35), (0, 36), (5, 1000)):
         values = StreamingDistribution(NUM_KEPT)
@@ -172,14 +184,14 @@ def test_the_number_of_row_groups_read_is_limited_and_shown(tmp_path: Path) -> N
     assert part.counts.num_rows_read == 128
     assert part.counts.num_rows == whole.counts.num_rows == whole.counts.num_rows_read == 260
     assert part.columns == whole.columns
-    assert "2 of 6 row groups: 128 rows, 1,024 scored tokens" in render_text(part)
-    assert "all 6 row groups" in render_text(whole)
+    assert "2 of 6 row groups: 128 rows, 1,024 scored tokens" in render_inspection(part)
+    assert "all 6 row groups" in render_inspection(whole)
 
 
 def test_a_known_sample_is_printed_as_computed_by_hand(tmp_path: Path) -> None:
     write_known_output(tmp_path)
     found = inspect(tmp_path)
-    text = render_text(found, 80)
+    text = render_inspection(found, 80)
     # 1/2 ln 2 + 1/4 ln 4 + 2/8 ln 8 = 1.213; 1/2 ln 2 + 2/4 ln 4 = 1.040; -20 ln 2 = -13.863.
     assert text[text.index("sample one") :].splitlines() == [
         "sample one, position 0 in the dataset, shard 0",
@@ -199,15 +211,15 @@ def test_a_known_sample_is_printed_as_computed_by_hand(tmp_path: Path) -> None:
 
 def test_a_long_sample_is_cut_with_a_notice(tmp_path: Path) -> None:
     write_known_output(tmp_path, answer="word " * 200)
-    text = render_text(inspect(tmp_path, max_tokens=2))
+    text = render_inspection(inspect(tmp_path, max_tokens=2))
     assert "and 1 more scored tokens" in text
     assert "(400 more characters)" in text
-    assert render_text(inspect(tmp_path), max_tokens=2) == text
+    assert render_inspection(inspect(tmp_path), max_tokens=2) == text
 
 
 def test_what_a_terminal_would_obey_is_spelled_out(tmp_path: Path) -> None:
     write_known_output(tmp_path, sample_id="\x1b[2Jx", answer="a\x1b]0;b\x07\u202ec [bold]d[/bold]")
-    text = render_text(inspect(tmp_path))
+    text = render_inspection(inspect(tmp_path))
     assert "\\x1b[2Jx" in text
     assert "a\\x1b]0;b\\x07\\x202ec [bold]d[/bold]" in text
     assert "\x1b" not in text
@@ -251,18 +263,37 @@ def test_without_kept_entries_only_own_log_probs_are_shown(tmp_path: Path) -> No
     assert manifest.capture.max_kept == 0
     found = inspect(tmp_path)
     assert [d.measure.name for d in found.distributions] == ["own log-prob", "margin", "scored tokens", "length"]
-    assert "no entries, the log-probs of the tokens alone" in render_text(found)
+    assert "no entries, the log-probs of the tokens alone" in render_inspection(found)
 
 
 def test_an_output_under_way_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     write_output(tmp_path, num_shards=1)
     found = inspect(tmp_path)
     assert found.ok and found.counts.num_rows == 4
-    assert "1 of 3, not complete yet" in render_text(found)
+    assert "1 of 3, not complete yet" in render_inspection(found)
     write_output(tmp_path / "begun", num_shards=0)
     begun = inspect(tmp_path / "begun")
     assert begun.ok and not begun.samples
-    assert "0 of 3, not complete yet" in render_text(begun)
+    assert "0 of 3, not complete yet" in render_inspection(begun)
+
+
+def test_the_terminal_says_which_entries_are_kept(tmp_path: Path) -> None:
+    write_output(tmp_path / "drawn", top_k=0, num_draws=20)
+    assert "20 draws a token, seed" in render_inspection(inspect(tmp_path / "drawn"))
+    write_output(tmp_path / "top_p", top_k=9, top_p=0.9, min_k=2)
+    assert "from 2 to 9 best entries, until they hold 0.9" in render_inspection(inspect(tmp_path / "top_p"))
+
+
+def test_no_other_sample_is_shown_in_place_of_one_that_cannot_be_read(tmp_path: Path) -> None:
+    write_output(tmp_path)
+    row_group = pq.read_metadata(shard_path(tmp_path, 1)).row_group(0)
+    columns = {column["path_in_schema"]: column for column in row_group.to_dict()["columns"]}
+    damaged = columns["rest_mass.list.element"]
+    flip(shard_path(tmp_path, 1), damaged["data_page_offset"] + damaged["total_compressed_size"] - 1)
+    found = inspect(tmp_path, sample="s4", num_samples=3)
+    assert found.samples == ()
+    assert [Path(problem.path) for problem in found.problems] == [shard_path(tmp_path, 1)]
+    assert found.counts.num_rows_read == 6
 
 
 def test_one_shard_file_is_shown_alone(tmp_path: Path) -> None:
@@ -270,7 +301,7 @@ def test_one_shard_file_is_shown_alone(tmp_path: Path) -> None:
     found = inspect(shard_path(tmp_path, 1))
     assert (found.counts.num_rows, found.samples[0].index) == (4, 4)
     assert found.counts.num_bytes == shard_path(tmp_path, 1).stat().st_size
-    assert "1 of 1, complete" in render_text(found)
+    assert "1 of 1, complete" in render_inspection(found)
     shard_path(tmp_path, 1).with_suffix(".json").unlink()
     with pytest.raises(ShardError, match="never finished"):
         inspect(shard_path(tmp_path, 1))
@@ -291,7 +322,7 @@ def test_damaged_shards_are_named_and_the_rest_is_shown(
     assert [Path(problem.path) for problem in found.problems] == [cut, gone, flipped]
     assert {s.shard for s in found.samples} == {3}
     assert found.counts.num_rows_read == 3
-    text = render_text(found, 200)
+    text = render_inspection(found, 200)
     assert "4 of 4, complete; 2 of them cannot be read" in text
     assert all(str(path) in text for path in (cut, gone, flipped))
 
@@ -326,6 +357,18 @@ def test_token_texts_come_from_the_tokenizer_of_the_shards_alone(tmp_path: Path)
         inspect(tmp_path / "other", tokenizer=tmp_path / "tokenizer")
     with pytest.raises(ModelError, match="no such model directory"):
         inspect(tmp_path / "out", tokenizer=tmp_path / "nowhere")
+
+
+def test_the_space_before_a_sentencepiece_token_is_shown(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(WordLevel({"<unk>": 0, "\u2581a": 5, "\u2581word": 7, "s": 8}, unk_token="<unk>"))
+    words.decoder = tokenizers.decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "tokenizer")
+    sha256 = tokenizer_sha256(load_tokenizer(tmp_path / "tokenizer"))
+    identity = TokenizerIdentity(sha256=sha256, vocab_size=10, template_sha256="4" * 64)
+    write_known_output(tmp_path / "out", tokenizer=identity)
+    (span,) = inspect(tmp_path / "out", tokenizer=tmp_path / "tokenizer").samples[0].conversations[0].spans
+    # The tokenizer has no token 9.
+    assert [token.text for token in span] == [" word", "s", "⟨9⟩"]
 
 
 def test_json_says_what_the_terminal_says(tmp_path: Path) -> None:

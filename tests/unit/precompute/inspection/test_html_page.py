@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from common.data.samples import ImageRef
+from common.shards.manifest import shard_path
 from precompute.inspection import html_charts
 from precompute.inspection.collect import inspect_output
 from precompute.inspection.html_page import MAX_TOKENS, NUM_SAMPLES, render_page
@@ -161,6 +162,22 @@ def test_every_distribution_has_a_histogram(tmp_path: Path) -> None:
         assert f'aria-label="histogram of {name},' in source
     assert source.count("<article>") == NUM_SAMPLES
     assert source.count("<h4>chosen</h4>") == source.count("<h4>rejected</h4>") == NUM_SAMPLES
+
+
+def test_what_is_left_out_is_named(tmp_path: Path) -> None:
+    images = (ImageRef("large.png", bytes(20_000_001)), *(ImageRef(f"{number}.png") for number in range(5)))
+    write_known_output(tmp_path, images=images)
+    text = PageParser(render(tmp_path)).text
+    assert "image large.png, 20,000,001 bytes, too large for this page" in text
+    assert "and 2 more images" in text
+
+
+def test_damaged_shards_are_listed(tmp_path: Path) -> None:
+    write_output(tmp_path)
+    shard_path(tmp_path, 1).write_bytes(b"")
+    text = PageParser(render(tmp_path)).text
+    assert "Cannot be read" in text
+    assert f"{shard_path(tmp_path, 1)}: has 0 bytes" in text
 
 
 @pytest.mark.slow

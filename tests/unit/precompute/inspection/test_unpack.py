@@ -1,5 +1,6 @@
 """Unpacked shards are read by programs that know nothing of this project."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ def test_lists_hold_what_the_shards_hold(tmp_path: Path, kind: Kind, drawn: bool
         own = {k: v for k, v in pq.read_metadata(path).metadata.items() if k != b"ARROW:schema"}
         found = {k: v for k, v in unpacked.metadata.metadata.items() if k != b"ARROW:schema"}
         assert found == {**own, b"decant.export": b"unpacked"}
+
+
+def test_draws_have_a_column_of_their_own(tmp_path: Path) -> None:
+    manifest = write_output(tmp_path / "out", num_samples=4, top_k=0, num_draws=20)
+    assert unpack(tmp_path / "out", tmp_path / "lists").ok
+    (record, *_) = pq.read_table(shard_path(tmp_path / "lists", 0)).to_pylist()
+    shard = ShardFile(shard_path(tmp_path / "out", 0), manifest, 0)
+    scores = next(iter(shard)).conversations[0].scores
+    shard.close()
+    assert scores.draws is not None
+    assert list(itertools.chain(*record["topk_draws"])) == scores.draws.tolist()
+    assert [len(draws) for draws in record["topk_draws"]] == scores.counts.tolist()
 
 
 def test_duckdb_pandas_and_datasets_open_it(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ from train.moe.upcycle import upcycle_directory
 
 
 def estimates_by_name(config: Any) -> dict[str, Estimate]:
-    _, sections = estimate_capture(config, progress=False)
-    return {figure.name: figure for section in sections for figure in section.figures}
+    _, tables = estimate_capture(config, progress=False)
+    return {estimate.name: estimate for table in tables for estimate in table.figures}
 
 
 @pytest.mark.slow
@@ -259,6 +259,15 @@ def test_top_p_gives_a_range_of_bytes(tmp_path: Path, llava_dir: Path) -> None:
     assert low < high
 
 
+def test_assumptions_are_noted(tmp_path: Path, llava_dir: Path) -> None:
+    records = conversation_records(tmp_path, 6)
+    settings = {"top_k": 0, "num_draws": 5, "engine": {"dtype": "float32"}}
+    _, tables = estimate_capture(make_config(tmp_path, llava_dir, records, **settings), progress=False)
+    notes = " ".join(note for table in tables for note in table.notes)
+    assert "draws that repeat an id are one entry, so K lies between 1 and num_draws" in notes
+    assert "several times slower than the bf16 peak" in notes
+
+
 def test_memory_of_the_capture_does_not_grow_with_the_prompt_in_the_engine_but_does_in_stock_vllm(
     tmp_path: Path, llava_dir: Path
 ) -> None:
@@ -285,11 +294,11 @@ def test_the_arithmetic_shown_gives_the_value_shown(tmp_path: Path, llava_dir: P
     num_checked = 0
     for extra in ({}, settings):
         config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 9), **extra)
-        for figure in estimates_by_name(config).values():
-            if not re.search(r"\d", figure.how) or re.search(r"\bK\b|iB|rounded", figure.how):
+        for estimate in estimates_by_name(config).values():
+            if not re.search(r"\d", estimate.how) or re.search(r"\bK\b|iB|rounded", estimate.how):
                 continue
-            formula = re.sub(r"[A-Za-z_]{2,}|,", "", figure.how.replace(" x ", " * "))
-            assert eval(formula) == pytest.approx(figure.value, rel=1e-3), figure
+            formula = re.sub(r"[A-Za-z_]{2,}|,", "", estimate.how.replace(" x ", " * "))
+            assert eval(formula) == pytest.approx(estimate.value, rel=1e-3), estimate
             num_checked += 1
     assert num_checked > 30
 

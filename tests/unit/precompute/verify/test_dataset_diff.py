@@ -1,24 +1,17 @@
 """Comparing an output with a newer version of its dataset finds what changed, by id."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from common.errors import DataError
 from precompute.logits.run import run_capture
-from precompute.verify.dataset_diff import ChangedSample, DatasetDiff, diff_dataset
+from precompute.verify.dataset_diff import ChangedSample, diff_dataset
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
+from tests.support.outputs import render_text, rewrite_as_generated
 from tests.support.real_weights import write_jsonl
-
-
-def render_text(comparison: DatasetDiff) -> str:
-    console = Console(width=200, file=io.StringIO())
-    console.print(comparison.render())
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def write_newer_dataset(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -32,7 +25,7 @@ def test_the_same_samples_in_another_order_are_unchanged(output: Path, whole: Pa
     assert comparison.ok
     assert comparison.num_unchanged == 10
     assert comparison.new == ()
-    assert "no scored sample has changed" in render_text(comparison)
+    assert "no scored sample has changed" in render_text(comparison.render())
 
 
 def test_changed_removed_and_new_samples_are_distinguished(output: Path, whole: Path, tmp_path: Path) -> None:
@@ -49,7 +42,7 @@ def test_changed_removed_and_new_samples_are_distinguished(output: Path, whole: 
     assert "cannot be read now" in comparison.changed[2].what[0]
     assert comparison.removed == (ChangedSample("s2", 0),)
     assert comparison.new == (ChangedSample("s10", None), ChangedSample("s11", None))
-    text = render_text(comparison)
+    text = render_text(comparison.render())
     assert "changed: 's5' (shard 1): images" in text
     assert "removed: 's2' (shard 0)" in text
     assert "new: 's10'\n" in text.replace(" \n", "\n")
@@ -58,7 +51,7 @@ def test_changed_removed_and_new_samples_are_distinguished(output: Path, whole: 
 def test_new_samples_do_not_make_the_scores_outdated(output: Path, whole: Path, tmp_path: Path) -> None:
     comparison = diff_dataset(output, write_newer_dataset(tmp_path, conversation_records(whole, 40)), progress=False)
     assert comparison.ok
-    assert "new: and 10 more" in render_text(comparison)
+    assert "new: and 10 more" in render_text(comparison.render())
     assert len(json.loads(comparison.to_json())["new"]) == 30
 
 
@@ -67,7 +60,7 @@ def test_samples_of_missing_shards_count_as_new_with_a_notice(output: Path, whol
         path.unlink()
     comparison = diff_dataset(output, write_newer_dataset(tmp_path, conversation_records(whole, 10)), progress=False)
     assert [each.id for each in comparison.new] == ["s4", "s5", "s6", "s7"]
-    assert "1 shards are missing; their samples count as new" in render_text(comparison)
+    assert "1 shards are missing; their samples count as new" in render_text(comparison.render())
 
 
 def test_skipped_samples_are_neither_new_nor_removed(tmp_path: Path, llava_dir: Path) -> None:
@@ -87,6 +80,16 @@ def test_a_change_in_either_answer_of_a_pair_is_found(tmp_path: Path, llava_dir:
     records[2]["rejected"][-1]["value"] = "yes"
     comparison = diff_dataset(config.output, write_newer_dataset(tmp_path, records), progress=False)
     assert comparison.changed == (ChangedSample("s2", 0, ("messages",)),)
+
+
+def test_generated_responses_are_compared_by_their_prompts(output: Path, whole: Path, tmp_path: Path) -> None:
+    rewrite_as_generated(output, 2)
+    records = conversation_records(whole, 10)
+    records[1]["conversations"][-1]["value"] = "another answer"
+    records[2]["conversations"][0]["value"] = "<image>\n<image>\nanother question?"
+    comparison = diff_dataset(output, write_newer_dataset(tmp_path, records), progress=False)
+    assert comparison.changed == (ChangedSample("s2", 0, ("messages",)),)
+    assert comparison.num_unchanged == 9
 
 
 def test_a_missing_dataset_is_named(output: Path, tmp_path: Path) -> None:

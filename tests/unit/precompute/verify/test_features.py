@@ -1,17 +1,17 @@
 """`verify-shards` on a feature cache: each damage is found by its check, moved aside, and written again."""
 
 import dataclasses
-import io
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 import cli
@@ -29,8 +29,9 @@ from precompute.features.run import FeatureSettings, run_features
 from precompute.verify.features import verify_features
 from precompute.verify.recompute_features import recompute_features
 from precompute.verify.repair import repair_output
+from tests.support import outputs
 from tests.support.models import tiny_llava
-from tests.support.outputs import copy_file, first_problems, flip
+from tests.support.outputs import copy_file, first_problems, flip, render_text
 from tests.support.training import ROOT, write_mixed_dataset
 
 
@@ -65,7 +66,7 @@ def rows_of(output: Path, number: int) -> list[FeatureRow]:
 
 
 def rewrite_shard(output: Path, change: Callable[[list[FeatureRow]], list[FeatureRow]], number: int = 1) -> None:
-    """Writes a shard again with other rows, and a receipt that fits."""
+    """Writes a shard again with other rows, and a matching receipt."""
     write_feature_shard(output, number, read_feature_manifest(output), change(rows_of(output, number)))
 
 
@@ -162,15 +163,21 @@ def test_an_intact_cache_passes_every_check(root: Path) -> None:
     assert (report.num_shards, report.num_rows) == (3, 7)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_found_moved_and_written_again(root: Path, output: Path, what: str) -> None:
+def test_damage_is_found_and_moved(output: Path, what: str) -> None:
     damage, name, message, moved = DAMAGE[what]
     damage(output)
     report = verify_features(output, progress=False)
     assert message in first_problems(report)[name]
-    result = repair_output(report)
-    assert sorted(result.moved) == moved
+    assert sorted(repair_output(report).moved) == moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_rerun_after_a_repair_writes_what_was_moved(root: Path, output: Path, what: str) -> None:
+    damage, *_ = DAMAGE[what]
+    damage(output)
+    repair_output(verify_features(output, progress=False))
     summary = run_features(settings(root, output), progress=False)
     assert summary.complete
     assert contents(output) == contents(root / "out")
@@ -203,12 +210,54 @@ def test_an_image_that_is_listed_twice_is_found(output: Path) -> None:
     assert "not the list of images" in problems["index"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"num_images": 0}, "has 0 images, 3 a shard"), ({"images_per_group": 7}, "has row groups of 7 images")],
+)
+def test_impossible_sizes_are_found(output: Path, changes: dict[str, int], message: str) -> None:
+    manifest = read_feature_manifest(output).model_copy(update=changes)
+    write_with_digest(output / MANIFEST_NAME, manifest)
+    assert message in first_problems(verify_features(output, progress=False))["manifest"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": "9"}, "its footer has schema version '9'"),
+        ({"manifest": "{}"}, "the manifest in its footer is not that of the output"),
+        ({"row_group_size": 1}, r"its row groups hold [1, 1, 1] images"),
+    ],
+)
+def test_damage_to_a_footer_is_found(output: Path, changes: dict[str, Any], message: str) -> None:
+    outputs.rewrite_shard(output, 1, **changes)
+    assert message in first_problems(verify_features(output, progress=False))["footers"]
+
+
+def test_a_flipped_bit_behind_a_matching_receipt_is_found_by_the_page_checksum(output: Path) -> None:
+    column = pq.ParquetFile(shard_path(output, 1)).metadata.row_group(0).column(0)
+    flip(shard_path(output, 1), column.data_page_offset + column.total_compressed_size - 1)
+    outputs.rewrite_receipt(output, 1)
+    assert "row group 0" in first_problems(verify_features(output, progress=False))["pages"]
+
+
+def test_rows_of_another_shard_are_found(output: Path) -> None:
+    rewrite_shard(output, lambda rows: [dataclasses.replace(row, index=row.index - 3) for row in rows])
+    assert "this shard holds images 3 to 5" in first_problems(verify_features(output, progress=False))["rows"]
+
+
+def test_a_dataset_that_names_the_images_in_another_order_is_found(root: Path, output: Path, tmp_path: Path) -> None:
+    records = json.loads((root / "data" / "kd.json").read_text())
+    other = tmp_path / "kd.json"
+    other.write_text(json.dumps(records[::-1]))
+    report = verify_features(output, other, progress=False)
+    messages = [problem.what for check in report.checks if check.name == "dataset" for problem in check.problems]
+    assert "is not in the order in which the dataset first names its images" in messages
+
+
 def test_a_repair_says_what_to_run_next(output: Path) -> None:
     flip(shard_path(output, 1), 900)
     (output / "images.parquet").unlink()
-    console = Console(width=1000, file=io.StringIO())
-    console.print(repair_output(verify_features(output, progress=False)).render())
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = render_text(repair_output(verify_features(output, progress=False)).render())
     assert "run the same precompute-features again (decant precompute-features): it writes shards 1 and no" in text
 
 
@@ -252,6 +301,7 @@ def test_features_are_computed_again_and_compared(root: Path, output: Path, tmp_
     assert verify_features(output, progress=False).ok
     again = recompute_features(output, model, 7, image_root=data, progress=False)
     assert not again.ok
+    assert json.loads(again.to_json())["ok"] is False
     assert again.num_exact == 5
     assert again.worst in ("6.png", "8.png")
     other = tiny_llava(tmp_path / "other", num_layers=1, seed=1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import random
 import re
@@ -14,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from common.data.samples import Sample, Turn
+from common.errors import StorageError
 from common.shards.manifest import (
-    GenerateSettings,
     Receipt,
     SkippedSample,
     read_manifest,
@@ -27,14 +25,22 @@ from common.shards.manifest import (
     shard_path,
     write_with_digest,
 )
-from common.shards.score_shard import ScoredConversation, ShardFile, ShardRow, write_shard
-from common.shards.scores import TeacherScores
+from common.shards.score_shard import ShardFile, ShardRow, write_shard
 from precompute.logits.run import run_capture
 from precompute.report import MAX_LISTED
 from precompute.verify.logits import verify_logits
 from tests.support.builders import read_table
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
-from tests.support.outputs import copy_file, first_problems, flip, replace_sample, rewrite_receipt, rows_of
+from tests.support.outputs import (
+    copy_file,
+    first_problems,
+    flip,
+    render_text,
+    replace_sample,
+    rewrite_as_generated,
+    rewrite_receipt,
+    rows_of,
+)
 from tests.support.real_weights import write_jsonl
 
 ROOT = Path(__file__).parents[4]
@@ -205,6 +211,42 @@ def test_a_missing_dataset_is_a_problem(output: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_broken_record_of_the_dataset_is_found(output: Path, whole: Path, tmp_path: Path) -> None:
+    records = conversation_records(whole, 10)
+    records[3]["conversations"] = []
+    other = write_jsonl(tmp_path / "other.jsonl", records)
+    check = next(c for c in verify_logits(output, other, progress=False).checks if c.name == "dataset")
+    assert [problem.what.startswith("row 3 ('s3'): ") for problem in check.problems] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00001.json"])
+def test_a_storage_error_is_not_reported_as_damage(output: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def read_or_fail(path: Path) -> bytes:
+        if path.name == name:
+            raise StorageError(f"{path}: timed out")
+        return path.read_bytes()
+
+    monkeypatch.setattr("common.shards.manifest.read_bytes", read_or_fail)
+    with pytest.raises(StorageError, match="timed out"):
+        verify_logits(output, progress=False)
+
+
+def test_an_unforeseen_failure_of_a_reader_is_a_problem_of_its_shard(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_group = ShardFile.read_group
+
+    def read_or_fail(shard: ShardFile, group: int) -> list[ShardRow]:
+        if shard.path.name == "shard-00001.parquet":
+            raise KeyError("a column")
+        return read_group(shard, group)
+
+    monkeypatch.setattr(ShardFile, "read_group", read_or_fail)
+    report = verify_logits(output, progress=False)
+    assert "cannot be read (KeyError: 'a column')" in first_problems(report)["pages"]
+    assert {name for check in report.checks for name in check.files} == {"shard-00001.parquet"}
+
+
 def test_changed_messages_are_found(output: Path, whole: Path) -> None:
     rows = rows_of(output, 1)
     turns = ((*rows[0].sample.conversations[0][:-1], Turn("assistant", "forged")),)
@@ -216,43 +258,9 @@ def test_changed_messages_are_found(output: Path, whole: Path) -> None:
     )
 
 
-def make_generated_output(output: Path, num_samples: int) -> Callable[[int, list[ShardRow]], None]:
-    """Turns the output into one of generated responses; returns a function that writes the rows of a shard again."""
-    before = read_manifest(output)
-    generate = GenerateSettings(temperature=1.0, top_p=1.0, num_samples=num_samples, max_new_tokens=64)
-    manifest = before.model_copy(update={"capture": before.capture.model_copy(update={"generate": generate})})
-    original = {number: rows_of(output, number) for number in range(before.num_shards)}
-    write_with_digest(output / "manifest.json", manifest)
-
-    def write(number: int, rows: list[ShardRow]) -> None:
-        write_shard(output, number, manifest, rows, [])
-
-    for number, rows in original.items():
-        write(number, [make_response(row, n) for row in rows for n in range(num_samples)])
-    return write
-
-
-def make_response(row: ShardRow, number: int) -> ShardRow:
-    """Returns the row as response `number` to its sample: with another last turn, which alone is scored."""
-    turns = (*row.sample.conversations[0][:-1], Turn("assistant", f"written by the teacher {number}"))
-    (scored,) = row.conversations
-    start, stop = scored.encoded.spans[-1]
-    encoded = dataclasses.replace(
-        scored.encoded, input_ids=scored.encoded.input_ids[:stop], spans=np.array([[start, stop]], np.int32)
-    )
-    before = scored.scores.num_rows - int(stop - start)
-    num_entries = int(scored.scores.counts[:before].sum())
-    cut = {name: getattr(scored.scores, name)[before:] for name in ("own_logprobs", "rest_mass", "counts")}
-    entries = {name: getattr(scored.scores, name)[num_entries:] for name in ("ids", "logprobs")}
-    last = ScoredConversation(encoded, TeacherScores(**cut, **entries))
-    return replace_sample(
-        dataclasses.replace(row, conversations=(last,)), id=f"{row.sample.id}#{number}", conversations=(turns,)
-    )
-
-
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_generated_responses_pass_every_check(output: Path, whole: Path, num_samples: int) -> None:
-    write = make_generated_output(output, num_samples)
+    rewrite_as_generated(output, num_samples)
     report = verify_logits(output, whole / "data.jsonl", progress=False)
     assert report.ok
     assert report.num_rows == 10 * num_samples
@@ -265,7 +273,7 @@ def test_generated_responses_pass_every_check(output: Path, whole: Path, num_sam
         [SkippedSample(index=4, id="s4", reason="cannot be answered")],
     )
     assert verify_logits(output, whole / "data.jsonl", progress=False).ok
-    write(1, rows)
+    write_shard(output, 1, read_manifest(output), rows, [])
     assert verify_logits(output, whole / "data.jsonl", progress=False).ok
 
 
@@ -273,6 +281,13 @@ def replace_turns(row: ShardRow, *, first: Turn | None = None, last: Turn | None
     turns = list(row.sample.conversations[0])
     turns[0], turns[-1] = first or turns[0], last or turns[-1]
     return replace_sample(row, conversations=(tuple(turns),))
+
+
+def append_token(row: ShardRow) -> ShardRow:
+    """Adds a token after the scored response."""
+    (scored,) = row.conversations
+    encoded = dataclasses.replace(scored.encoded, input_ids=np.append(scored.encoded.input_ids, np.int32(1)))
+    return dataclasses.replace(row, conversations=(dataclasses.replace(scored, encoded=encoded),))
 
 
 # For each damage: what it does to the rows of shard 1 (three responses to each of the samples 4 to 7), check, message.
@@ -296,6 +311,7 @@ GENERATED_DAMAGE: dict[str, tuple[Callable[[list[ShardRow]], list[ShardRow]], st
         "dataset",
         "its id differ",
     ),
+    "tokens after the response": (lambda rows: [append_token(rows[0]), *rows[1:]], "messages", "its response ends at"),
     "another prompt": (
         lambda rows: [replace_turns(rows[0], first=Turn("user", "<image>\nforged")), *rows[1:]],
         "dataset",
@@ -311,9 +327,9 @@ GENERATED_DAMAGE: dict[str, tuple[Callable[[list[ShardRow]], list[ShardRow]], st
 
 @pytest.mark.parametrize("what", GENERATED_DAMAGE)
 def test_damage_to_generated_rows_is_found(output: Path, whole: Path, what: str) -> None:
-    write = make_generated_output(output, 3)
+    rewrite_as_generated(output, 3)
     damage, check, message = GENERATED_DAMAGE[what]
-    write(1, damage(rows_of(output, 1)))
+    write_shard(output, 1, read_manifest(output), damage(rows_of(output, 1)), [])
     found = first_problems(verify_logits(output, whole / "data.jsonl", progress=False))
     assert re.search(message, found[check]), found
 
@@ -333,7 +349,7 @@ def test_random_damage_never_crashes_and_never_passes(output: Path) -> None:
             del data[choice.randrange(len(data)) :]
         path.write_bytes(data)
         report = verify_logits(output, progress=False)
-        Console(file=io.StringIO()).print(report.render())
+        assert render_text(report.render())
         same = path.suffix == ".json" and _same_json(bytes(data), files[path])
         assert report.ok == same, f"{path.name}: {hashlib.sha256(data).hexdigest()}"
         path.write_bytes(files[path])
@@ -353,9 +369,7 @@ def test_a_report_names_the_first_problems_and_counts_all(output: Path) -> None:
     check = report.checks[0]
     for number in range(MAX_LISTED + 5):
         check.failed(output, f"problem {number}")
-    console = Console(width=200, file=io.StringIO())
-    console.print(report.render())
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = render_text(report.render(), width=200)
     assert "problem 19" in text
     assert "problem 20" not in text
     assert "and 5 more" in text

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from common.errors import DataError, ProvenanceError
+from common.shards.manifest import read_manifest, write_with_digest
 from common.shards.scores import scores_from_topk
 from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
 from precompute.verify.recompute_logits import bucketed_kl, recompute_logits
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
 from tests.support.models import tiny_llava
+from tests.support.outputs import render_text
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,16 @@ def test_scores_that_are_not_the_teachers_are_found(fake_scores: PrecomputeConfi
     assert not result.ok
     assert result.num_rows == 3
     assert json.loads(result.to_json())["ok"] is False
+    text = render_text(result.render())
+    assert f"3 rows, {result.num_scored_tokens:,} tokens scored again in float32" in text
+    assert f"{result.max_kl:.2e}" in text
+    assert f"{result.top1_agreement:.2%}" in text
+
+
+def test_an_output_without_rows_is_an_error(fake_scores: PrecomputeConfig, llava_dir: Path, tmp_path: Path) -> None:
+    write_with_digest(tmp_path / "manifest.json", read_manifest(fake_scores.output))
+    with pytest.raises(DataError, match="holds no rows to score again"):
+        recompute_logits(tmp_path, llava_dir, 3, progress=False)
 
 
 def test_drawn_entries_are_compared_only_by_their_own_log_probs(tmp_path: Path, llava_dir: Path) -> None:

@@ -1,12 +1,10 @@
 """A repair moves broken files aside and loses none, and a rerun writes exactly what is missing."""
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from common.shards.manifest import (
     SkippedSample,
@@ -20,22 +18,16 @@ from common.shards.score_shard import write_shard
 from common.storage.files import parse_location
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
-from precompute.verify.repair import RepairResult, repair_output
+from precompute.verify.repair import repair_output
 from tests.support.fake_teacher import FakeTeacher, conversation_records
 from tests.support.object_store import BUCKET, Store
-from tests.support.outputs import contents, copy_file, flip, load_config, rewrite_shard, rows_of
+from tests.support.outputs import contents, copy_file, flip, load_config, render_text, rewrite_shard, rows_of
 from tests.support.real_weights import write_jsonl
 
 
 def continue_capture(output: Path) -> int:
     """Continues the capture; returns the number of shards that it wrote."""
     return run_capture(load_config(output), progress=False, start_teacher=FakeTeacher).num_new_shards
-
-
-def render_text(result: RepairResult) -> str:
-    console = Console(width=1000, file=io.StringIO())
-    console.print(result.render())
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def damage_two_shards(output: Path) -> None:
@@ -106,7 +98,7 @@ def test_an_intact_output_is_not_touched(output: Path, whole: Path) -> None:
     result = repair_output(verify_logits(output, progress=False))
     assert result.ok
     assert (result.moved, result.missing, result.destination) == ((), (), None)
-    assert render_text(result) == "nothing was broken, nothing was moved\n"
+    assert render_text(result.render()) == "nothing was broken, nothing was moved\n"
     assert contents(output) == contents(whole / "out")
     assert not (output / "broken").exists()
 
@@ -116,7 +108,7 @@ def test_missing_shards_are_named_and_nothing_is_moved(output: Path) -> None:
         path.unlink()
     result = repair_output(verify_logits(output, progress=False))
     assert (result.moved, result.missing) == ((), (2,))
-    assert "it writes shards 2 and no others" in render_text(result)
+    assert "it writes shards 2 and no others" in render_text(result.render())
 
 
 def test_another_dataset_is_reported_and_moves_nothing(output: Path, whole: Path, tmp_path: Path) -> None:
@@ -125,7 +117,7 @@ def test_another_dataset_is_reported_and_moves_nothing(output: Path, whole: Path
     result = repair_output(verify_logits(output, write_jsonl(tmp_path / "other.jsonl", records), progress=False))
     assert contents(output) == contents(whole / "out")
     assert result.moved == ()
-    assert "the check 'dataset' are not the damage of a shard" in render_text(result)
+    assert "the check 'dataset' are not the damage of a shard" in render_text(result.render())
 
 
 @pytest.mark.parametrize("how", ["gone", "edited", "rubbish", "another output's"])
@@ -145,7 +137,7 @@ def test_the_manifest_is_restored_from_the_shards(output: Path, whole: Path, how
     assert result.restored
     assert result.moved == (*(["manifest.json"] if how != "gone" else []), "shard-00001.json", "shard-00001.parquet")
     assert (output / "manifest.json").read_bytes() == (whole / "out" / "manifest.json").read_bytes()
-    assert "manifest.json was restored from the shards" in render_text(result)
+    assert "manifest.json was restored from the shards" in render_text(result.render())
     assert continue_capture(output) == 1
     assert contents(output) == contents(whole / "out")
 
@@ -157,7 +149,7 @@ def test_a_manifest_on_which_the_shards_disagree_is_not_restored(output: Path) -
     before = contents(output)
     result = repair_output(verify_logits(output, progress=False))
     assert result.refusal is not None
-    assert "not repaired: manifest.json is broken and cannot be restored" in render_text(result)
+    assert "not repaired: manifest.json is broken and cannot be restored" in render_text(result.render())
     assert contents(output) == before
     assert not (output / "broken").exists()
 
@@ -178,7 +170,7 @@ def test_a_shard_that_is_written_during_verification_is_left_alone(output: Path,
     copy_file(receipt_path(whole / "out", 1), receipt_path(output, 1))
     result = repair_output(report)
     assert result.moved == ()
-    assert "shard 1 changed while it was checked" in render_text(result)
+    assert "shard 1 changed while it was checked" in render_text(result.render())
     assert published_shards(output) == (0, 1, 2)
 
 

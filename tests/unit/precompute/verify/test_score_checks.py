@@ -95,6 +95,13 @@ ROW_DAMAGE: dict[str, tuple[Callable[[ShardRow], ShardRow], str, str]] = {
         "tokens",
         "spans",
     ),
+    "too many tokens": (
+        lambda row: replace_tokens(
+            row, input_ids=np.append(row.conversations[0].encoded.input_ids, np.ones(600, np.int32))
+        ),
+        "tokens",
+        "images expanded; the limit was 512",
+    ),
     "overlapping spans": (
         lambda row: replace_tokens(row, spans=np.array([[1, 3], [2, get_scores(row).num_rows]], np.int32)),
         "tokens",
