@@ -185,7 +185,7 @@ def test_a_shard_whose_lengths_cannot_be_read_is_named_at_the_batch(
     monkeypatch.setenv("WORLD_SIZE", "1")
     for path in (root / "a-kd").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    damaged = Path(shard_path(tmp_path, 1))
+    damaged = tmp_path / shard_path(tmp_path, 1).name
     data = bytearray(damaged.read_bytes())
     data[position_in_length_column(damaged)] ^= 1
     damaged.write_bytes(data)

@@ -48,7 +48,8 @@ def gradients(student_V: Tensor, scores: TeacherScores, tail: str) -> Array:
     loss_R = distillation_loss(logits_RV, ids_RK, logprobs_RK.double(), rest_R, vocab_size=VOCAB, tail=tail)
     loss_R.sum().backward()
     assert logits_RV.grad is not None
-    return logits_RV.grad[:, :VOCAB].numpy()
+    gradient_RV: Array = logits_RV.grad[:, :VOCAB].numpy()
+    return gradient_RV
 
 
 def max_standard_errors(samples_RV: Array, expected_V: Array) -> float:
