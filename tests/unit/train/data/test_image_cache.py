@@ -1,12 +1,14 @@
 """Tests of processed images and the cache of recent ones."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from common.data.images import load_image
 from common.data.samples import ImageRef
 from tests.support.models import tiny_causal_lm, tiny_llava
 from train.data.image_cache import ImageCache, ImageRequest
@@ -37,13 +39,11 @@ def test_only_recent_images_are_not_opened_again(root: Path, monkeypatch: pytest
     expected = pixels(load(root), root, 0, 1, 2, 0)
     opened: list[str] = []
 
-    def count(ref: ImageRef, *args: object) -> Image.Image:
+    def load_and_record(ref: ImageRef, *args: Any) -> Image.Image:
         opened.append(str(ref.path))
-        return load_image(ref, *args)  # type: ignore[arg-type]
+        return load_image(ref, *args)
 
-    from train.data.image_cache import load_image
-
-    monkeypatch.setattr("train.data.image_cache.load_image", count)
+    monkeypatch.setattr("train.data.image_cache.load_image", load_and_record)
     monkeypatch.setattr("train.data.image_cache._MAX_CACHED_BYTES", 2 * IMAGE_BYTES)
     images = load(root)
     assert torch.equal(pixels(images, root, 0, 1, 2, 0), expected)

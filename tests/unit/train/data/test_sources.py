@@ -95,7 +95,7 @@ def test_examples_are_read_in_dataset_order_with_their_scores(output: Path) -> N
 def test_more_shards_than_open_files_are_read(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.data.sources._MAX_OPEN_FILES", 1)
     closed: list[ShardFile] = []
-    monkeypatch.setattr(ShardFile, "close", lambda self, close=ShardFile.close: closed.append(self) or close(self))
+    monkeypatch.setattr(ShardFile, "close", lambda file: closed.append(file))
     source = ShardSource(output, encoder(output), "pad", cached_groups=1)
     assert [source[i].sample.id for i in (0, 16, 32, 0)] == ["s0", "s16", "s32", "s0"]
     assert len(closed) == 3
