@@ -14,4 +14,4 @@ def assert_accumulated(loss: Tensor, expected: Any, input_dtype: torch.dtype) ->
     is_float64 = input_dtype == torch.float64
     assert loss.dtype == (torch.float64 if is_float64 else torch.float32)
     rtol, atol = (1e-13, 1e-14) if is_float64 else (2e-6, 1e-6)
-    np.testing.assert_allclose(loss.detach(), expected, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(loss.detach(), np.asarray(expected), rtol=rtol, atol=atol)

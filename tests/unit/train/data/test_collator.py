@@ -163,3 +163,18 @@ def test_errors_of_length_and_images_name_the_sample(root: Path) -> None:
         make_collator(root, images=False)([example])
     with pytest.raises(DataError, match=r"does not exist; check image_root"):
         make_collator(root, image_root=root)([example])
+
+
+def test_an_empty_batch_of_a_text_student_is_a_dummy_of_padding(root: Path) -> None:
+    batch = make_collator(root, images=False)([])
+    assert batch.input_ids.tolist() == [[ChatEncoder.load(root / "model").tokenizer.pad_token_id] * 2]
+    assert batch.pixel_values is None
+    assert not batch.token_mask.any()
+
+
+def test_a_batch_moves_with_all_of_its_tensors(root: Path) -> None:
+    batch = make_collator(root)([open_shards(root, "kd")[0]])
+    moved = batch.to(torch.device("meta"))
+    assert moved.sample_ids == batch.sample_ids
+    tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert {name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and value.is_meta} == tensors

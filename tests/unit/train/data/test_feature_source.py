@@ -139,7 +139,7 @@ def test_the_features_in_memory_are_limited(root: Path, monkeypatch: pytest.Monk
 
 def test_a_damaged_shard_is_named(root: Path, tmp_path: Path) -> None:
     output = shutil.copytree(root / "bf16", tmp_path / "bf16")
-    damaged = shard_path(output, 0)
+    damaged = output / shard_path(output, 0).name
     for position in range(4, damaged.stat().st_size // 2, 8):
         flip(damaged, position)
     features = FeatureSource({None: [FeatureCache(output)]}, F32)

@@ -92,6 +92,15 @@ def test_examples_are_read_in_dataset_order_with_their_scores(output: Path) -> N
     assert set(example.scores[0].counts) == {4}
 
 
+def test_more_shards_than_open_files_are_read(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.data.sources._MAX_OPEN_FILES", 1)
+    closed: list[ShardFile] = []
+    monkeypatch.setattr(ShardFile, "close", lambda file: closed.append(file))
+    source = ShardSource(output, encoder(output), "pad", cached_groups=1)
+    assert [source[i].sample.id for i in (0, 16, 32, 0)] == ["s0", "s16", "s32", "s0"]
+    assert len(closed) == 3
+
+
 def test_an_incomplete_output_is_refused_with_its_first_missing_shard(output: Path, tmp_path: Path) -> None:
     copy = copy_output(output, tmp_path / "copy")
     receipt_path(copy, 1).unlink()
@@ -101,7 +110,8 @@ def test_an_incomplete_output_is_refused_with_its_first_missing_shard(output: Pa
 
 def test_a_damaged_shard_stops_training_and_is_named(output: Path, tmp_path: Path) -> None:
     copy = copy_output(output, tmp_path / "copy")
-    flip(shard_path(copy, 2), shard_path(copy, 2).stat().st_size // 3)
+    damaged = copy / shard_path(copy, 2).name
+    flip(damaged, damaged.stat().st_size // 3)
 
     def read_all() -> None:
         source = ShardSource(copy, encoder(output), "pad", 1)

@@ -22,11 +22,13 @@ from common.errors import ModelError, StorageError
 from tests.support.models import tiny_causal_lm, tiny_llava
 from train.model.compose import compose_student
 from train.model.student import (
+    atomic_directory,
     is_multimodal,
     language_model,
     load_student,
     save_student,
     set_trainable,
+    stored_dtype,
     text_config,
 )
 
@@ -300,3 +302,44 @@ def test_tiny_models_pad_their_vocabulary(student: PreTrainedModel, llava: Path)
     assert len(tokenizer) == text_config(student).vocab_size - 13
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.decode(tokenizer.encode("the digit é 数")) == "the digit é 数"
+
+
+def test_a_student_with_a_cached_tower_is_saved_with_its_tower(llava: Path, tmp_path: Path) -> None:
+    save_student(load_student(llava, dtype=torch.bfloat16, tower=False), llava, tmp_path / "cached")
+    save_student(load_student(llava, dtype=torch.bfloat16), llava, tmp_path / "live")
+    cached, live = (load_file(tmp_path / name / "model.safetensors") for name in ("cached", "live"))
+    assert cached.keys() == live.keys()
+    assert all(cached[name].dtype == live[name].dtype and torch.equal(cached[name], live[name]) for name in live)
+    assert (tmp_path / "cached" / "config.json").read_bytes() == (tmp_path / "live" / "config.json").read_bytes()
+
+
+def test_the_dtype_of_a_directory_without_readable_weights_is_refused(broken: Path) -> None:
+    (broken / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(ModelError, match="cannot be read as safetensors"):
+        stored_dtype(broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="found no floating-point weights"):
+        stored_dtype(broken)
+
+
+def test_a_student_that_cannot_be_written_is_reported(student: PreTrainedModel, llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(StorageError, match="file/below: could not be written"),
+        atomic_directory(tmp_path / "file/below"),
+    ):
+        pytest.fail("the block was entered")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").mkdir()
+    with pytest.raises(StorageError, match="out: the model could not be written"):
+        save_student(student, llava, tmp_path / "out")
+
+
+def test_a_clip_with_damaged_weights_is_refused(broken: Path, lm: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    config = CLIPConfig(vision_config=load_student(broken, dtype=F32).config.vision_config.to_dict())
+    config.save_pretrained(clip)
+    (clip / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(ModelError, match="clip: the vision tower cannot be loaded"):
+        compose_student(clip, lm, tmp_path / "student", seed=0)
+    assert not (tmp_path / "student").exists()

@@ -142,6 +142,13 @@ def test_a_sparse_model_is_not_upcycled_again(dense_lm: Path) -> None:
         upcycle(sparse, MoEConfig(), seed=0)
 
 
+def test_a_partitioned_model_is_refused(dense_lm: Path) -> None:
+    dense = load_student(dense_lm, dtype=F32)
+    setattr(dense.lm_head.weight, "ds_id", 0)  # noqa: B010 - the attribute by which ZeRO-3 marks a parameter
+    with pytest.raises(ModelError, match="is partitioned by ZeRO-3"):
+        upcycle(dense, MoEConfig(), seed=0)
+
+
 def test_experts_are_copies_with_storage_of_their_own(dense_lm: Path) -> None:
     dense = load_student(dense_lm, dtype=F32)
     sparse = upcycle(dense, MoEConfig(), seed=0)
