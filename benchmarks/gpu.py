@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,15 @@ def time_losses(shape: Shape, num_repeats: int) -> Result:
 
     problem = LossProblem(shape.num_tokens, shape.hidden, shape.vocab_size, DEVICE)
 
-    def backward(loss: Tensor) -> None:
-        torch.autograd.grad(loss, problem.operands)
+    def backward_of_way(way: str) -> None:
+        torch.autograd.grad(problem.loss(way), problem.operands)
 
-    works: dict[str, Callable[[], object]] = {way: lambda way=way: backward(problem.loss(way)) for way in WAYS}  # type: ignore[misc]
+    def backward_of_chunks(chunk_ids: int) -> None:
+        torch.autograd.grad(problem.fused(chunk_ids).mean(), problem.operands)
+
+    works: dict[str, Callable[[], None]] = {way: partial(backward_of_way, way) for way in WAYS}
     for chunk_ids in (1024, 4096, 16_384, 65_536):
-        works[f"fused, {chunk_ids} ids a chunk"] = lambda size=chunk_ids: backward(problem.fused(size).mean())  # type: ignore[misc]
+        works[f"fused, {chunk_ids} ids a chunk"] = partial(backward_of_chunks, chunk_ids)
     measured = _measure(works, num_repeats)
     gradients_mib = sum(operand.nbytes for operand in problem.operands) / 2**20
     return {
@@ -386,29 +390,27 @@ def _describe_machine() -> Result:
 
 def main() -> None:
     """Runs every part and prints the result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Check of what runs on a GPU")
     parser.add_argument("--quick", action="store_true", help="small shapes, as always without CUDA")
     parser.add_argument("--out", type=Path, help="also write the JSON here, part by part")
     options = parser.parse_args()
     quick = options.quick or DEVICE == "cpu"
     report = Report(quick, options.out)
     for name, shape in (QUICK_SHAPES if quick else FULL_SHAPES).items():
-        report.run(f"losses {name}, numerics", lambda shape=shape: check_losses(shape))  # type: ignore[misc]
-        report.run(f"losses {name}, speed", lambda shape=shape: time_losses(shape, 5))  # type: ignore[misc]
-        report.run(f"row_scores {name}, numerics", lambda shape=shape: check_row_scores(shape))  # type: ignore[misc]
-        report.run(f"row_scores {name}, speed", lambda shape=shape: time_row_scores(shape, 5))  # type: ignore[misc]
+        report.run(f"losses {name}, numerics", partial(check_losses, shape))
+        report.run(f"losses {name}, speed", partial(time_losses, shape, num_repeats=5))
+        report.run(f"row_scores {name}, numerics", partial(check_row_scores, shape))
+        report.run(f"row_scores {name}, speed", partial(time_row_scores, shape, num_repeats=5))
     from benchmarks import gpu_stages
 
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        report.run("features", lambda: gpu_stages.check_features(root / "features", quick=quick))
+        report.run("features", partial(gpu_stages.check_features, root / "features", quick=quick))
         stages: dict[str, Any] = {}
-        report.run("training, data", lambda: gpu_stages.write_data(root / "training", stages, quick=quick))
+        report.run("training, data", partial(gpu_stages.write_data, root / "training", stages, quick=quick))
         for name, settings in stages.items():
-            report.run(
-                f"training, {name}",
-                lambda settings=settings: gpu_stages.train_in_child(settings, timeout_s=report.remaining_s),  # type: ignore[misc]
-            )
+            train = partial(gpu_stages.train_in_child, settings, timeout_s=max(report.remaining_s, 1))
+            report.run(f"training, {name}", train)
     print(json.dumps(report.result))
 
 
