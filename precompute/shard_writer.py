@@ -69,8 +69,7 @@ class ShardWriter(Generic[ResultT]):
 
         Raises whatever writing an earlier shard raised.
         """
-        _, items_per_shard = self._manifest.extent
-        number = index // items_per_shard
+        number = index // self._manifest.items_per_shard
         with self._lock:
             results = self._results[number]
             results.append(result)
