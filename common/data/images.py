@@ -207,7 +207,7 @@ def _resolve_path(path: str | None, image_root: Location | None, where: str) -> 
     root = image_root.resolve()
     try:
         found = (root / path).resolve()
-    except (ValueError, RuntimeError) as error:  # a zero byte, a loop of links
+    except (ValueError, RuntimeError) as error:  # such as for a zero byte or a loop of links
         raise DataError(f"{where}: image {path!r} is not a usable path ({error}); correct it") from error
     if not found.is_relative_to(root):
         raise DataError(f"{where}: image {path} lies outside image_root {image_root}; only files below it are opened")

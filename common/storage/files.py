@@ -73,7 +73,7 @@ def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
 
 def _validate_location(value: Any) -> Location:
     if not isinstance(value, str | os.PathLike | UPath):
-        raise ValueError("expected a path or an address")  # noqa: TRY004 - pydantic reports no TypeError as wrong value
+        raise ValueError("expected a path or an address")  # noqa: TRY004 - pydantic takes no TypeError
     try:
         return parse_location(value)
     except ConfigError as error:
