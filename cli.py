@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +103,7 @@ def plan(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
     num_gpus = _parse_counts(gpus)
     settings = load_config(PrecomputeConfig, config, overrides or ())
     teacher, sections = estimate_capture(settings, progress=not as_json)
-    results: dict[str, Any] = {"capture": [asdict(section) for section in sections]}
+    results: dict[str, Any] = {"capture": [section.to_dict() for section in sections]}
     shown = [section.render() for section in sections]
     if student is None and train_config is None:
         shown.append("For the trainer's memory give --student DIR or --train-config FILE.")

@@ -53,12 +53,12 @@ def check_features(root: Path, *, quick: bool) -> Result:
 
     Both go through the projector as in training: the one through a student without a tower, the other through one with.
     """
-    from common.shards.encoder_identity import encoder_identity
+    from common.shards.encoder_identity import compute_encoder_identity
     from precompute.features.vision_tower import VisionTower
     from train.model.student import load_student, set_trainable
 
     model_dir = tiny_llava(root) if quick else _llava_with_large_tower(root)
-    tower = VisionTower(model_dir, encoder_identity(model_dir, "pad"))
+    tower = VisionTower(model_dir, compute_encoder_identity(model_dir, "pad"))
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (400, 400, 3), dtype=np.uint8)) for _ in range(16)]
     pixels = tower.pixels(images)
@@ -208,7 +208,7 @@ def _train(written: Path, measured: Path) -> None:
     train.run.stage.StudentTrainer = MeasuredTrainer  # type: ignore[attr-defined]
     train.run.stage.train_stage(config)
     estimate = estimate_training_memory(config.model.path, 0, config=config, gpus=(1,))
-    parameters, trained = (row.value for row in estimate.parameters.figures[:2])
+    parameters, trained = (row.value for row in estimate.parameters.estimates[:2])
     estimated_mib = next(row.num_bytes for row in estimate.memory if row.chosen) / MIB
     steps = marks[NUM_WARM_STEPS:]
     found: Result = {

@@ -91,20 +91,20 @@ class BackgroundWriter(Generic[T]):
 
 
 class Prefetcher(Generic[T]):
-    """Iterates `items` in a thread, at most `ahead` items early. An exception of `items` is raised by `ready`."""
+    """Iterates `items` in a thread, at most `ahead` items early. An exception of `items` is raised by `take`."""
 
     def __init__(self, items: Iterable[T], ahead: int) -> None:
-        self.ended = False
+        self.is_exhausted = False
         self._queue: queue.Queue[tuple[T] | None] = queue.Queue(ahead)
         self._failure: BaseException | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill_queue, args=(items,), name="prefetch", daemon=True)
         self._thread.start()
 
-    def ready(self, max_items: int, *, wait: bool) -> list[T]:
+    def take(self, max_items: int, *, wait: bool) -> list[T]:
         """Returns up to `max_items` items that are ready now; with `wait` at least one, unless there are no more."""
         items: list[T] = []
-        while len(items) < max_items and not self.ended:
+        while len(items) < max_items and not self.is_exhausted:
             try:
                 entry = self._queue.get(block=wait and not items)
             except queue.Empty:
@@ -112,7 +112,7 @@ class Prefetcher(Generic[T]):
             if entry is not None:
                 items.append(entry[0])
                 continue
-            self.ended = True
+            self.is_exhausted = True
             if self._failure is not None:
                 raise self._failure
         return items
@@ -128,7 +128,7 @@ class Prefetcher(Generic[T]):
                 self._put((item,))
                 if self._closed.is_set():
                     return
-        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread by `ready`
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread by `take`
             self._failure = error
         self._put(None)
 

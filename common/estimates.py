@@ -1,7 +1,7 @@
 """Numbers that are estimated before a run, each with the arithmetic that gives it."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -26,7 +26,7 @@ class Estimate:
     error: float = 0.0
     high: float | None = None
 
-    def show(self) -> str:
+    def format(self) -> str:
         """Returns the value with its unit, its range and its standard error."""
         text = format_value(self.value, self.unit)
         if self.high is not None and self.high != self.value:
@@ -41,8 +41,12 @@ class EstimateTable:
     """Estimates under one title, with notes on what they leave out or assume."""
 
     title: str
-    figures: tuple[Estimate, ...]
+    estimates: tuple[Estimate, ...]
     notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns title, estimates (under "figures") and notes for JSON."""
+        return {"title": self.title, "figures": [asdict(each) for each in self.estimates], "notes": list(self.notes)}
 
     def render(self) -> RenderableType:
         """Returns a table of names, values and arithmetic, with the notes below it."""
@@ -50,8 +54,8 @@ class EstimateTable:
         table.add_column("what")
         table.add_column("value", justify="right")
         table.add_column("arithmetic")
-        for estimate in self.figures:
-            table.add_row(estimate.name, estimate.show(), Text(estimate.how))
+        for estimate in self.estimates:
+            table.add_row(estimate.name, estimate.format(), Text(estimate.how))
         return Group(table, *(Text(f"- {note}") for note in self.notes), Text())
 
 

@@ -265,7 +265,7 @@ class _RowReader:
             with closing(ShardFile(path, self._manifest, number, keep_codes=True)) as shard:
                 stored, start = shard.read_column("index"), 0
                 for group in range(shard.num_groups):
-                    stop = start + shard.group_rows(group)
+                    stop = start + shard.num_group_rows(group)
                     if any(index in indices for index in stored[start:stop]):
                         yield from (row for row in shard.read_group(group) if row.index in indices)
                     start = stop

@@ -28,7 +28,7 @@ def _running_store() -> Iterator[Store]:
 @pytest.fixture
 def store(_running_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Yields an S3 server that counts requests and fails them on demand; waits between retries are short."""
-    monkeypatch.setattr(object_store, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(object_store, "MIN_WAIT_S", 0.001)
     _running_store.clear()
     yield _running_store
     _running_store.clear()

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 Stage = Literal["init", "dense-to-dense", "dense-to-sparse", "preference", "sft"]
 
 # Parts of a student that are trained or frozen together; see train.model.student.
-Group = Literal["vision_tower", "adapter", "language_model", "experts", "router"]
-GROUPS: frozenset[Group] = frozenset(get_args(Group))
+ParameterGroup = Literal["vision_tower", "adapter", "language_model", "experts", "router"]
+PARAMETER_GROUPS: frozenset[ParameterGroup] = frozenset(get_args(ParameterGroup))
 
 # Which layers of a dense student become sparse.
 SparsePattern = Literal["every-second", "first-half", "second-half", "all"]

@@ -14,7 +14,7 @@ from common.errors import ConfigError
 from common.storage.files import LocalPath, Location, LocationField
 from train.choices import (
     Divergence,
-    Group,
+    ParameterGroup,
     Precision,
     PreferenceLossType,
     SparsePattern,
@@ -24,7 +24,7 @@ from train.choices import (
 )
 
 # Parameter groups that each stage trains (LLaVA-MoD, arXiv 2408.15881, section 3). The vision tower is in none of them.
-TRAINABLE: dict[Stage, tuple[Group, ...]] = {
+TRAINABLE: dict[Stage, tuple[ParameterGroup, ...]] = {
     "init": ("adapter",),
     "sft": ("adapter", "language_model"),
     "dense-to-dense": ("adapter", "language_model"),
@@ -312,7 +312,7 @@ class TrainConfig(StrictModel):
     loss: LossConfig
     optim: OptimConfig
     run: RunConfig = RunConfig()
-    trainable: tuple[Group, ...] | None = None
+    trainable: tuple[ParameterGroup, ...] | None = None
 
     @model_validator(mode="after")
     def _stage_is_consistent(self) -> "TrainConfig":
@@ -332,6 +332,6 @@ class TrainConfig(StrictModel):
         return self
 
     @property
-    def groups(self) -> frozenset[Group]:
+    def groups(self) -> frozenset[ParameterGroup]:
         """Returns the parameter groups that this run trains."""
         return frozenset(TRAINABLE[self.stage] if self.trainable is None else self.trainable)

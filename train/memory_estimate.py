@@ -26,11 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from common.errors import ModelError
 from common.estimates import Estimate, EstimateTable, format_value
-from train.choices import Group as ParameterGroup
+from train.choices import ParameterGroup as ParameterGroup
 from train.choices import Precision, ZeroStage
 from train.config import TRAINABLE, TrainConfig
 from train.model.cached_tower import cached_tower_config
-from train.model.student import groups_of, is_multimodal, set_trainable
+from train.model.student import is_multimodal, parameter_groups, set_trainable
 from train.moe.upcycle import is_sparse, upcycle
 
 STAGES: tuple[ZeroStage, ...] = get_args(ZeroStage)
@@ -93,7 +93,8 @@ class TrainerEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields for JSON."""
-        return asdict(self) | {"memory": [asdict(row) | {"ratio": row.ratio} for row in self.memory]}
+        memory = [asdict(row) | {"ratio": row.ratio} for row in self.memory]
+        return {"parameters": self.parameters.to_dict(), "memory": memory, "notes": list(self.notes)}
 
     def render(self) -> RenderableType:
         """Returns the parameters and a table of ZeRO stages and numbers of GPUs; the configured stage is bold."""
@@ -191,7 +192,7 @@ def build_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
 
 def _count_parameters(model: PreTrainedModel, expert_parallel_size: int) -> ParameterCounts:
     """Counts a student's parameters, and those of experts that a GPU does not hold."""
-    experts = [parameter for name, parameter in model.named_parameters() if "experts" in groups_of(name)]
+    experts = [parameter for name, parameter in model.named_parameters() if "experts" in parameter_groups(name)]
     num_expert = sum(parameter.numel() for parameter in experts)
     num_trained_expert = sum(parameter.numel() for parameter in experts if parameter.requires_grad)
     return ParameterCounts(

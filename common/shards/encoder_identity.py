@@ -63,7 +63,7 @@ class StoredTensor:
             yield chunk if self.dtype == "BF16" else to_bfloat16(chunk.astype(np.float32))
 
 
-def vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
+def load_vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
     """Reads the vision configuration of a LLaVA or CLIP directory.
 
     Returns:
@@ -99,7 +99,7 @@ def vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
     return vision, tuple(layer % num_states for layer in layers), strategy
 
 
-def encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> EncoderIdentity:
+def compute_encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> EncoderIdentity:
     """Computes the fingerprint of the features that a model gives its multi-modal projector.
 
     Reads the tower's tensors once, a few million values at a time; about a second for CLIP ViT-L/14.
@@ -107,7 +107,7 @@ def encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> EncoderIdent
     Raises:
         ModelError: the directory has no vision tower, or one that is not supported.
     """
-    vision, layers, strategy = vision_config(model_dir)
+    vision, layers, strategy = load_vision_config(model_dir)
     spec = ImageSpec.load(model_dir)
     assert spec is not None
     settings = json.dumps({name: getattr(vision, name) for name in _OUTPUT_SETTINGS}, sort_keys=True)
@@ -134,9 +134,9 @@ def check_encoder(manifest: FeatureManifest, cache: Location, model_dir: Path, a
     """Checks that a model would compute the features that a cache holds.
 
     Raises:
-        ProvenanceError: it would not; names every difference. ModelError: as for `encoder_identity`.
+        ProvenanceError: it would not; names every difference. ModelError: as for `compute_encoder_identity`.
     """
-    found = encoder_identity(model_dir, aspect_ratio)
+    found = compute_encoder_identity(model_dir, aspect_ratio)
     names = "the cache", "the model"
     if differences := list_differences(manifest.encoder.model_dump(), found.model_dump(), names=names):
         raise ProvenanceError(

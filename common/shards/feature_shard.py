@@ -278,14 +278,14 @@ class FeatureCache:
         """Position of each image, by the SHA-256 (hex) of its file."""
         return {image.sha256: index for index, image in enumerate(self.images)}
 
-    def group_of(self, index: int) -> range:
+    def group_range(self, index: int) -> range:
         """Returns the positions of the images in the row group of image `index`, which are read together."""
         shard = self.manifest.shard_range(index // self.manifest.images_per_shard)
         start = index - (index - shard.start) % self.manifest.images_per_group
         return range(start, min(start + self.manifest.images_per_group, shard.stop))
 
     def read(self, group: range) -> list[npt.NDArray[np.float32]]:
-        """Reads the features of each image of a group that `group_of` returned, float32 [P, D] each.
+        """Reads the features of each image of a group that `group_range` returned, float32 [P, D] each.
 
         Raises:
             ShardError: the shard is damaged or holds other images.

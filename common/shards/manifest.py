@@ -33,7 +33,7 @@ FEATURE_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 # Number of receipts that are read at the same time.
-NUM_READERS = 16
+NUM_RECEIPT_READERS = 16
 
 # Bytes of a file that are read and hashed at once; of an object, one request.
 _HASH_CHUNK_BYTES = 2**24
@@ -107,7 +107,7 @@ class CaptureSettings(StrictModel):
     on_bad_sample: Literal["stop", "skip"]
 
     @property
-    def coding(self) -> Quantizer:
+    def quantizer(self) -> Quantizer:
         """Quantizer of the kept entries."""
         return Quantizer(self.precision, self.top_k, self.num_draws)
 
@@ -365,7 +365,7 @@ def read_receipts(output: Location, manifest: ShardedManifest) -> list[Receipt]:
     Several are read at a time, because a request to a store takes long.
     """
     numbers = [number for number in published_shards(output) if number < manifest.num_shards]
-    with ThreadPoolExecutor(NUM_READERS) as pool:
+    with ThreadPoolExecutor(NUM_RECEIPT_READERS) as pool:
         return list(pool.map(lambda number: read_receipt(output, number, manifest), numbers))
 
 

@@ -55,7 +55,7 @@ class ParquetShard:
         """Number of row groups."""
         return int(self._file.num_row_groups)
 
-    def group_rows(self, group: int) -> int:
+    def num_group_rows(self, group: int) -> int:
         """Returns the number of rows in a row group."""
         return int(self._file.metadata.row_group(group).num_rows)
 

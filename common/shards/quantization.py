@@ -53,7 +53,7 @@ class Quantizer:
         return (bits_R >> _ZERO_BITS << _ZERO_BITS).view(np.float32)
 
 
-def probability_error(scores: TeacherScores, coding: Quantizer) -> npt.NDArray[np.float64]:
+def max_probability_error(scores: TeacherScores, quantizer: Quantizer) -> npt.NDArray[np.float64]:
     """Returns the largest error of each kept entry's probability after it was stored and read, float64 [N].
 
     fp32 and draws are exact. fp16 rounds log-probs to 11 significant bits. q8 and q6 round u = sqrt(p) to a root
@@ -63,12 +63,12 @@ def probability_error(scores: TeacherScores, coding: Quantizer) -> npt.NDArray[n
     """
     logprobs_N = scores.logprobs.astype(np.float64)
     probs_N = np.exp(logprobs_N)
-    if coding.precision == "fp16":
+    if quantizer.precision == "fp16":
         relative_N: npt.NDArray[np.float64] = np.expm1(np.maximum(np.abs(logprobs_N) * 2.0**-11, 2.0**-25))
         return probs_N * relative_N
-    if coding.levels is None:
+    if quantizer.levels is None:
         return np.zeros_like(probs_N)
-    step = 1 / coding.levels
+    step = 1 / quantizer.levels
     roots_N = np.sqrt(probs_N)
     mass_R = np.maximum(_row_sums(probs_N, scores.counts), MIN_MASS)
     a_R = step * _row_sums(roots_N, scores.counts) / mass_R

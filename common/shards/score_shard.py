@@ -98,7 +98,7 @@ def write_shard(
     image_token_id = next(iter(image_token_ids), None)
     scores = [c.scores for row in rows for c in row.conversations]
     classes, tables = find_classes(scores, manifest.tokenizer.vocab_size)
-    codec = CodecSettings(TokenOrder(classes), manifest.capture.coding)
+    codec = CodecSettings(TokenOrder(classes), manifest.capture.quantizer)
     table_schema = score_schema(manifest.kind, manifest.capture)
     num_conversations = len(PREFIXES[manifest.kind])
     buffer = io.BytesIO()
@@ -152,7 +152,7 @@ class ShardFile(ParquetShard):
             self.image_token_id = int(image_token) if image_token else None
         text = self.footer.get("token_classes", "")
         order = TokenOrder(classes_from_text(text.encode(), manifest.tokenizer.vocab_size, str(path)))
-        self._codec = CodecSettings(order, manifest.capture.coding, keep_codes)
+        self._codec = CodecSettings(order, manifest.capture.quantizer, keep_codes)
 
     def read_sizes(self, group: int) -> npt.NDArray[np.int32]:
         """Reads the numbers of tokens and of images of each row of a group, int32 [rows, 2], without decoding the rows.
@@ -170,7 +170,7 @@ class ShardFile(ParquetShard):
     def read_group(self, group: int) -> list[ShardRow]:
         """Decodes one row group."""
         with self.shard_errors():
-            return self._to_rows(self._read(group), sum(map(self.group_rows, range(group))))
+            return self._to_rows(self._read(group), sum(map(self.num_group_rows, range(group))))
 
     def __iter__(self) -> Iterator[ShardRow]:
         for group in range(self.num_groups):

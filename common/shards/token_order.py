@@ -23,7 +23,7 @@ MAX_TABLES = 64
 MAX_CLASS = 15
 
 # Entries for each table: a table costs about a byte for each id in it, which fewer entries would not save.
-ENTRIES_A_TABLE = 1 << 17
+ENTRIES_PER_TABLE = 1 << 17
 # Tables are found by rounds of clustering a sample of the rows by their best ids.
 _NUM_BEST = 32
 _SAMPLE_ROWS_PER_TABLE = 128
@@ -64,7 +64,7 @@ def find_classes(
     """
     ids_N = np.concatenate([np.zeros(0, np.int32), *(each.ids for each in scores)])
     counts_R = np.concatenate([np.zeros(0, np.int32), *(each.counts for each in scores)])
-    num_tables = min(1 << max((len(ids_N) // ENTRIES_A_TABLE).bit_length() - 1, 0), MAX_TABLES)
+    num_tables = min(1 << max((len(ids_N) // ENTRIES_PER_TABLE).bit_length() - 1, 0), MAX_TABLES)
     tables_R = _assign_tables(ids_N, counts_R, num_tables, vocab_size)
     ids_by_table = split_by_label(ids_N, counts_R, tables_R, num_tables)
     rows_MV = np.stack([np.bincount(ids, minlength=vocab_size) for ids in ids_by_table])

@@ -27,8 +27,8 @@ from common.errors import StorageError
 logger = logging.getLogger(__name__)
 
 # The waits add up to about half a minute, because a store that scales up answers "slow down" for some seconds.
-ATTEMPTS = 8
-FIRST_WAIT_S = 0.25
+MAX_TRIES = 8
+MIN_WAIT_S = 0.25
 MAX_WAIT_S = 8.0
 
 # The largest object that S3 takes in one PUT.
@@ -69,7 +69,7 @@ def call_with_retries(path: UPath, action: str, call: Callable[[Any, str], T]) -
         StorageError: at once if a retry cannot help, else after the last try; names the key.
     """
     began_s = time.monotonic()
-    num_tries = 1 if path.protocol in _RETRIED_BY_CLIENT else ATTEMPTS
+    num_tries = 1 if path.protocol in _RETRIED_BY_CLIENT else MAX_TRIES
     for attempt in itertools.count(1):
         try:
             return call(filesystem(path.protocol, os.getpid()), path.path)
@@ -88,7 +88,7 @@ def call_with_retries(path: UPath, action: str, call: Callable[[Any, str], T]) -
                     "command again later, it continues"
                 ) from error
             # The pause is partly random, so that the nodes of a cluster do not all retry at once.
-            wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0)
+            wait_s = min(MIN_WAIT_S * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0)
             logger.warning("%s%s; trying again in %.1f s", failure, _first_line(error), wait_s)
         time.sleep(wait_s)
     raise AssertionError("unreachable")

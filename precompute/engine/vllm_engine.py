@@ -134,7 +134,7 @@ class Engine:
         rendered = Prefetcher(self._render_all(prompts, params), ahead=self.max_in_flight // 2)
         try:
             while True:
-                for key, prompt in rendered.ready(self.max_in_flight - len(running), wait=not running):
+                for key, prompt in rendered.take(self.max_in_flight - len(running), wait=not running):
                     name = next(names)
                     rejected = self._add_request(name, prompt)
                     if rejected is not None:
@@ -142,9 +142,9 @@ class Engine:
                     else:
                         running[name] = key
                 # Under vLLM's data parallelism an engine has to step as long as any of them has work.
-                if not running and rendered.ended and not self._engine.has_unfinished_requests():
+                if not running and rendered.is_exhausted and not self._engine.has_unfinished_requests():
                     return
-                for output in self._step() if running or rendered.ended else ():
+                for output in self._step() if running or rendered.is_exhausted else ():
                     if output.finished:
                         yield running.pop(output.request_id), output
         finally:

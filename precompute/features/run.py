@@ -30,7 +30,7 @@ from common.concurrency import prefetch_map
 from common.data.images import AspectRatio, ImageSpec, load_image, read_image_and_digest
 from common.data.samples import Dataset, ImageRef
 from common.errors import DataError, ModelError, ShardError
-from common.shards.encoder_identity import encoder_identity
+from common.shards.encoder_identity import compute_encoder_identity
 from common.shards.feature_shard import (
     CachedImage,
     FeatureRow,
@@ -161,7 +161,7 @@ def run_features(settings: FeatureSettings, *, progress: bool = True) -> Feature
 
 
 def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
-    encoder = encoder_identity(settings.model, settings.aspect_ratio)
+    encoder = compute_encoder_identity(settings.model, settings.aspect_ratio)
     spec = ImageSpec.load(settings.model)
     assert spec is not None
     # The kind does not matter, because only images are read.

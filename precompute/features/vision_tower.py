@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import is_flash_attn_2_available
 
 from common.errors import ModelError
-from common.shards.encoder_identity import tower_tensors, vision_config
+from common.shards.encoder_identity import load_vision_config, tower_tensors
 from common.shards.manifest import EncoderIdentity
 
 
@@ -37,7 +37,7 @@ class VisionTower:
             ModelError: tensors are missing, unknown or of another shape; or features are.
         """
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        config, self._layers, self._strategy = vision_config(model_dir)
+        config, self._layers, self._strategy = load_vision_config(model_dir)
         self._processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
         with no_init_weights():
             model = AutoModel.from_config(config).to(torch.bfloat16)

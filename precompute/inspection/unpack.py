@@ -125,7 +125,7 @@ def _unpack_shard(source: Location, manifest: Manifest, number: int, partial: Pa
             writer.add_key_value_metadata({**metadata, EXPORT_KEY: EXPORT_VALUE})
         file.flush()
         os.fsync(file.fileno())
-        return sum(map(shard.group_rows, range(shard.num_groups)))
+        return sum(map(shard.num_group_rows, range(shard.num_groups)))
 
 
 def _is_packed(field: pa.Field) -> bool:

@@ -22,7 +22,7 @@ from common.data.images import ImageSpec, check_image_exists, load_image, read_i
 from common.data.samples import Dataset, Sample, without_last_response
 from common.errors import DataError, ModelError
 from common.shards.manifest import (
-    NUM_READERS,
+    NUM_RECEIPT_READERS,
     CaptureSettings,
     DatasetIdentity,
     GenerateSettings,
@@ -234,7 +234,7 @@ def missing_shards(job: CaptureJob) -> list[int]:
     config = job.config
     own = range(config.node_rank, job.manifest.num_shards, config.num_nodes)
     published = sorted(set(own) & set(published_shards(config.output)))
-    with ThreadPoolExecutor(NUM_READERS) as pool:
+    with ThreadPoolExecutor(NUM_RECEIPT_READERS) as pool:
         answers = pool.map(lambda number: is_complete(config.output, number, job.manifest), published)
         complete = {number for number, is_whole in zip(published, answers, strict=True) if is_whole}
     return [number for number in own if number not in complete]

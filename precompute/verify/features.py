@@ -205,7 +205,7 @@ def _footer_problems(shard: FeatureFile, manifest: FeatureManifest) -> Iterator[
         yield f"its footer has schema version {version!r}, expected {FEATURE_SCHEMA_VERSION}"
     if parse_manifest(shard.footer, FeatureManifest) != manifest:
         yield "the manifest in its footer is not that of the output"
-    sizes = [shard.group_rows(group) for group in range(shard.num_groups)]
+    sizes = [shard.num_group_rows(group) for group in range(shard.num_groups)]
     each = manifest.images_per_group
     if any(size != each for size in sizes[:-1]) or not all(1 <= size <= each for size in sizes):
         yield f"its row groups hold {sizes} images, expected {each} each and at most so many in the last"

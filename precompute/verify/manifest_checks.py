@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from common.errors import DecantError, ShardError, StorageError
 from common.shards.manifest import (
-    NUM_READERS,
+    NUM_RECEIPT_READERS,
     SCHEMA_VERSION,
     Manifest,
     Receipt,
@@ -62,7 +62,7 @@ def footer_problems(shard: ShardFile, manifest: Manifest) -> Iterator[str]:
         yield "the manifest in its footer is not that of the output"
     if image_token_id is not None and not 0 <= image_token_id < manifest.tokenizer.vocab_size:
         yield f"its image token is {image_token_id}, the tokenizer has {manifest.tokenizer.vocab_size}"
-    sizes = [shard.group_rows(group) for group in range(shard.num_groups)]
+    sizes = [shard.num_group_rows(group) for group in range(shard.num_groups)]
     if any(size != ROWS_PER_GROUP for size in sizes[:-1]) or not all(1 <= size <= ROWS_PER_GROUP for size in sizes):
         yield f"its row groups hold {sizes} rows, expected {ROWS_PER_GROUP} each and at most so many in the last"
 
@@ -74,7 +74,7 @@ def restore_manifest(output: Location, schema: type[ManifestT]) -> ManifestT:
         ShardError: no shard can be read, or they do not agree. StorageError: the disk or the store refused.
     """
     numbers = published_shards(output)
-    with ThreadPoolExecutor(NUM_READERS) as pool:
+    with ThreadPoolExecutor(NUM_RECEIPT_READERS) as pool:
         manifests = list(filter(None, pool.map(lambda n: _read_footer_manifest(output, n, schema), numbers)))
         digests = set(filter(None, pool.map(lambda n: _read_manifest_digest(output, n), numbers)))
     different = digests | {manifest.sha256 for manifest in manifests}

@@ -92,7 +92,7 @@ def recompute_features(  # noqa: PLR0913 - its arguments are the options of veri
             if digest != image.sha256:
                 raise DataError(f"{output}: image {path} is another file than features were computed from")
             opened = load_image(ImageRef(path, data), image_root, aspect_ratio, spec.mean_rgb, str(output))
-            group = cache.group_of(index)
+            group = cache.group_range(index)
             stored_PD = cache.read(group)[index - group.start]
             recomputed_PD = tower.features(tower.pixels([opened]))[0]
             difference = float(np.linalg.norm(stored_PD - recomputed_PD) / np.linalg.norm(recomputed_PD))

@@ -141,7 +141,7 @@ def recompute_logits(  # noqa: PLR0913 - its arguments are the options of verify
 
 def _max_rounding_kl(manifest: Manifest) -> float:
     """Returns the KL in nats that rounding a row's log-probs may add."""
-    levels = manifest.capture.coding.levels
+    levels = manifest.capture.quantizer.levels
     return _STEPS_OF_KL * manifest.capture.top_k / levels**2 if levels else 0.0
 
 
@@ -214,7 +214,7 @@ def _draw_rows(output: Location, manifest: Manifest, num_rows: int, seed: int) -
         if not len(picks_in_shard):
             continue
         shard = ShardFile(shard_path(output, number), manifest, number)
-        edges = np.cumsum([0, *(shard.group_rows(group) for group in range(shard.num_groups))]).tolist()
+        edges = np.cumsum([0, *(shard.num_group_rows(group) for group in range(shard.num_groups))]).tolist()
         for group in sorted({bisect_right(edges, int(pick)) - 1 for pick in picks_in_shard}):
             rows = shard.read_group(group)
             yield from (

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from common.data.chat_encoding import EncodedChat
 from common.shards.manifest import Manifest
-from common.shards.quantization import REST_ROUNDING, probability_error
+from common.shards.quantization import REST_ROUNDING, max_probability_error
 from common.shards.scores import TeacherScores
 
 # A float32 softmax over 150,000 entries sums to 1 within this; the stored rest mass is computed from the entries.
@@ -69,7 +69,7 @@ def mass_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
             weights_N, total_weight, tolerance = scores.draws.astype(np.float64), manifest.capture.num_draws, 0.0
         mass_R = _sum_by_row(weights_N, scores) / total_weight
         error_R = np.abs(np.clip(1.0 - mass_R, 0.0, 1.0) - scores.rest_mass)
-        rounding_N = probability_error(scores, manifest.capture.coding)
+        rounding_N = max_probability_error(scores, manifest.capture.quantizer)
         # Minimum mass of the entries before the last.
         before_last_R = mass_R - _last_of_row(weights_N + rounding_N, scores.counts) / total_weight
         # fp16 rounds each entry; quantised rows are scaled, so that their sum is right although each entry is rounded.
@@ -80,7 +80,7 @@ def mass_problems(scores: TeacherScores, manifest: Manifest) -> Iterator[str]:
         row = int((error_R - slack_R).argmax())
         yield f"row {row} keeps a mass of {mass_R[row]:.6f} and rests {scores.rest_mass[row]:.6f}, expected a sum of 1"
     if scores.draws is None:
-        if manifest.capture.coding.levels is not None:
+        if manifest.capture.quantizer.levels is not None:
             slack_R = rest_R.astype(np.float64) * REST_ROUNDING
         yield from _length_problems(scores.counts, mass_R, before_last_R, slack_R, manifest)
 
@@ -135,7 +135,7 @@ def own_problems(encoded: EncodedChat, scores: TeacherScores, logprob_sum: float
         return
     own_N = own_R[rows_N]
     is_own_N = scores.ids == ids_R[rows_N]
-    rounding_N = probability_error(scores, manifest.capture.coding)
+    rounding_N = max_probability_error(scores, manifest.capture.quantizer)
     with np.errstate(divide="ignore"):
         low_N, high_N = (
             np.log(np.maximum(np.exp(scores.logprobs, dtype=np.float64) + offset_N, 0))

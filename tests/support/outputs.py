@@ -44,7 +44,7 @@ def render_text(renderable: RenderableType, width: int = 1000) -> str:
     return file.getvalue()
 
 
-def rows_of(output: Location, number: int) -> list[ShardRow]:
+def read_rows(output: Location, number: int) -> list[ShardRow]:
     shard = ShardFile(shard_path(output, number), read_manifest(output), number)
     rows = list(shard)
     shard.close()
@@ -74,7 +74,7 @@ def rewrite_shard(output: Path, number: int, row_group_size: int | None = None, 
     rewrite_receipt(output, number)
 
 
-def flip(path: Location, position: int) -> None:
+def flip_bit(path: Location, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 0x10
     path.write_bytes(bytes(data))
@@ -90,7 +90,7 @@ def load_config(output: Path) -> PrecomputeConfig:
     return PrecomputeConfig.model_validate(written).model_copy(update={"output": output})
 
 
-def contents(output: Location) -> dict[str, bytes]:
+def read_published_files(output: Location) -> dict[str, bytes]:
     """Returns the bytes of manifest, shards and receipts by their names."""
     names = sorted(name for name in list_files(output) if name.startswith(("shard-", "manifest.")))
     return {name: (output / name).read_bytes() for name in names}
@@ -98,7 +98,7 @@ def contents(output: Location) -> dict[str, bytes]:
 
 def rewrite_as_generated(output: Path, num_samples: int) -> None:
     """Turns an output into one of generated responses, `num_samples` to each sample."""
-    rows = {number: rows_of(output, number) for number in published_shards(output)}
+    rows = {number: read_rows(output, number) for number in published_shards(output)}
     before = read_manifest(output)
     generate = GenerateSettings(temperature=1.0, top_p=1.0, num_samples=num_samples, max_new_tokens=64)
     manifest = before.model_copy(update={"capture": before.capture.model_copy(update={"generate": generate})})
@@ -126,7 +126,7 @@ def make_response(row: ShardRow, number: int) -> ShardRow:
     )
 
 
-def part(whole: Path, out: Path, *numbers: int) -> Path:
+def copy_shards(whole: Path, out: Path, *numbers: int) -> Path:
     """Copies an output with some of its shards."""
     shutil.copytree(whole, out, ignore=lambda _, names: [name for name in names if name.startswith("shard-")])
     for number in numbers:
@@ -135,8 +135,8 @@ def part(whole: Path, out: Path, *numbers: int) -> Path:
     return out
 
 
-def all_rows(output: Location) -> list[ShardRow]:
-    return [row for number in published_shards(output) for row in rows_of(output, number)]
+def read_all_rows(output: Location) -> list[ShardRow]:
+    return [row for number in published_shards(output) for row in read_rows(output, number)]
 
 
 def row_values(row: ShardRow) -> Iterator[Any]:

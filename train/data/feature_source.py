@@ -79,7 +79,7 @@ class FeatureSource:
     def _read(self, cache: FeatureCache, index: int) -> Tensor:
         key = cache.output, index
         if key not in self._cached:
-            group = cache.group_of(index)
+            group = cache.group_range(index)
             for position, features_PD in zip(group, cache.read(group), strict=True):
                 self._insert((cache.output, position), torch.from_numpy(features_PD).to(self._dtype))
         self._cached.move_to_end(key)

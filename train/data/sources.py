@@ -147,7 +147,7 @@ class ShardSource:
         num_tokens, num_images = self._sizes[shard, group][position].tolist()
         return int(num_tokens + num_images * (tokens_per_image - 1))
 
-    def hold(self, window: int) -> None:
+    def set_cache_window(self, window: int) -> None:
         """Sets the number of cached row groups to what a shuffle window of `window` samples may touch."""
         # A window may begin and end within a row group.
         self._cached_groups = -(-window // ROWS_PER_GROUP) + 2

@@ -28,7 +28,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.errors import ModelError, StorageError
-from train.choices import GROUPS
+from train.choices import PARAMETER_GROUPS
 from train.model.cached_tower import cached_tower_config, full_config, full_state_dict
 
 # A setting in the text config of an upcycled Qwen2-MoE: its shared expert is frozen zeros, see train.moe.upcycle.
@@ -143,12 +143,12 @@ def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
     Raises:
         ModelError: a group is unknown, or this model does not have it.
     """
-    found = {name: groups_of(name) for name, _ in model.named_parameters()}
+    found = {name: parameter_groups(name) for name, _ in model.named_parameters()}
     present = frozenset[str]().union(*found.values())
     if absent := trainable - present:
         raise ModelError(
             f"{type(model).__name__}: cannot train {sorted(absent)}; this model has {sorted(present)}"
-            + (f" of {sorted(GROUPS)}" if present != GROUPS else "")
+            + (f" of {sorted(PARAMETER_GROUPS)}" if present != PARAMETER_GROUPS else "")
         )
     keeps_zeros = getattr(text_config(model), ZERO_SHARED_EXPERT, False)
     num_trainable = 0
@@ -265,7 +265,7 @@ def check_all_weights_loaded(path: Path, report: Mapping[str, Any]) -> None:
         raise ModelError(f"{path}: {'; '.join(found)}. Expected weights that match config.json exactly")
 
 
-def groups_of(parameter_name: str) -> frozenset[str]:
+def parameter_groups(parameter_name: str) -> frozenset[str]:
     """Returns the groups (see `set_trainable`) of the parameter of this name."""
     name = f".{parameter_name}"
     if ".vision_tower." in name:

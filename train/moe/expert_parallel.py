@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.errors import ConfigError
-from train.model.student import groups_of, is_multimodal, text_config
+from train.model.student import is_multimodal, parameter_groups, text_config
 
 # DeepSpeed's names of a sparse block's parts, and transformers'. Experts are not among them, because they are sliced.
 _PREFIXES = {
@@ -53,7 +53,7 @@ def check_expert_parallel_supported(model: PreTrainedModel, size: int, *, num_ra
         raise ConfigError(f"{key}: does not divide the {num_ranks} rank(s) of this run; start a multiple of {size}")
     if config.num_experts % size:
         raise ConfigError(f"{key}: does not divide the student's {config.num_experts} experts")
-    if not any(p.requires_grad for name, p in model.named_parameters() if "experts" in groups_of(name)):
+    if not any(p.requires_grad for name, p in model.named_parameters() if "experts" in parameter_groups(name)):
         raise ConfigError(f"{key}: this stage trains no expert, which DeepSpeed then cannot divide; leave the key out")
 
 
@@ -89,7 +89,7 @@ def expert_parallel_settings(model: PreTrainedModel, size: int) -> dict[str, Any
 
 def split_experts(model: PreTrainedModel, groups: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """Splits each of the optimiser's groups into one without experts and one of experts, with DeepSpeed's names."""
-    experts = {id(parameter) for name, parameter in model.named_parameters() if "experts" in groups_of(name)}
+    experts = {id(parameter) for name, parameter in model.named_parameters() if "experts" in parameter_groups(name)}
     split = []
     for group in groups:
         split.append({**group, "params": [p for p in group["params"] if id(p) not in experts]})

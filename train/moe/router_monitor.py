@@ -1,9 +1,9 @@
 """Collects the router logits of a sparse student, counts tokens an expert, and measures the routers' gradient.
 
-    decoder ── RouterMonitor.take ───> logits of each sparse layer ── train.loss.objective
-            ── RouterMonitor.count ──> tokens by layer, expert and modality ─┬─ metrics, at each log
-                                                                             └─ ExpertLoad, with each checkpoint
-    routers ── hooks ────────────────> gradient of the step ───────────────── metrics
+    decoder ── RouterMonitor.pop_router_logits ─> logits of each sparse layer ── train.loss.objective
+            ── RouterMonitor.count_batch ───────> tokens by layer, expert and modality ─┬─ metrics, at each log
+                                                                                  └─ ExpertLoad, with each checkpoint
+    routers ── hooks ──────────────────────> gradient of the step ───────────────── metrics
 
 The counts are of the experts that each layer really called, in training passes only. Whenever counts are read, it is
 checked that every real token reached all of its experts. Counts stay on the device between two readings.
@@ -65,7 +65,7 @@ class RouterMonitor:
 
     # One forward pass
 
-    def take(self) -> list[Tensor]:
+    def pop_router_logits(self) -> list[Tensor]:
         """Returns and forgets the router logits of the latest pass: L tensors [N, E], float, before the softmax.
 
         Their rows are in the order of the batch. They are part of the graph if the routers are trained.
@@ -74,7 +74,7 @@ class RouterMonitor:
         router_logits, self._router_logits = list(self._router_logits), None
         return router_logits
 
-    def count(self, batch: Batch) -> None:
+    def count_batch(self, batch: Batch) -> None:
         """Adds the latest forward pass to the counts; `batch` was its input."""
         image_N = torch.zeros_like(batch.input_ids, dtype=torch.bool).flatten()
         if self._image_token_id is not None:
@@ -91,7 +91,7 @@ class RouterMonitor:
 
     # Readings, by all ranks together
 
-    def begin_step(self) -> None:
+    def clear_gradients(self) -> None:
         """Forgets the gradient of the previous step."""
         self._gradients.clear()
 
@@ -118,7 +118,7 @@ class RouterMonitor:
             found["router/grad_norm"] = total_LEH.norm().item()
         return found
 
-    def pop_load(self, reduce: Reduce, step: int, since_step: int) -> ExpertLoad:
+    def pop_expert_load(self, reduce: Reduce, step: int, since_step: int) -> ExpertLoad:
         """Returns and forgets the counts since the last call, over all ranks: steps `since_step` + 1 to `step`.
 
         Raises:

@@ -193,7 +193,7 @@ class StudentTrainer(Trainer):
             TrainingInterrupted: a stop signal came to a rank, and a checkpoint is saved; on every rank.
         """
         if self._step.router:
-            self._step.router.begin_step()
+            self._step.router.clear_gradients()
         started = time.monotonic()
         batches: list[Batch] = []
         failure: DecantError | None = None
@@ -253,7 +253,7 @@ class StudentTrainer(Trainer):
         """Returns the micro-batch's share of the step's loss, times the number of ranks, because DeepSpeed averages."""
         terms = self.compute_batch_terms(model, inputs)
         if self._step.router:
-            self._step.router.count(inputs)
+            self._step.router.count_batch(inputs)
         self._since_log.add_terms(terms)
         return step_loss(terms, self._step_counts) * self.args.world_size
 
@@ -269,7 +269,7 @@ class StudentTrainer(Trainer):
             batch,
             loss,
             vocab_size=self._step.vocab_size,
-            router_logits=router.take() if router else (),
+            router_logits=router.pop_router_logits() if router else (),
             router_top_k=router.top_k if router else 1,
         )
 
@@ -361,7 +361,7 @@ class StudentTrainer(Trainer):
         written = partial / f"checkpoint-{self.state.global_step}"
         load = None
         if self._step.router:
-            load = self._step.router.pop_load(self.accelerator.reduce, self.state.global_step, self._saved_step)
+            load = self._step.router.pop_expert_load(self.accelerator.reduce, self.state.global_step, self._saved_step)
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()

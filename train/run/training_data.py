@@ -54,7 +54,7 @@ def open_data_splits(config: TrainConfig, encoder: ChatEncoder, num_ranks: int) 
     )
     for set_source, window in zip(sources, sampler.windows, strict=True):
         if isinstance(set_source, ShardSource):
-            set_source.hold(window)
+            set_source.set_cache_window(window)
     validation = None
     if data.validation is not None:
         location = SetConfig(shards=data.validation) if data.has_scores else SetConfig(dataset=data.validation)

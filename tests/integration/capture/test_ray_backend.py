@@ -23,7 +23,7 @@ from precompute.verify.logits import verify_logits
 from tests.support.captures import shard_bytes
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
 from tests.support.hf_reference import ENGINE, TOP_K
-from tests.support.outputs import rows_of
+from tests.support.outputs import read_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -190,7 +190,7 @@ def test_the_engine_in_an_actor_scores_as_it_does_here(llava_dir: Path, tmp_path
     assert run_capture(config, progress=False, engine="ray").complete
     assert run_capture(local, progress=False).complete
     for number in range(3):
-        for there, here in zip(rows_of(config.output, number), rows_of(local.output, number), strict=True):
+        for there, here in zip(read_rows(config.output, number), read_rows(local.output, number), strict=True):
             assert there.sample == here.sample
             (a,), (b,) = there.conversations, here.conversations
             np.testing.assert_allclose(a.scores.own_logprobs, b.scores.own_logprobs, rtol=0, atol=1e-5)

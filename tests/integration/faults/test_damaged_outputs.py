@@ -25,7 +25,7 @@ from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
-from tests.support.outputs import all_rows, contents, rewrite_receipt, row_values
+from tests.support.outputs import read_all_rows, read_published_files, rewrite_receipt, row_values
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,7 +51,7 @@ def intact_outputs(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) ->
         records = (preference_records if settings.get("kind") == "dpo" else conversation_records)(root, 6)
         config = make_config(root, llava_dir, records, samples_per_shard=2, **settings)
         # Without this, so few entries would have a single table.
-        with patch("common.shards.token_order.ENTRIES_A_TABLE", 40):
+        with patch("common.shards.token_order.ENTRIES_PER_TABLE", 40):
             run_capture(config, progress=False, start_teacher=FakeTeacher)
         outputs[name] = root / "out"
     return outputs
@@ -70,7 +70,12 @@ def read_everything(output: Path) -> list[Any]:
         # Some bits of zstd and base64 have no meaning, so decoded classes are compared.
         classes = classes_from_text(footer["token_classes"].encode(), manifest.tokenizer.vocab_size, "here")
         footer["token_classes"] = classes.tobytes().hex()
-    return [manifest, read_receipts(output, manifest), footers, [list(row_values(row)) for row in all_rows(output)]]
+    return [
+        manifest,
+        read_receipts(output, manifest),
+        footers,
+        [list(row_values(row)) for row in read_all_rows(output)],
+    ]
 
 
 class DamagedOutput:
@@ -78,7 +83,7 @@ class DamagedOutput:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.files = contents(output)
+        self.files = read_published_files(output)
         self.counts: Counter[str] = Counter()
         self.expected = read_everything(output)
 
@@ -197,7 +202,7 @@ def test_files_in_other_places_are_reported(outputs: dict[str, Path], record_cou
     counts: dict[str, Counter[str]] = {}
     first, *others = outputs.values()
     for output, other in zip([first, *others], [*others, first], strict=True):
-        damaged, elsewhere = DamagedOutput(output), contents(other)
+        damaged, elsewhere = DamagedOutput(output), read_published_files(other)
         for kind, changes in rearrangements(output, other):
             for file, source in changes:
                 if source is None:
@@ -246,7 +251,7 @@ def test_what_killed_runs_left_is_completed_with_the_same_bytes(
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 10), samples_per_shard=2)
     undisturbed = config.model_copy(update={"output": tmp_path / "undisturbed"})
     run_capture(undisturbed, progress=False, start_teacher=FakeTeacher)
-    expected = contents(undisturbed.output)
+    expected = read_published_files(undisturbed.output)
     num_kills = 50
     killer = subprocess.run(
         [sys.executable, "-c", KILLER, config.model_dump_json(), str(num_kills)],
@@ -274,5 +279,5 @@ def complete_and_compare(config: PrecomputeConfig, expected: dict[str, bytes], *
         assert path.read_bytes() == expected[path.name]
     if not is_complete:
         run_capture(config, progress=False, start_teacher=FakeTeacher)
-    assert contents(config.output) == expected
+    assert read_published_files(config.output) == expected
     assert verify_logits(config.output, config.dataset, progress=False).ok

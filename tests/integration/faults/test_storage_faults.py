@@ -183,7 +183,7 @@ def fault_at(key_end: str, fault: Fault, _number: int, _method: str, key: str) -
 def test_verify_shards_does_not_take_a_failing_store_for_damage(
     remote: PrecomputeConfig, store: Store, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    monkeypatch.setattr(object_store, "ATTEMPTS", 2)
+    monkeypatch.setattr(object_store, "MAX_TRIES", 2)
     for key_end in ("manifest.json", "shard-00001.json", "shard-00001.parquet", "data.jsonl"):
         store.clear()
         store.fault = functools.partial(fault_at, key_end, fault)

@@ -194,7 +194,7 @@ def test_transient_failures_are_retried_until_the_request_works(
 
 def test_pauses_grow_and_retries_end(store: Store, root: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(object_store, "FIRST_WAIT_S", 1.0)
+    monkeypatch.setattr(object_store, "MIN_WAIT_S", 1.0)
     monkeypatch.setattr(time, "sleep", pauses.append)
     fail_first(store, SLOW_DOWN, 1000)
     with pytest.raises(StorageError, match=rf"{root}/x: could not read: 8 tries in .* s failed.*SlowDown.*again later"):
@@ -305,7 +305,7 @@ def test_a_store_without_conditional_writes_takes_plain_ones(store: Store, root:
 def test_a_store_that_fails_is_not_a_damaged_shard(
     store: Store, root: UPath, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    monkeypatch.setattr(object_store, "ATTEMPTS", 2)
+    monkeypatch.setattr(object_store, "MAX_TRIES", 2)
     manifest = make_manifest(num_samples=70, samples_per_shard=70)
     write_shard(root, 0, manifest, make_rows("kd", 70), [])
     shard = ShardFile(shard_path(root, 0), manifest, 0)

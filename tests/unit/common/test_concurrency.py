@@ -54,8 +54,8 @@ def test_map_keeps_the_order_and_its_limit() -> None:
 def test_prefetcher_returns_the_items_in_order_and_then_has_ended() -> None:
     prefetcher = Prefetcher(range(5), ahead=2)
     items: list[int] = []
-    while not prefetcher.ended:
-        items += prefetcher.ready(3, wait=True)
+    while not prefetcher.is_exhausted:
+        items += prefetcher.take(3, wait=True)
     prefetcher.close()
     assert items == [0, 1, 2, 3, 4]
 
@@ -68,9 +68,9 @@ def test_prefetcher_does_not_wait_for_an_item_unless_told_to() -> None:
         yield 1
 
     prefetcher = Prefetcher(items(), ahead=2)
-    assert prefetcher.ready(1, wait=False) == []
+    assert prefetcher.take(1, wait=False) == []
     may_continue.set()
-    assert prefetcher.ready(1, wait=True) == [1]
+    assert prefetcher.take(1, wait=True) == [1]
     prefetcher.close()
 
 
@@ -94,9 +94,9 @@ def test_prefetcher_iterates_no_further_than_its_limit() -> None:
 
 def test_prefetcher_raises_an_error_of_the_items_after_the_items_before_it() -> None:
     prefetcher = Prefetcher(one_then_error(), ahead=5)
-    assert prefetcher.ready(1, wait=True) == [1]
+    assert prefetcher.take(1, wait=True) == [1]
     with pytest.raises(KeyError, match="broken"):
-        prefetcher.ready(1, wait=True)
+        prefetcher.take(1, wait=True)
     prefetcher.close()
 
 

@@ -35,7 +35,7 @@ def test_values_are_formatted_with_their_unit(value: float, unit: Unit, text: st
     ],
 )
 def test_ranges_and_errors_are_shown(estimate: Estimate, text: str) -> None:
-    assert estimate.show() == text
+    assert estimate.format() == text
 
 
 def test_a_table_shows_each_estimate_with_its_arithmetic_and_the_notes() -> None:

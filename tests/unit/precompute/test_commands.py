@@ -10,7 +10,7 @@ from cli import app
 from common.data.samples import Dataset
 from common.shards.manifest import receipt_path
 from tests.support.fake_teacher import conversation_records
-from tests.support.outputs import contents, flip, part
+from tests.support.outputs import copy_shards, flip_bit, read_published_files
 from tests.support.real_weights import write_jsonl
 
 
@@ -26,7 +26,7 @@ def decant(*arguments: object) -> Result:
 
 
 def test_repair_moves_broken_shards_and_says_what_to_run(output: Path) -> None:
-    flip(output / "shard-00001.parquet", 2000)
+    flip_bit(output / "shard-00001.parquet", 2000)
     result = decant("verify-shards", output, "--repair")
     assert result.exit_code == 1
     assert "NOT verified" in result.stdout
@@ -41,7 +41,7 @@ def test_repair_of_a_whole_output_does_nothing(output: Path, whole: Path) -> Non
     found = json.loads(result.stdout)
     assert found["repair"]["moved"] == []
     assert found["repair"]["ok"] is found["verify"]["ok"] is True
-    assert contents(output) == contents(whole / "out")
+    assert read_published_files(output) == read_published_files(whole / "out")
 
 
 def test_a_newer_dataset_exits_with_1_if_a_scored_sample_changed(output: Path, whole: Path, tmp_path: Path) -> None:
@@ -64,14 +64,14 @@ def test_a_newer_dataset_exits_with_1_if_a_scored_sample_changed(output: Path, w
 
 
 def test_a_broken_output_is_not_compared(output: Path, whole: Path) -> None:
-    flip(output / "shard-00001.parquet", 2000)
+    flip_bit(output / "shard-00001.parquet", 2000)
     result = decant("verify-shards", output, "--against", whole / "data.jsonl")
     assert result.exit_code == 1
     assert "was not compared with the output" in result.stderr
 
 
 def test_merging_lists_missing_shards_and_exits_with_0(whole: Path, tmp_path: Path) -> None:
-    parts = [part(whole / "out", tmp_path / "a", 0), part(whole / "out", tmp_path / "b", 2)]
+    parts = [copy_shards(whole / "out", tmp_path / "a", 0), copy_shards(whole / "out", tmp_path / "b", 2)]
     result = decant("merge-shards", *parts, "--out", tmp_path / "merged")
     assert result.exit_code == 0
     assert "2 of 3, 2 new" in result.stdout

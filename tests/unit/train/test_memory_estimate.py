@@ -80,7 +80,7 @@ def test_trained_parameters_follow_from_the_stage(tmp_path: Path, name: str, gro
     model = load_student(path, dtype=torch.float32)
     num_trained = set_trainable(model, frozenset(groups))
     found = estimate_training_memory(remove_weights(path), 10, config=make_config(path, stage=name))
-    shown = {figure.name: figure.value for figure in found.parameters.figures}
+    shown = {figure.name: figure.value for figure in found.parameters.estimates}
     assert shown["trained"] == num_trained
     assert shown["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
@@ -93,7 +93,7 @@ def test_a_dense_student_is_counted_after_upcycling(tmp_path: Path) -> None:
     config = make_config(path, stage="dense-to-sparse", moe=moe.model_dump())
     found = {
         figure.name: figure
-        for figure in estimate_training_memory(remove_weights(path), 10, config=config).parameters.figures
+        for figure in estimate_training_memory(remove_weights(path), 10, config=config).parameters.estimates
     }
     assert found["parameters"].value == sum(parameter.numel() for parameter in model.parameters())
     assert found["trained"].value == num_trained
@@ -106,7 +106,7 @@ def test_a_sparse_student_is_counted_with_all_experts(tmp_path: Path) -> None:
     dense = tiny_causal_lm(tmp_path / "dense")
     num_parameters = upcycle_directory(dense, tmp_path / "sparse", MoEConfig(), seed=0)
     found = estimate_training_memory(remove_weights(tmp_path / "sparse"), 10)
-    assert found.parameters.figures[0].value == num_parameters
+    assert found.parameters.estimates[0].value == num_parameters
 
 
 def test_the_teacher_adds_its_weights_to_every_gpu_and_only_zero_3_divides_them(tmp_path: Path) -> None:

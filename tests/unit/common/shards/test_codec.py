@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.errors import ShardError
 from common.shards.codec import BinaryColumn, CodecSettings, RowColumns, column_names, pack, unpack
-from common.shards.quantization import Precision, Quantizer, StoredPrecision, probability_error
+from common.shards.quantization import Precision, Quantizer, StoredPrecision, max_probability_error
 from common.shards.scores import MAX_DRAWS, MAX_VOCAB_SIZE, TeacherScores, scores_from_draws, scores_from_topk
 from common.shards.token_order import TokenOrder, classes_from_text, classes_to_text, find_classes
 
@@ -53,7 +53,7 @@ def store_and_read(
     num_draws: int | None = None,
     entries_per_table: int = 1 << 18,
 ) -> list[TeacherScores]:
-    with patch("common.shards.token_order.ENTRIES_A_TABLE", entries_per_table):
+    with patch("common.shards.token_order.ENTRIES_PER_TABLE", entries_per_table):
         classes, tables = find_classes(scores, vocab_size)
     order = TokenOrder(classes_from_text(classes_to_text(classes).encode(), vocab_size, "here"))
     codec = CodecSettings(order, Quantizer(form, TOP_K, num_draws))
@@ -94,7 +94,7 @@ def test_ids_come_back_exactly_and_probabilities_within_the_stated_error(
         found_ids, found_order = by_id(after)
         np.testing.assert_array_equal(found_ids, ids)
         p, q = (np.exp(s.logprobs[o], dtype=np.float64) for s, o in ((before, order), (after, found_order)))
-        allowed = probability_error(after, Quantizer(precision, TOP_K, None))[found_order]
+        allowed = max_probability_error(after, Quantizer(precision, TOP_K, None))[found_order]
         assert (np.abs(p - q) <= allowed * (1 + 1e-6) + 1e-7 * p).all()
         assert (after.logprobs <= 0).all() or precision == "fp32"
         assert np.isfinite(after.logprobs).all()
@@ -224,7 +224,7 @@ def test_the_same_scores_give_the_same_bytes_whatever_they_are_batched_with() ->
         )
         for _ in range(80)
     ]
-    with patch("common.shards.token_order.ENTRIES_A_TABLE", 1 << 15):
+    with patch("common.shards.token_order.ENTRIES_PER_TABLE", 1 << 15):
         classes, tables = find_classes(many, 5000)
     order = TokenOrder(classes)
     assert order.num_tables == 4
@@ -247,7 +247,7 @@ def test_rows_of_alike_ids_share_a_table() -> None:
     scores = scores_from_topk(
         np.zeros(400, np.float32), ids, np.log(rng.dirichlet(np.ones(22), 400)).astype(np.float32)
     )
-    with patch("common.shards.token_order.ENTRIES_A_TABLE", len(scores.ids) // 4):
+    with patch("common.shards.token_order.ENTRIES_PER_TABLE", len(scores.ids) // 4):
         classes, (tables,) = find_classes([scores], 1000)
     assert len(classes) == 4
     assert len({*zip(topics.tolist(), tables.tolist(), strict=True)}) == len({*topics.tolist()})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration
 
 from common.errors import ModelError, ProvenanceError
-from common.shards.encoder_identity import check_encoder, encoder_identity, tower_tensors
+from common.shards.encoder_identity import check_encoder, compute_encoder_identity, tower_tensors
 from tests.support.models import tiny_causal_lm, tiny_llava
 from tests.unit.common.shards.test_feature_shard import make_feature_manifest
 
@@ -59,7 +59,7 @@ def test_files_may_hold_the_same_tower_otherwise(llava: Path, copy: Path, how: s
             rewrite(copy, {name: w.double() for name, w in weights.items()})
         case _:
             rewrite(copy, {name: w for name, w in weights.items() if "vision_tower" in name})
-    assert encoder_identity(copy, "pad") == encoder_identity(llava, "pad")
+    assert compute_encoder_identity(copy, "pad") == compute_encoder_identity(llava, "pad")
 
 
 def test_a_clip_directory_has_the_tower_that_a_llava_took_from_it(llava: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_clip_directory_has_the_tower_that_a_llava_took_from_it(llava: Path, t
     clip.vision_model.load_state_dict(tower.state_dict())
     clip.save_pretrained(tmp_path)
     shutil.copy(llava / "preprocessor_config.json", tmp_path)
-    assert encoder_identity(tmp_path, "pad") == encoder_identity(llava, "pad")
+    assert compute_encoder_identity(tmp_path, "pad") == compute_encoder_identity(llava, "pad")
 
 
 @pytest.mark.parametrize("name", ["embeddings.class_embedding", "encoder.layers.2.mlp.fc1.bias"])
@@ -77,24 +77,24 @@ def test_one_changed_weight_is_another_tower(llava: Path, copy: Path, name: str)
     weights = load_file(copy / "model.safetensors")
     weights[f"vision_tower.vision_model.{name}"][0] += 0.01
     rewrite(copy, weights)
-    before, after = (encoder_identity(path, "pad").model_dump() for path in (llava, copy))
+    before, after = (compute_encoder_identity(path, "pad").model_dump() for path in (llava, copy))
     assert {key for key in before if before[key] != after[key]} == {"weights_sha256"}
 
 
 def test_layers_are_counted_from_the_first_however_they_are_given(llava: Path, copy: Path) -> None:
-    assert encoder_identity(llava, "pad").layers == (2,)
+    assert compute_encoder_identity(llava, "pad").layers == (2,)
     set_config(copy, vision_feature_layer=2)
-    assert encoder_identity(copy, "pad") == encoder_identity(llava, "pad")
+    assert compute_encoder_identity(copy, "pad") == compute_encoder_identity(llava, "pad")
     set_config(copy, vision_feature_layer=[-2, -1])
-    found = encoder_identity(copy, "pad")
+    found = compute_encoder_identity(copy, "pad")
     assert (found.layers, found.num_channels) == ((2, 3), 128)
     set_config(copy, vision_feature_layer=7)
     with pytest.raises(ModelError, match="choose nothing of 4 hidden states"):
-        encoder_identity(copy, "pad")
+        compute_encoder_identity(copy, "pad")
 
 
 def test_every_difference_is_named_with_both_values(llava: Path, copy: Path) -> None:
-    manifest = make_feature_manifest([], encoder=encoder_identity(llava, "pad"))
+    manifest = make_feature_manifest([], encoder=compute_encoder_identity(llava, "pad"))
     check_encoder(manifest, Path("cache"), llava, "pad")
     set_config(copy, vision_feature_layer=-1, vision_feature_select_strategy="full")
     processor = json.loads((copy / "preprocessor_config.json").read_text())
@@ -113,7 +113,7 @@ def test_every_difference_is_named_with_both_values(llava: Path, copy: Path) -> 
 
 def test_a_directory_without_an_intact_tower_is_refused(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="names no vision tower"):
-        encoder_identity(tiny_causal_lm(tmp_path / "text", num_layers=1), "pad")
+        compute_encoder_identity(tiny_causal_lm(tmp_path / "text", num_layers=1), "pad")
     weights = load_file(copy / "model.safetensors")
     save_file({name: w for name, w in weights.items() if "class_embedding" in name}, copy / "more.safetensors")
     with pytest.raises(ModelError, match="remove one of the files"):

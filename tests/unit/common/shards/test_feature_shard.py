@@ -156,7 +156,7 @@ def test_an_image_is_found_by_any_of_its_paths_and_by_its_content(tmp_path: Path
     for number, expected in enumerate(features):
         assert cache.by_path[f"{number}.png"] == cache.by_path[f"copy/{number}.png"] == number
         assert cache.by_content[f"{number:064x}"] == number
-        group = cache.group_of(number)
+        group = cache.group_range(number)
         assert number in group
         assert len(group) <= 2
         found = cache.read(group)[number - group.start]
@@ -165,7 +165,7 @@ def test_an_image_is_found_by_any_of_its_paths_and_by_its_content(tmp_path: Path
         else:
             assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
     # Groups never cross a shard of three images.
-    assert {tuple(cache.group_of(n)) for n in range(NUM_IMAGES)} == {(0, 1), (2,), (3, 4), (5,), (6,)}
+    assert {tuple(cache.group_range(n)) for n in range(NUM_IMAGES)} == {(0, 1), (2,), (3, 4), (5,), (6,)}
 
 
 def test_an_incomplete_cache_and_a_changed_list_are_refused(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_rows_that_are_not_those_of_the_list_are_never_handed_out(tmp_path: Path
     write_feature_shard(output, 1, manifest, swapped)
     cache = FeatureCache(output)
     with pytest.raises(ShardError, match=r"images 3 to 4 are not those of images\.parquet"):
-        cache.read(cache.group_of(3))
+        cache.read(cache.group_range(3))
 
 
 @pytest.mark.parametrize("form", ["bf16", "q8"])
@@ -263,6 +263,6 @@ def test_a_cache_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch
     monkeypatch.setattr(FeatureFile, "close", lambda self: closed.append(self.path))
     cache = FeatureCache(tmp_path / "out")
     for number in (0, 3, 4, 0):
-        group = cache.group_of(number)
+        group = cache.group_range(number)
         assert np.array_equal(cache.read(group)[number - group.start], features[number])
     assert [path.name for path in closed] == ["shard-00000.parquet", "shard-00001.parquet"]

@@ -82,8 +82,8 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path, kind: Kind, num_rows
     assert receipt.skipped == tuple(skipped)
     shard = ShardFile(path, manifest, 3)
     assert shard.num_rows == num_rows
-    assert sum(map(shard.group_rows, range(shard.num_groups))) == num_rows
-    assert max(map(shard.group_rows, range(shard.num_groups)), default=0) <= ROWS_PER_GROUP
+    assert sum(map(shard.num_group_rows, range(shard.num_groups))) == num_rows
+    assert max(map(shard.num_group_rows, range(shard.num_groups)), default=0) <= ROWS_PER_GROUP
     assert_same_rows(list(shard), rows)
     assert num_scored_tokens(shard) == num_tokens
     if num_rows:

@@ -144,7 +144,7 @@ def test_the_worked_example_is_right() -> None:
 def test_a_reader_written_from_the_page_finds_the_rows(tmp_path: Path, kind: Kind, form: str) -> None:
     manifest, rows = make_manifest(kind, precision=form), make_rows(kind, 70)
     open_output(tmp_path, manifest)
-    with patch("common.shards.token_order.ENTRIES_A_TABLE", 300):
+    with patch("common.shards.token_order.ENTRIES_PER_TABLE", 300):
         write_shard(
             tmp_path, 0, manifest, rows, [SkippedSample(index=70, id="Ünï 🐈", reason='“missing”: "a\\b"\n\x1f\x7f\t')]
         )

@@ -63,7 +63,7 @@ TRANSIENT = [
 
 @pytest.mark.parametrize("error", TRANSIENT, ids=repr)
 def test_a_transient_error_is_retried(root: UPath, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr(object_store, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(object_store, "MIN_WAIT_S", 0.0)
     errors = iter([error, error])
 
     def call(_fs: Any, key: str) -> str:
@@ -75,7 +75,7 @@ def test_a_transient_error_is_retried(root: UPath, monkeypatch: pytest.MonkeyPat
 
 
 def test_retries_end_with_the_last_error(root: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(object_store, "MIN_WAIT_S", 0.0)
 
     def call(_fs: Any, _key: str) -> None:
         raise ClientError("SlowDown", 503)

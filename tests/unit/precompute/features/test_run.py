@@ -82,7 +82,7 @@ def compute(root: Path, output: Any, **changes: Any) -> FeatureSummary:
 def read_features(output: Any) -> dict[str, npt.NDArray[np.float32]]:
     """Returns features by the first path of each image."""
     cache = FeatureCache(output)
-    groups = {cache.group_of(index) for index in range(len(cache))}
+    groups = {cache.group_range(index) for index in range(len(cache))}
     found = {index: features for group in groups for index, features in zip(group, cache.read(group), strict=True)}
     return {cache.images[index].paths[0]: found[index] for index in range(len(cache))}
 

@@ -30,7 +30,7 @@ from tests.support.builders import make_draws, make_scores
 from tests.support.inspect_outputs import run_sql, write_known_output, write_output
 from tests.support.models import tiny_tokenizer
 from tests.support.object_store import BUCKET, Store
-from tests.support.outputs import flip, render_text
+from tests.support.outputs import flip_bit, render_text
 
 
 def inspect(path: Location, **options: object) -> Inspection:
@@ -289,7 +289,7 @@ def test_no_other_sample_is_shown_in_place_of_one_that_cannot_be_read(tmp_path: 
     row_group = pq.read_metadata(shard_path(tmp_path, 1)).row_group(0)
     columns = {column["path_in_schema"]: column for column in row_group.to_dict()["columns"]}
     damaged = columns["rest_mass.list.element"]
-    flip(shard_path(tmp_path, 1), damaged["data_page_offset"] + damaged["total_compressed_size"] - 1)
+    flip_bit(shard_path(tmp_path, 1), damaged["data_page_offset"] + damaged["total_compressed_size"] - 1)
     found = inspect(tmp_path, sample="s4", num_samples=3)
     assert found.samples == ()
     assert [Path(problem.path) for problem in found.problems] == [shard_path(tmp_path, 1)]

@@ -16,7 +16,7 @@ from precompute.scorer import Scorer, ScoreRequest, ScorerSettings
 from precompute.verify.logits import verify_logits
 from tests.support.captures import NUM_SAMPLES, no_teacher, score, shard_bytes
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
-from tests.support.outputs import all_rows
+from tests.support.outputs import read_all_rows
 
 
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
@@ -24,7 +24,7 @@ def test_every_sample_has_its_row_in_dataset_order(tmp_path: Path, llava_dir: Pa
     records = (conversation_records if kind == "kd" else preference_records)(tmp_path, NUM_SAMPLES)
     config = make_config(tmp_path, llava_dir, records, kind=kind)
     summary = score(config)
-    rows = all_rows(config.output)
+    rows = read_all_rows(config.output)
     assert [row.index for row in rows] == list(range(NUM_SAMPLES))
     assert [row.sample.id for row in rows] == [record["id"] for record in records]
     assert {len(row.conversations) for row in rows} == {1 if kind == "kd" else 2}
@@ -36,7 +36,7 @@ def test_every_sample_has_its_row_in_dataset_order(tmp_path: Path, llava_dir: Pa
 def test_tokens_read_count_images_by_the_tokens_they_expand_to(tmp_path: Path, llava_dir: Path) -> None:
     records = conversation_records(tmp_path, 3)
     summary = score(make_config(tmp_path, llava_dir, records))
-    own = sum(len(c.encoded.input_ids) for row in all_rows(tmp_path / "out") for c in row.conversations)
+    own = sum(len(c.encoded.input_ids) for row in read_all_rows(tmp_path / "out") for c in row.conversations)
     assert summary.num_new_tokens == own + 3 * 15  # three images of 16 tokens, each with a placeholder already
 
 
@@ -114,7 +114,7 @@ def test_the_whole_vocabulary_is_kept_on_request(tmp_path: Path, llava_dir: Path
     score(config)
     manifest = read_manifest(config.output)
     assert manifest.capture.top_k == manifest.teacher.vocab_size
-    for row in all_rows(config.output):
+    for row in read_all_rows(config.output):
         assert set(row.conversations[0].scores.counts.tolist()) == {manifest.tokenizer.vocab_size}
 
 

@@ -165,8 +165,8 @@ class PrefetchingTeacher(FakeTeacher):
         prefetcher = Prefetcher(requests, ahead=3)
 
         def drawn() -> Iterator[ScoreRequest]:
-            while not prefetcher.ended:
-                yield from prefetcher.ready(1, wait=True)
+            while not prefetcher.is_exhausted:
+                yield from prefetcher.take(1, wait=True)
 
         try:
             yield from super().score(drawn())

@@ -11,7 +11,7 @@ from precompute.logits.run import run_capture
 from precompute.scorer import GeneratedResponse, RejectedRequest, RequestKey, ScoreRequest, ScoringResult
 from precompute.verify.logits import verify_logits
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
-from tests.support.outputs import all_rows
+from tests.support.outputs import read_all_rows
 
 NUM_RESPONSES = 3
 
@@ -43,7 +43,7 @@ def test_each_response_is_a_row_whose_tokens_are_all_scored(tmp_path: Path, llav
     summary = run_capture(config, progress=False, start_teacher=WritingTeacher)
     assert summary.skipped == (SkippedSample(index=2, id="s2", reason="too strange"),)
     assert verify_logits(config.output, config.dataset, progress=False).ok
-    rows = all_rows(config.output)
+    rows = read_all_rows(config.output)
     names = [f"s{index}#{number}" for index in (0, 1, 3, 4) for number in range(NUM_RESPONSES)]
     assert [row.sample.id for row in rows] == names
     tokenizer = ChatEncoder.load(llava_dir).tokenizer

@@ -17,7 +17,7 @@ from precompute.scorer import RejectedRequest, Scorer, ScoreRequest, ScorerSetti
 from precompute.verify.logits import verify_logits
 from tests.support.captures import NUM_SAMPLES, score, shard_bytes
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
-from tests.support.outputs import all_rows
+from tests.support.outputs import read_all_rows
 
 
 class Recorder(FakeTeacher):
@@ -99,7 +99,7 @@ def test_a_pair_with_one_rejected_conversation_is_skipped(tmp_path: Path, llava_
         ("s4", "sample 's4': too strange"),
         ("s6", "sample 's6': too strange"),
     ]
-    assert [row.index for row in all_rows(config.output)] == [i for i in range(NUM_SAMPLES) if i not in (4, 6)]
+    assert [row.index for row in read_all_rows(config.output)] == [i for i in range(NUM_SAMPLES) if i not in (4, 6)]
     assert verify_logits(config.output, config.dataset, progress=False).ok
 
 

@@ -14,7 +14,7 @@ from precompute.verify.logits import verify_logits
 from tests.support.captures import NUM_SAMPLES, no_teacher, score, shard_bytes
 from tests.support.fake_teacher import conversation_records, make_config
 from tests.support.models import tiny_llava
-from tests.support.outputs import all_rows
+from tests.support.outputs import read_all_rows
 from tests.support.real_weights import write_jsonl
 
 
@@ -63,7 +63,7 @@ def test_a_bad_sample_is_skipped_by_choice_and_listed(tmp_path: Path, llava_dir:
     config = make_config(tmp_path, llava_dir, records, on_bad_sample="skip")
     summary = score(config)
     assert [(skipped.index, skipped.id) for skipped in summary.skipped] == [(7, "s7")]
-    assert [row.index for row in all_rows(config.output)] == [i for i in range(NUM_SAMPLES) if i != 7]
+    assert [row.index for row in read_all_rows(config.output)] == [i for i in range(NUM_SAMPLES) if i != 7]
     assert verify_logits(config.output, config.dataset, progress=False).ok
     assert run_capture(config, progress=False, start_teacher=no_teacher).skipped == summary.skipped
 

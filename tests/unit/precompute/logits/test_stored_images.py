@@ -12,14 +12,16 @@ from common.shards.score_shard import ShardFile
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
-from tests.support.outputs import rows_of
+from tests.support.outputs import read_rows
 
 
 def test_shards_hold_the_image_files_byte_for_byte(tmp_path: Path, llava_dir: Path) -> None:
     config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 6), store_images=True)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
     assert verify_logits(config.output, config.dataset, progress=False).ok
-    references = [image for number in range(2) for row in rows_of(config.output, number) for image in row.sample.images]
+    references = [
+        image for number in range(2) for row in read_rows(config.output, number) for image in row.sample.images
+    ]
     assert references
     for image in references:
         assert image.path is not None
@@ -33,7 +35,7 @@ def test_the_scores_are_those_of_an_output_with_paths(tmp_path: Path, llava_dir:
         root.mkdir()
         config = make_config(root, llava_dir, conversation_records(root, 4), store_images=store_images)
         run_capture(config, progress=False, start_teacher=FakeTeacher)
-        outputs.append(rows_of(config.output, 0))
+        outputs.append(read_rows(config.output, 0))
     for one, two in zip(*outputs, strict=True):
         a, b = one.conversations[0].scores, two.conversations[0].scores
         assert a.ids.tolist() == b.ids.tolist()

@@ -42,7 +42,7 @@ from train.moe.upcycle import upcycle_directory
 
 def estimates_by_name(config: Any) -> dict[str, Estimate]:
     _, tables = estimate_capture(config, progress=False)
-    return {estimate.name: estimate for table in tables for estimate in table.figures}
+    return {estimate.name: estimate for table in tables for estimate in table.estimates}
 
 
 @pytest.mark.slow
@@ -315,9 +315,9 @@ def test_every_number_is_exact_or_has_an_error() -> None:
 def test_numbers_are_shown_in_binary_units() -> None:
     assert format_value(1023, "bytes") == "1,023 bytes"
     assert format_value(3 * 2**29, "bytes") == "1.50 GiB"
-    assert Estimate("x", 2**30, "", "bytes", high=2**31).show() == "1.00 to 2.00 GiB"
-    assert Estimate("x", 2**20, "", "bytes", high=2**31).show() == "1.00 MiB to 2.00 GiB"
-    assert Estimate("x", 1000, "", error=12.4).show() == "1,000 ± 12"
+    assert Estimate("x", 2**30, "", "bytes", high=2**31).format() == "1.00 to 2.00 GiB"
+    assert Estimate("x", 2**20, "", "bytes", high=2**31).format() == "1.00 MiB to 2.00 GiB"
+    assert Estimate("x", 1000, "", error=12.4).format() == "1,000 ± 12"
 
 
 def test_a_directory_that_is_no_model_is_an_error(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from precompute.verify.recompute_features import recompute_features
 from precompute.verify.repair import repair_output
 from tests.support import outputs
 from tests.support.models import tiny_llava
-from tests.support.outputs import copy_file, first_problems, flip, render_text
+from tests.support.outputs import copy_file, first_problems, flip_bit, render_text
 from tests.support.training import ROOT, write_mixed_dataset
 
 
@@ -94,7 +94,7 @@ SHARD_1 = ["shard-00001.json", "shard-00001.parquet"]
 
 # For each damage: what causes it, the check that finds it, its message, and the files that a repair moves.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str, list[str]]] = {
-    "a flipped bit": (lambda out: flip(shard_path(out, 1), 900), "checksums", "its receipt says", SHARD_1),
+    "a flipped bit": (lambda out: flip_bit(shard_path(out, 1), 900), "checksums", "its receipt says", SHARD_1),
     "a truncated shard": (
         lambda out: shard_path(out, 1).write_bytes(shard_path(out, 1).read_bytes()[:-9]),
         "checksums",
@@ -141,7 +141,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str, list[str]]] = {
     ),
     "the list is gone": (lambda out: (out / "images.parquet").unlink(), "index", "cannot be read", []),
     "the list is broken": (
-        lambda out: flip(out / "images.parquet", 300),
+        lambda out: flip_bit(out / "images.parquet", 300),
         "index",
         "run precompute-features again",
         ["images.parquet"],
@@ -235,7 +235,7 @@ def test_damage_to_a_footer_is_found(output: Path, changes: dict[str, Any], mess
 
 def test_a_flipped_bit_behind_a_matching_receipt_is_found_by_the_page_checksum(output: Path) -> None:
     column = pq.ParquetFile(shard_path(output, 1)).metadata.row_group(0).column(0)
-    flip(shard_path(output, 1), column.data_page_offset + column.total_compressed_size - 1)
+    flip_bit(shard_path(output, 1), column.data_page_offset + column.total_compressed_size - 1)
     outputs.rewrite_receipt(output, 1)
     assert "row group 0" in first_problems(verify_features(output, progress=False))["pages"]
 
@@ -255,7 +255,7 @@ def test_a_dataset_that_names_the_images_in_another_order_is_found(root: Path, o
 
 
 def test_a_repair_says_what_to_run_next(output: Path) -> None:
-    flip(shard_path(output, 1), 900)
+    flip_bit(shard_path(output, 1), 900)
     (output / "images.parquet").unlink()
     text = render_text(repair_output(verify_features(output, progress=False)).render())
     assert "run the same precompute-features again (decant precompute-features): it writes shards 1 and no" in text
@@ -325,7 +325,7 @@ def test_the_command_recognises_a_feature_cache(root: Path, output: Path) -> Non
     assert code == 0, shown
     assert "verified" in shown
     assert "2 images through the vision tower again" in shown
-    flip(shard_path(output, 0), 900)
+    flip_bit(shard_path(output, 0), 900)
     assert run("verify-shards", str(output))[0] == 1
     assert run("verify-shards", str(output), "--against", "x.json")[0] == 2
     assert run("verify-shards", str(output), *again)[0] == 2
@@ -363,6 +363,6 @@ def test_random_damage_never_makes_verification_crash(root: Path, tmp_path: Path
     for number in range(40):
         output = shutil.copytree(root / "out", tmp_path / str(number))
         path = sorted(path for path in output.iterdir() if path.stat().st_size)[rng.integers(8)]
-        flip(path, int(rng.integers(path.stat().st_size)))
+        flip_bit(path, int(rng.integers(path.stat().st_size)))
         # The digest of images.parquet covers its rows, not its Parquet metadata.
         assert not verify_features(output, progress=False).ok or path.name == "images.parquet"

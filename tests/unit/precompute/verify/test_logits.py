@@ -34,12 +34,12 @@ from tests.support.fake_teacher import FakeTeacher, conversation_records, make_c
 from tests.support.outputs import (
     copy_file,
     first_problems,
-    flip,
+    flip_bit,
+    read_rows,
     render_text,
     replace_sample,
     rewrite_as_generated,
     rewrite_receipt,
-    rows_of,
 )
 from tests.support.real_weights import write_jsonl
 
@@ -97,7 +97,7 @@ FILE_DAMAGE: dict[str, tuple[Damage, str, str]] = {
         "coverage",
         "2 of 3 shards are missing: 1-2",
     ),
-    "one bit flipped": (lambda out: flip(shard_path(out, 1), 2000), "checksums", "its receipt says"),
+    "one bit flipped": (lambda out: flip_bit(shard_path(out, 1), 2000), "checksums", "its receipt says"),
     "cut short": (
         lambda out: shard_path(out, 1).write_bytes(shard_path(out, 1).read_bytes()[:-100]),
         "checksums",
@@ -118,7 +118,7 @@ def test_damage_to_files_is_found(output: Path, what: str) -> None:
 def test_a_flipped_bit_behind_a_matching_receipt_is_found_by_the_page_checksum(output: Path) -> None:
     file = pq.ParquetFile(shard_path(output, 1)).metadata.row_group(0)
     column = next(file.column(i) for i in range(file.num_columns) if file.column(i).path_in_schema == "topk_ids_3")
-    flip(shard_path(output, 1), column.data_page_offset + column.total_compressed_size - 8)
+    flip_bit(shard_path(output, 1), column.data_page_offset + column.total_compressed_size - 8)
     rewrite_receipt(output, 1)
     assert "row group 0" in first_problems(verify_logits(output, progress=False))["pages"]
 
@@ -163,13 +163,13 @@ def test_more_kept_entries_than_asked_for_are_found(output: Path) -> None:
 def test_missing_repeated_and_reordered_rows_are_found(
     output: Path, rows: Callable[[list[ShardRow]], list[ShardRow]]
 ) -> None:
-    write_shard(output, 1, read_manifest(output), rows(rows_of(output, 1)), [])
+    write_shard(output, 1, read_manifest(output), rows(read_rows(output, 1)), [])
     found = first_problems(verify_logits(output, progress=False))
     assert found.keys() & {"coverage", "order"}
 
 
 def test_rows_and_skipped_samples_together_cover_the_range(output: Path, whole: Path) -> None:
-    rows = rows_of(output, 1)
+    rows = read_rows(output, 1)
     write_shard(output, 1, read_manifest(output), rows[1:], [SkippedSample(index=4, id="s4", reason="too long")])
     report = verify_logits(output, whole / "data.jsonl", progress=False)
     assert report.ok
@@ -248,7 +248,7 @@ def test_an_unforeseen_failure_of_a_reader_is_a_problem_of_its_shard(
 
 
 def test_changed_messages_are_found(output: Path, whole: Path) -> None:
-    rows = rows_of(output, 1)
+    rows = read_rows(output, 1)
     turns = ((*rows[0].sample.conversations[0][:-1], Turn("assistant", "forged")),)
     forged = dataclasses.replace(rows[0], sample=Sample(rows[0].sample.id, "kd", rows[0].sample.images, turns))
     write_shard(output, 1, read_manifest(output), [forged, *rows[1:]], [])
@@ -264,7 +264,7 @@ def test_generated_responses_pass_every_check(output: Path, whole: Path, num_sam
     report = verify_logits(output, whole / "data.jsonl", progress=False)
     assert report.ok
     assert report.num_rows == 10 * num_samples
-    rows = rows_of(output, 1)
+    rows = read_rows(output, 1)
     write_shard(
         output,
         1,
@@ -329,7 +329,7 @@ GENERATED_DAMAGE: dict[str, tuple[Callable[[list[ShardRow]], list[ShardRow]], st
 def test_damage_to_generated_rows_is_found(output: Path, whole: Path, what: str) -> None:
     rewrite_as_generated(output, 3)
     damage, check, message = GENERATED_DAMAGE[what]
-    write_shard(output, 1, read_manifest(output), damage(rows_of(output, 1)), [])
+    write_shard(output, 1, read_manifest(output), damage(read_rows(output, 1)), [])
     found = first_problems(verify_logits(output, whole / "data.jsonl", progress=False))
     assert re.search(message, found[check]), found
 

@@ -17,7 +17,7 @@ from precompute.verify.logits import verify_logits
 from precompute.verify.manifest_checks import manifest_problems
 from tests.support.builders import make_manifest
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
-from tests.support.outputs import first_problems, replace_sample, rewrite_shard, rows_of
+from tests.support.outputs import first_problems, read_rows, replace_sample, rewrite_shard
 
 FOOTER_DAMAGE: dict[str, tuple[dict[str, Any], str, str]] = {
     "another version": ({"schema_version": "2"}, "footers", "schema version '2', expected 5"),
@@ -141,7 +141,7 @@ SAMPLE_DAMAGE: dict[str, tuple[Callable[[ShardRow], ShardRow], str, str]] = {
 @pytest.mark.parametrize("what", SAMPLE_DAMAGE)
 def test_damage_to_a_sample_is_found(output: Path, what: str) -> None:
     damage, check, message = SAMPLE_DAMAGE[what]
-    rows = rows_of(output, 1)
+    rows = read_rows(output, 1)
     write_shard(output, 1, read_manifest(output), [damage(rows[0]), *rows[1:]], [])
     found = first_problems(verify_logits(output, progress=False))
     assert re.search(message, found[check]), found
@@ -160,7 +160,7 @@ def test_damage_to_a_pair_is_found(
     config = make_config(tmp_path, llava_dir, preference_records(tmp_path, 4), kind="dpo")
     run_capture(config, progress=False, start_teacher=FakeTeacher)
     assert verify_logits(config.output, config.dataset, progress=False).ok
-    rows = rows_of(config.output, 0)
+    rows = read_rows(config.output, 0)
     chosen, rejected = rows[0].sample.conversations
     forged = replace_sample(rows[0], conversations=(change(chosen), rejected))
     write_shard(config.output, 0, read_manifest(config.output), [forged, *rows[1:]], [])
@@ -180,7 +180,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
     [(None, "its file is not stored"), (b"", "cannot be opened"), (b"\x89PNG\r\n\x1a\n\0\0", "cannot be opened")],
 )
 def test_a_stored_file_that_is_not_an_image_is_found(stored: Path, data: bytes | None, message: str) -> None:
-    rows = rows_of(stored, 0)
+    rows = read_rows(stored, 0)
     damaged = replace_sample(rows[1], images=(ImageRef("1-0.png", data),))
     write_shard(stored, 0, read_manifest(stored), [rows[0], damaged, *rows[2:]], [])
     found = first_problems(verify_logits(stored, progress=False))["images"]

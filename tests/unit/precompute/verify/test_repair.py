@@ -21,7 +21,15 @@ from precompute.verify.logits import verify_logits
 from precompute.verify.repair import repair_output
 from tests.support.fake_teacher import FakeTeacher, conversation_records
 from tests.support.object_store import BUCKET, Store
-from tests.support.outputs import contents, copy_file, flip, load_config, render_text, rewrite_shard, rows_of
+from tests.support.outputs import (
+    copy_file,
+    flip_bit,
+    load_config,
+    read_published_files,
+    read_rows,
+    render_text,
+    rewrite_shard,
+)
 from tests.support.real_weights import write_jsonl
 
 
@@ -31,22 +39,22 @@ def continue_capture(output: Path) -> int:
 
 
 def damage_two_shards(output: Path) -> None:
-    flip(shard_path(output, 0), 2000)
+    flip_bit(shard_path(output, 0), 2000)
     receipt_path(output, 2).unlink()
 
 
 def lose_a_row(output: Path) -> None:
-    write_shard(output, 1, read_manifest(output), rows_of(output, 1)[1:], [])
+    write_shard(output, 1, read_manifest(output), read_rows(output, 1)[1:], [])
 
 
 def list_stored_sample_as_skipped(output: Path) -> None:
-    rows = rows_of(output, 1)
+    rows = read_rows(output, 1)
     write_shard(output, 1, read_manifest(output), rows, [SkippedSample(index=4, id="s4", reason="?")])
 
 
 # For each damage: what causes it, and the files that a repair moves.
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "a flipped bit": (lambda out: flip(shard_path(out, 1), 2000), ["shard-00001.json", "shard-00001.parquet"]),
+    "a flipped bit": (lambda out: flip_bit(shard_path(out, 1), 2000), ["shard-00001.json", "shard-00001.parquet"]),
     "an emptied receipt": (
         lambda out: receipt_path(out, 1).write_bytes(b""),
         ["shard-00001.json", "shard-00001.parquet"],
@@ -80,7 +88,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 def test_a_rerun_after_a_repair_writes_exactly_what_was_broken(output: Path, whole: Path, what: str) -> None:
     damage, expected = DAMAGE[what]
     damage(output)
-    broken = contents(output)
+    broken = read_published_files(output)
     result = repair_output(verify_logits(output, whole / "data.jsonl", progress=False))
     assert sorted(result.moved) == expected
     assert not result.ok
@@ -88,9 +96,9 @@ def test_a_rerun_after_a_repair_writes_exactly_what_was_broken(output: Path, who
     assert {path.name: path.read_bytes() for path in Path(str(result.destination)).iterdir()} == {
         name: broken[name] for name in expected
     }
-    assert contents(output) == {name: data for name, data in broken.items() if name not in expected}
+    assert read_published_files(output) == {name: data for name, data in broken.items() if name not in expected}
     assert continue_capture(output) == len(result.missing)
-    assert contents(output) == contents(whole / "out")
+    assert read_published_files(output) == read_published_files(whole / "out")
     assert verify_logits(output, whole / "data.jsonl", progress=False).ok
 
 
@@ -99,7 +107,7 @@ def test_an_intact_output_is_not_touched(output: Path, whole: Path) -> None:
     assert result.ok
     assert (result.moved, result.missing, result.destination) == ((), (), None)
     assert render_text(result.render()) == "nothing was broken, nothing was moved\n"
-    assert contents(output) == contents(whole / "out")
+    assert read_published_files(output) == read_published_files(whole / "out")
     assert not (output / "broken").exists()
 
 
@@ -115,7 +123,7 @@ def test_another_dataset_is_reported_and_moves_nothing(output: Path, whole: Path
     records = conversation_records(whole, 10)
     records[3]["conversations"][1]["value"] = "something else"
     result = repair_output(verify_logits(output, write_jsonl(tmp_path / "other.jsonl", records), progress=False))
-    assert contents(output) == contents(whole / "out")
+    assert read_published_files(output) == read_published_files(whole / "out")
     assert result.moved == ()
     assert "the check 'dataset' are not the damage of a shard" in render_text(result.render())
 
@@ -132,25 +140,25 @@ def test_the_manifest_is_restored_from_the_shards(output: Path, whole: Path, how
             path.write_bytes(b"\xff")
         case _:
             write_with_digest(path, manifest.model_copy(update={"samples_per_shard": 3}))
-    flip(shard_path(output, 1), 2000)
+    flip_bit(shard_path(output, 1), 2000)
     result = repair_output(verify_logits(output, progress=False))
     assert result.restored
     assert result.moved == (*(["manifest.json"] if how != "gone" else []), "shard-00001.json", "shard-00001.parquet")
     assert (output / "manifest.json").read_bytes() == (whole / "out" / "manifest.json").read_bytes()
     assert "manifest.json was restored from the shards" in render_text(result.render())
     assert continue_capture(output) == 1
-    assert contents(output) == contents(whole / "out")
+    assert read_published_files(output) == read_published_files(whole / "out")
 
 
 def test_a_manifest_on_which_the_shards_disagree_is_not_restored(output: Path) -> None:
     other = read_manifest(output).model_copy(update={"samples_per_shard": 5})
-    write_shard(output, 1, other, rows_of(output, 1), [])
+    write_shard(output, 1, other, read_rows(output, 1), [])
     (output / "manifest.json").unlink()
-    before = contents(output)
+    before = read_published_files(output)
     result = repair_output(verify_logits(output, progress=False))
     assert result.refusal is not None
     assert "not repaired: manifest.json is broken and cannot be restored" in render_text(result.render())
-    assert contents(output) == before
+    assert read_published_files(output) == before
     assert not (output / "broken").exists()
 
 
@@ -185,13 +193,16 @@ def test_repairs_in_one_second_do_not_share_a_directory(output: Path) -> None:
 
 @pytest.mark.slow
 def test_objects_are_copied_before_they_are_deleted(store: Store, output: Path) -> None:
-    flip(shard_path(output, 1), 2000)
-    for name, data in contents(output).items():
+    flip_bit(shard_path(output, 1), 2000)
+    for name, data in read_published_files(output).items():
         parse_location(f"s3://{BUCKET}/scores/{name}").write_bytes(data)
     result = repair_output(verify_logits(parse_location(f"s3://{BUCKET}/scores"), progress=False))
     assert result.missing == (1,)
     (stamp,) = {name.split("/")[1] for name in store.objects("scores") if name.startswith("broken/")}
     assert str(result.destination) == f"s3://{BUCKET}/scores/broken/{stamp}"
-    expected = {f"broken/{stamp}/{name}" if "00001" in name else name: data for name, data in contents(output).items()}
+    expected = {
+        f"broken/{stamp}/{name}" if "00001" in name else name: data
+        for name, data in read_published_files(output).items()
+    }
     assert store.objects("scores") == expected
     assert json.loads(result.to_json())["destination"] == str(result.destination)

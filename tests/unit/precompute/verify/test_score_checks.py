@@ -20,7 +20,7 @@ from precompute.verify.score_checks import mass_problems
 from tests.support.builders import make_manifest, make_rows
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
 from tests.support.models import tiny_llava
-from tests.support.outputs import first_problems, rows_of
+from tests.support.outputs import first_problems, read_rows
 
 
 def replace_scores(row: ShardRow, **changes: object) -> ShardRow:
@@ -196,7 +196,7 @@ def add_entry(row: ShardRow) -> ShardRow:
 @pytest.mark.parametrize("what", ROW_DAMAGE)
 def test_damage_to_a_row_is_found(output: Path, what: str) -> None:
     damage, check, message = ROW_DAMAGE[what]
-    rows = rows_of(output, 1)
+    rows = read_rows(output, 1)
     write_shard(output, 1, read_manifest(output), [damage(rows[0]), *rows[1:]], [])
     report = verify_logits(output, progress=False)
     assert re.search(message, first_problems(report)[check]), first_problems(report)
@@ -230,7 +230,7 @@ def test_rows_of_the_wrong_length_are_found(
     config = make_config(tmp_path, no_padding_dir, records, precision="fp32", **settings)
     run_capture(config, progress=False, start_teacher=FakeTeacher)
     assert verify_logits(config.output, config.dataset, progress=False).ok
-    rows = rows_of(config.output, 1)
+    rows = read_rows(config.output, 1)
     write_shard(config.output, 1, read_manifest(config.output), [damage(rows[0]), *rows[1:]], [])
     found = first_problems(verify_logits(config.output, progress=False))
     assert found.keys() == {"mass"}
@@ -345,7 +345,7 @@ def test_a_row_that_just_reaches_top_p_is_long_enough_after_rounding(tmp_path: P
 def test_damage_to_drawn_entries_is_found(drawn: Path, tmp_path: Path, what: str) -> None:
     damage, check, message = DRAW_DAMAGE[what]
     output = shutil.copytree(drawn / "out", tmp_path / "out")
-    rows = rows_of(output, 1)
+    rows = read_rows(output, 1)
     write_shard(output, 1, read_manifest(output), [damage(rows[0]), *rows[1:]], [])
     found = first_problems(verify_logits(output, progress=False))
     assert re.search(message, found[check]), found

@@ -20,7 +20,7 @@ from common.shards.feature_shard import FeatureCache
 from common.shards.manifest import shard_path
 from precompute.features.run import FeatureSettings, run_features
 from tests.support.models import tiny_causal_lm, tiny_llava
-from tests.support.outputs import flip
+from tests.support.outputs import flip_bit
 from tests.support.training import ROOT, environment, stage, write_mixed_dataset
 from train.config import MoEConfig, TrainConfig
 from train.data.feature_source import FeatureSource, open_feature_source
@@ -141,7 +141,7 @@ def test_a_damaged_shard_is_named(root: Path, tmp_path: Path) -> None:
     output = shutil.copytree(root / "bf16", tmp_path / "bf16")
     damaged = output / shard_path(output, 0).name
     for position in range(4, damaged.stat().st_size // 2, 8):
-        flip(damaged, position)
+        flip_bit(damaged, position)
     features = FeatureSource({None: [FeatureCache(output)]}, F32)
     with pytest.raises(ShardError, match=r"shard-00000\.parquet: cannot be read"):
         features.pixels(requests("0.png"))
@@ -196,7 +196,7 @@ def test_the_memory_estimate_counts_no_tower(root: Path) -> None:
     live = config(root, data={"features": []})
     whole, without = (estimate_training_memory(root / "student", 10, config=each) for each in (live, config(root)))
     tower = sum(w.numel() for name, w in load_file(root / "student" / "model.safetensors").items() if "vision" in name)
-    counts = [estimated.parameters.figures[0].value for estimated in (whole, without)]
+    counts = [estimated.parameters.estimates[0].value for estimated in (whole, without)]
     assert counts[0] - counts[1] == tower
 
 

@@ -13,7 +13,7 @@ from common.shards.manifest import GenerateSettings, open_output, read_manifest,
 from common.shards.score_shard import ScoredConversation, ShardFile, ShardRow, write_shard
 from common.shards.scores import scores_from_topk
 from tests.support.models import tiny_causal_lm, tiny_llava, tiny_tokenizer
-from tests.support.outputs import flip
+from tests.support.outputs import flip_bit
 from tests.support.training import LiveTeacher, write_mixed_dataset
 from train.config import SetConfig
 from train.data.sampling import GlobalBatchSampler, SampleSet, shuffled_order, split_validation
@@ -111,7 +111,7 @@ def test_an_incomplete_output_is_refused_with_its_first_missing_shard(output: Pa
 def test_a_damaged_shard_stops_training_and_is_named(output: Path, tmp_path: Path) -> None:
     copy = copy_output(output, tmp_path / "copy")
     damaged = copy / shard_path(copy, 2).name
-    flip(damaged, damaged.stat().st_size // 3)
+    flip_bit(damaged, damaged.stat().st_size // 3)
 
     def read_all() -> None:
         source = ShardSource(copy, encoder(output), "pad", 1)

@@ -287,7 +287,7 @@ def terms_and_gradient(model: PreTrainedModel, batch: Batch, config: LossConfig)
     router = RouterMonitor(model) if is_sparse(model) else None
     with output.scoring(batch, kept=config.distillation > 0):
         rows = output.read(model(**batch.sequence_inputs, pixel_values=batch.pixel_values).logits)
-    router_logits = router.take() if router else ()
+    router_logits = router.pop_router_logits() if router else ()
     terms = compute_terms(rows, batch, config, vocab_size=293, router_logits=router_logits, router_top_k=2)
     loss = step_loss(terms, unit_counts(batch))
     loss.backward()

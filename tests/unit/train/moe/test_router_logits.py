@@ -41,7 +41,7 @@ def test_router_logits_are_those_that_transformers_returns(dense_lm: Path) -> No
         expected = sparse(**inputs(sparse), output_router_logits=True).router_logits
     monitor = RouterMonitor(sparse)
     logits(sparse)
-    found = monitor.take()
+    found = monitor.pop_router_logits()
     assert len(found) == len(expected) == 2
     for layer, expected_layer in zip(found, expected, strict=True):
         assert layer.shape == (2 * 40, 4)
@@ -56,7 +56,7 @@ def test_router_logits_of_a_llava_come_from_the_input_of_each_router(dense_llava
         gate = language_model(sparse).layers[layer].mlp.gate
         gate.register_forward_pre_hook(lambda module, args: seen.append(args[0] @ module.weight.T))
     logits(sparse)
-    for found, expected in zip(monitor.take(), seen, strict=True):
+    for found, expected in zip(monitor.pop_router_logits(), seen, strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -67,7 +67,7 @@ def test_nothing_is_added_to_the_language_model_loss(dense_lm: Path) -> None:
     output = sparse(input_ids=ids, labels=ids)
     expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
-    assert len(monitor.take()) == 2
+    assert len(monitor.pop_router_logits()) == 2
 
 
 def test_the_saved_config_is_that_without_the_hook(dense_llava: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_router_logits_have_the_same_gradient_under_activation_checkpointing(
             sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         monitor = RouterMonitor(sparse)
         lm_loss = sparse(**inputs(sparse), use_cache=False).logits.logsumexp(-1).mean()
-        layers = monitor.take()
+        layers = monitor.pop_router_logits()
         assert len(layers) == 2
         (lm_loss + sum(layer.softmax(-1).square().mean() for layer in layers)).backward()
         gradients.append({n: p.grad for n, p in sparse.named_parameters() if p.requires_grad})
@@ -115,7 +115,7 @@ def test_removed_hooks_collect_nothing(dense_lm: Path) -> None:
     monitor.remove()
     logits(sparse)
     with pytest.raises(AssertionError, match="no forward pass"):
-        monitor.take()
+        monitor.pop_router_logits()
 
 
 def test_a_dense_model_has_no_router_logits(dense_lm: Path) -> None:

@@ -187,16 +187,16 @@ def test_a_training_pass_counts_the_experts_that_its_real_tokens_were_sent_to(de
     monitor = RouterMonitor(model)
     for _ in range(2):
         output = model(**batch.sequence_inputs, pixel_values=pixels)
-        monitor.take()
+        monitor.pop_router_logits()
         # As in validation, whose logits are read but not counted.
         model(**batch.sequence_inputs, pixel_values=pixels)
-        monitor.take()
+        monitor.pop_router_logits()
         model(**batch.sequence_inputs, pixel_values=pixels)
-        monitor.take()
-        monitor.count(batch)
+        monitor.pop_router_logits()
+        monitor.count_batch(batch)
         output.logits.sum().backward()
     metrics = monitor.metrics(lambda t: t, 1)
-    load = monitor.pop_load(lambda t: t, 7, 5)
+    load = monitor.pop_expert_load(lambda t: t, 7, 5)
     assert load.layers == (1, 3)
     assert np.array_equal(np.stack([load.text_LE, load.image_LE], 2), 2 * expected)
     assert load.image_LE.sum() == 2 * 2 * 2 * TOKENS_PER_IMAGE
@@ -222,11 +222,11 @@ def test_a_model_that_drops_a_token_stops_the_run(dense: Path) -> None:
     monitor = RouterMonitor(model)
     with torch.no_grad():
         model(**batch.sequence_inputs, pixel_values=pixels)
-    monitor.count(batch)
+    monitor.count_batch(batch)
     with pytest.raises(ModelError, match="layer 3: tokens were dropped"):
         monitor.metrics(lambda t: t, 1)
     with pytest.raises(ModelError, match="layer 3: tokens were dropped"):
-        monitor.pop_load(lambda t: t, 1, 0)
+        monitor.pop_expert_load(lambda t: t, 1, 0)
 
 
 # Gradients
@@ -241,7 +241,7 @@ def test_the_routers_gradient_is_that_of_the_latest_step(dense: Path, checkpoint
     batch, pixels = mixed_batch(model)
     monitor = RouterMonitor(model)
     for _ in range(3):
-        monitor.begin_step()
+        monitor.clear_gradients()
         model.zero_grad()
         for scale in (1.0, 2.0):
             output = model(**batch.sequence_inputs, pixel_values=scale * pixels)
@@ -260,7 +260,7 @@ def test_frozen_routers_have_no_gradient_metric(dense: Path) -> None:
     batch, pixels = mixed_batch(model)
     monitor = RouterMonitor(model)
     model(**batch.sequence_inputs, pixel_values=pixels).logits.sum().backward()
-    monitor.count(batch)
+    monitor.count_batch(batch)
     assert monitor.metrics(lambda t: t, 1).keys() == {"router/largest_load", "router/smallest_load"}
 
 
@@ -269,7 +269,7 @@ def test_a_text_student_has_only_text_tokens(tmp_path: Path) -> None:
     monitor = RouterMonitor(model)
     batch = make_batch(torch.arange(20).reshape(2, 10), torch.ones(2, 10, dtype=torch.bool))
     model(**batch.sequence_inputs)
-    monitor.count(batch)
-    load = monitor.pop_load(lambda t: t, 1, 0)
+    monitor.count_batch(batch)
+    load = monitor.pop_expert_load(lambda t: t, 1, 0)
     assert not load.image_LE.any()
     assert load.text_LE.sum(1).tolist() == [40, 40]
