@@ -61,8 +61,8 @@ def check_features(root: Path, *, quick: bool) -> Result:
     tower = VisionTower(model_dir, compute_encoder_identity(model_dir, "pad"))
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (400, 400, 3), dtype=np.uint8)) for _ in range(16)]
-    pixels = tower.pixels(images)
-    cached = torch.from_numpy(tower.features(pixels)).to(DEVICE, torch.bfloat16)
+    pixels = tower.preprocess(images)
+    cached = torch.from_numpy(tower.encode(pixels)).to(DEVICE, torch.bfloat16)
     students = {}
     for live in (True, False):
         students[live] = load_student(model_dir, dtype=torch.bfloat16, tower=live).to(DEVICE).train()

@@ -49,7 +49,7 @@ class ModelFacts:
         )
 
 
-def teacher_identity(model_dir: Path) -> TeacherIdentity:
+def read_teacher_identity(model_dir: Path) -> TeacherIdentity:
     """Returns the fingerprint of a model directory: the digests of its weight files and of its config.json.
 
     Raises:
@@ -71,7 +71,7 @@ def teacher_identity(model_dir: Path) -> TeacherIdentity:
     )
 
 
-def engine_identity(dtype: str) -> EngineIdentity:
+def find_engine_identity(dtype: str) -> EngineIdentity:
     """Returns the version of the installed engine, without importing it.
 
     Raises:

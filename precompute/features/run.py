@@ -231,11 +231,11 @@ def _compute_shards(job: _FeatureJob, missing: Sequence[int], counted: list[int]
     logger.info("%s: %s; features as %s", settings.model, tower.description, settings.form)
 
     def load(batch: range) -> tuple[range, Any]:
-        return batch, tower.pixels([_open_image(job, index) for index in batch])
+        return batch, tower.preprocess([_open_image(job, index) for index in batch])
 
     def compute(loaded: tuple[range, Any]) -> list[FeatureRow]:
         batch, pixels = loaded
-        return _make_rows(job, batch, tower.features(pixels))
+        return _make_rows(job, batch, tower.encode(pixels))
 
     def write(number: int, rows: Sequence[FeatureRow]) -> None:
         write_feature_shard(settings.output, number, manifest, rows)

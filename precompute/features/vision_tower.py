@@ -79,12 +79,12 @@ class VisionTower:
         """Returns the number of calls of `features` to run at once."""
         return 1 if self.device == "cuda" else int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
-    def pixels(self, images: Sequence[Image.Image]) -> Any:
+    def preprocess(self, images: Sequence[Image.Image]) -> Any:
         """Returns opened images as the image processor prepares them, a float32 tensor [I, 3, height, width]."""
         return self._processor(images=list(images), return_tensors="pt")["pixel_values"]
 
     @torch.inference_mode()
-    def features(self, pixels: Any) -> npt.NDArray[np.float32]:
+    def encode(self, pixels: Any) -> npt.NDArray[np.float32]:
         """Returns the hidden states that LLaVA gives to its projector: float32 [I, P, D], of bfloat16 values."""
         states = self._model(pixels.to(self.device), output_hidden_states=True, return_dict=True).hidden_states
         chosen = [states[layer] for layer in self._layers]

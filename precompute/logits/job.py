@@ -1,7 +1,7 @@
 """The job of a capture before the engine starts: its inputs, its manifest, and the shards that are missing.
 
 open_inputs ─> CaptureInputs    dataset, encoder, image settings; weight files may be missing
-    .check(i)                   one sample encoded and checked, except for what needs its images decoded
+    .load_encoded(i)            one sample encoded and checked, except for what needs its images decoded
 prepare_job ─> CaptureJob       the inputs, and the manifest, which also needs the teacher's weights
     .with_image_bytes(i, s)     the sample with its image files, if shards are to hold them
     .load_images(i, s)          a sample's images, as the teacher is to see them
@@ -35,7 +35,7 @@ from common.shards.manifest import (
 )
 from common.shards.quantization import StoredPrecision
 from precompute.config import PrecomputeConfig
-from precompute.fingerprints import ModelFacts, engine_identity, teacher_identity
+from precompute.fingerprints import ModelFacts, find_engine_identity, read_teacher_identity
 from precompute.scorer import ScorerSettings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class CaptureInputs:
         """Returns the name of a sample for messages."""
         return f"{self.dataset.path}: sample {self.dataset.ids[index]!r}"
 
-    def check(self, index: int) -> tuple[Sample, tuple[EncodedChat, ...], int]:
+    def load_encoded(self, index: int) -> tuple[Sample, tuple[EncodedChat, ...], int]:
         """Returns a sample, its encoded conversations, and the number of tokens that the teacher reads for them.
 
         Raises:
@@ -193,7 +193,7 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
     logger.info("taking the fingerprint of %s", config.teacher)
     manifest = Manifest(
         kind=config.kind,
-        teacher=teacher_identity(config.teacher),
+        teacher=read_teacher_identity(config.teacher),
         tokenizer=TokenizerIdentity(
             sha256=encoder.tokenizer_sha256, vocab_size=encoder.vocab_size, template_sha256=encoder.template_sha256
         ),
@@ -218,7 +218,7 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
             max_tokens=config.max_tokens,
             on_bad_sample=config.on_bad_sample,
         ),
-        engine=engine_identity(config.engine.dtype),
+        engine=find_engine_identity(config.engine.dtype),
         samples_per_shard=config.samples_per_shard,
     )
     return CaptureJob(config, dataset, encoder, image_spec, facts, inputs.max_tokens, manifest)
@@ -249,7 +249,7 @@ def check_samples(job: CaptureJob, indices: Iterable[int]) -> None:
     problems: list[str] = []
     for index in indices:
         try:
-            job.check(index)
+            job.load_encoded(index)
         except DataError as error:
             problems.append(str(error))
     if not problems:

@@ -211,7 +211,7 @@ def _load_ahead(job: CaptureJob, indices: Iterable[int]) -> Generator[_LoadedSam
 
     def encode(index: int) -> _EncodedSample | SkippedSample:
         try:
-            return _EncodedSample(index, *job.check(index))
+            return _EncodedSample(index, *job.load_encoded(index))
         except DataError as error:
             return job.skip_or_raise(index, error)
 

@@ -158,7 +158,7 @@ def measure_workload(
     reasons: list[str] = []
     for index in tqdm(np.sort(chosen), desc="counting", unit=" samples", disable=not progress):
         try:
-            sample, encoded, _ = inputs.check(int(index))
+            sample, encoded, _ = inputs.load_encoded(int(index))
         except DataError as error:
             reasons.append(str(error))
             rows.append((0, 0, 0, 0, 0, 0, 1))

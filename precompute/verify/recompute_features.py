@@ -94,7 +94,7 @@ def recompute_features(  # noqa: PLR0913 - its arguments are the options of veri
             opened = load_image(ImageRef(path, data), image_root, aspect_ratio, spec.mean_rgb, str(output))
             group = cache.group_range(index)
             stored_PD = cache.read(group)[index - group.start]
-            recomputed_PD = tower.features(tower.pixels([opened]))[0]
+            recomputed_PD = tower.encode(tower.preprocess([opened]))[0]
             difference = float(np.linalg.norm(stored_PD - recomputed_PD) / np.linalg.norm(recomputed_PD))
             found.append((difference, bool((stored_PD == recomputed_PD).all()), path))
     worst = max(found, key=lambda entry: np.nan_to_num(entry[0], nan=np.inf))

@@ -28,7 +28,7 @@ from common.shards.manifest import Manifest, list_differences, published_shards,
 from common.shards.score_shard import ShardFile, ShardRow
 from common.shards.scores import TeacherScores
 from common.storage.files import Location, parse_location, read_bytes
-from precompute.fingerprints import teacher_identity
+from precompute.fingerprints import read_teacher_identity
 
 # Maximum difference in nats, of own log-probs and of KL, by the engine's dtype. Half precision logits near 20 are
 # rounded by up to 0.06, and each layer adds its rounding. float32 engines differ only in the order of their sums.
@@ -105,7 +105,7 @@ def recompute_logits(  # noqa: PLR0913 - its arguments are the options of verify
         DataError: an image is gone.
     """
     manifest = read_manifest(output)
-    teacher = teacher_identity(teacher_dir)
+    teacher = read_teacher_identity(teacher_dir)
     if differences := list_differences(manifest.teacher.model_dump(), teacher.model_dump()):
         raise ProvenanceError(
             f"{teacher_dir}: is not the teacher of {output}\n" + "\n".join(f"  {line}" for line in differences)

@@ -20,7 +20,7 @@ ENGINE = {"dtype": "float32", "kv_cache_gib": 1, "max_num_seqs": 4, "enforce_eag
 TOP_K = 16
 
 
-def rows_of(output: Location) -> list[ShardRow]:
+def read_rows(output: Location) -> list[ShardRow]:
     manifest = read_manifest(output)
     return [row for n in published_shards(output) for row in ShardFile(shard_path(output, n), manifest, n)]
 

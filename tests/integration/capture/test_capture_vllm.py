@@ -34,7 +34,7 @@ def make_job(root: Path, model: Path, engine: dict[str, Any] | None = None, **se
 def make_requests(job: CaptureJob) -> list[ScoreRequest]:
     requests = []
     for index in range(NUM_SAMPLES):
-        sample, conversations, _ = job.check(index)
+        sample, conversations, _ = job.load_encoded(index)
         images = job.load_images(index, sample)
         requests += [
             ScoreRequest((index, number), sample.id, encoded, images, job.where(index))

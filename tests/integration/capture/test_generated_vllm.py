@@ -18,7 +18,7 @@ from precompute.scorer import ScorerSettings
 from precompute.verify.logits import verify_logits
 from precompute.verify.recompute_logits import recompute_logits
 from tests.support.fake_teacher import conversation_records, make_config
-from tests.support.hf_reference import ENGINE, rows_of
+from tests.support.hf_reference import ENGINE, read_rows
 from train.data.sources import ShardSource
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engine_in_this_process")]
@@ -63,7 +63,7 @@ def test_written_responses_have_the_scores_of_transformers(teacher: Teacher, lla
     assert again.max_own_difference < 1e-4
     assert again.max_kl is not None
     assert abs(again.max_kl) < 1e-5
-    rows = rows_of(config.output)
+    rows = read_rows(config.output)
     assert [row.sample.id for row in rows[:4]] == ["s0#0", "s0#1", "s0#2", "s1#0"]
     assert {len(row.sample.images) for row in rows} == {0, 1, 2}
     encoder = ChatEncoder.load(llava_dir, None)
@@ -90,7 +90,7 @@ def test_the_same_seed_writes_the_same_responses_and_both_modes_score_them_alike
     for name, in_engine in (("a", True), ("b", False)):
         config = configure(tmp_path, llava_dir, output=tmp_path / name)
         run_capture(config, progress=False, start_teacher=partial(with_settings, teacher, in_engine=in_engine))
-        rows.append(rows_of(config.output))
+        rows.append(read_rows(config.output))
     for ours, theirs in zip(*rows, strict=True):
         a, b = ours.conversations[0], theirs.conversations[0]
         np.testing.assert_array_equal(a.encoded.input_ids, b.encoded.input_ids)
@@ -99,7 +99,7 @@ def test_the_same_seed_writes_the_same_responses_and_both_modes_score_them_alike
         np.testing.assert_array_equal(a.scores.counts, b.scores.counts)
     other = configure(tmp_path, llava_dir, output=tmp_path / "c", seed=4)
     run_capture(other, progress=False, start_teacher=partial(with_settings, teacher))
-    different = [row.conversations[0].encoded.input_ids.tolist() for row in rows_of(other.output)]
+    different = [row.conversations[0].encoded.input_ids.tolist() for row in read_rows(other.output)]
     assert different != [row.conversations[0].encoded.input_ids.tolist() for row in rows[0]]
 
 
@@ -109,7 +109,7 @@ def test_ids_can_be_drawn_at_every_step_of_a_response(teacher: Teacher, llava_di
         config = configure(tmp_path, llava_dir, output=tmp_path / name, top_k=0, num_draws=30)
         run_capture(config, progress=False, start_teacher=partial(with_settings, teacher, in_engine=in_engine))
         assert verify_logits(config.output, config.dataset, progress=False).ok
-        found.append([row.conversations[0].scores for row in rows_of(config.output)])
+        found.append([row.conversations[0].scores for row in read_rows(config.output)])
     for ours, theirs in zip(*found, strict=True):
         assert ours.draws is not None
         np.testing.assert_array_equal(ours.ids, theirs.ids)

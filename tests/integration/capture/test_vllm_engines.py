@@ -17,7 +17,7 @@ from precompute.engine.generate import generate_answers
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
 from tests.support.fake_teacher import conversation_records, make_config
-from tests.support.hf_reference import ENGINE, TOP_K, assert_agrees, greedy_answers, reference_rows, rows_of
+from tests.support.hf_reference import ENGINE, TOP_K, assert_agrees, greedy_answers, read_rows, reference_rows
 
 pytestmark = pytest.mark.vllm
 
@@ -33,7 +33,7 @@ def test_the_whole_vocabulary_of_a_text_model_sums_to_one(text_dir: Path, tmp_pa
     assert verify_logits(config.output, config.dataset, progress=False).ok
     model = AutoModelForCausalLM.from_pretrained(text_dir, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(text_dir)
-    rows = rows_of(config.output)
+    rows = read_rows(config.output)
     assert len(rows) == 3
     for row in rows:
         tokens, logprobs_RV = reference_rows(model, tokenizer, row, 0, None)
@@ -101,6 +101,6 @@ def test_engines_in_processes_of_their_own_give_the_scores_of_transformers(
     assert verify_logits(config.output, config.dataset, progress=False).ok
     model = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(llava_dir)
-    for row in rows_of(config.output):
+    for row in read_rows(config.output):
         tokens, logprobs_RV = reference_rows(model, processor, row, 0, tmp_path)
         assert_agrees(row.conversations[0], tokens, logprobs_RV, len(processor.tokenizer), 1e-4)

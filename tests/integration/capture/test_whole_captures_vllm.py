@@ -20,7 +20,7 @@ from precompute.scorer import RequestKey, ScoreRequest, ScoringResult
 from precompute.verify.logits import verify_logits
 from precompute.verify.recompute_logits import recompute_logits
 from tests.support.fake_teacher import conversation_records, make_config, preference_records
-from tests.support.hf_reference import ENGINE, TOP_K, assert_agrees, reference_rows, rows_of
+from tests.support.hf_reference import ENGINE, TOP_K, assert_agrees, read_rows, reference_rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engine_in_this_process")]
 
@@ -72,7 +72,7 @@ def test_scores_of_a_llava_are_those_of_transformers(
     assert verify_logits(config.output, config.dataset, progress=False).ok
     model = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(llava_dir)
-    rows = rows_of(config.output)
+    rows = read_rows(config.output)
     assert {len(row.sample.images) for row in rows} == {0, 1, 2}
     for row in rows:
         for number, scored in enumerate(row.conversations):
@@ -89,7 +89,7 @@ def test_a_run_in_two_parts_writes_what_one_run_writes(llava: Teacher, llava_dir
         run_capture(part, progress=False, start_teacher=lambda _: Reused(llava))
     assert published_shards(parts.output) == published_shards(config.output)
     # Other samples share a step of the engine, so the last bits may differ.
-    for one, other in zip(rows_of(config.output), rows_of(parts.output), strict=True):
+    for one, other in zip(read_rows(config.output), read_rows(parts.output), strict=True):
         assert one.sample == other.sample
         for a, b in zip(one.conversations, other.conversations, strict=True):
             np.testing.assert_array_equal(a.encoded.input_ids, b.encoded.input_ids)

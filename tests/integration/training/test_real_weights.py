@@ -13,7 +13,7 @@ from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
 from precompute.verify.recompute_logits import recompute_logits
 from tests.support.fake_teacher import make_config
-from tests.support.hf_reference import assert_agrees, reference_rows, rows_of
+from tests.support.hf_reference import assert_agrees, read_rows, reference_rows
 from tests.support.real_weights import real_conversations, smollm2_dir
 from tests.support.training import run_stages, stage
 from train.data.sampling import split_validation
@@ -53,7 +53,7 @@ def test_scores_of_a_real_model_on_real_text_equal_those_of_transformers(scored:
     assert verify_logits(scored.output, scored.dataset, progress=False).ok
     model = AutoModelForCausalLM.from_pretrained(scored.teacher, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(scored.teacher)
-    rows = rows_of(scored.output)
+    rows = read_rows(scored.output)
     num_tokens = 0
     for row in rows:
         tokens, logprobs_RV = reference_rows(model, tokenizer, row, 0, None)
@@ -65,8 +65,8 @@ def test_scores_of_a_real_model_on_real_text_equal_those_of_transformers(scored:
 
 def test_a_real_model_predicts_the_text_better_than_chance(scored: Scored) -> None:
     """Finds a shift by one token, which passes every check of consistency."""
-    own = np.concatenate([row.conversations[0].scores.own_logprobs for row in rows_of(scored.output)])
-    kept = np.concatenate([1 - row.conversations[0].scores.rest_mass for row in rows_of(scored.output)])
+    own = np.concatenate([row.conversations[0].scores.own_logprobs for row in read_rows(scored.output)])
+    kept = np.concatenate([1 - row.conversations[0].scores.rest_mass for row in read_rows(scored.output)])
     assert -own.mean() < 4.0  # uniform over 49,152 tokens would be 10.8
     assert kept.mean() > 0.8
 
@@ -93,7 +93,7 @@ def keep_layers(teacher: Path, out: Path, layers: tuple[int, ...]) -> Path:
 def held_out_kl(student: Path, output: Path, held_out: list[int]) -> float:
     """Returns the mean KL(teacher || student) of held-out rows over kept entries and rest, in float64 numpy."""
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
-    rows = rows_of(output)
+    rows = read_rows(output)
     total, count = 0.0, 0
     for index in held_out:
         conversation = rows[index].conversations[0]
@@ -121,7 +121,7 @@ def test_distillation_lowers_the_kl_on_held_out_text(scored: Scored, tmp_path: P
         optim={"learning_rate": 3e-4, "global_batch_size": 6, "micro_batch_size": 2, "max_steps": 12},
     )
     run_stages([run_config], tmp_path / "scratch")
-    _, held_out = split_validation(len(rows_of(scored.output)), 0.2)
+    _, held_out = split_validation(len(read_rows(scored.output)), 0.2)
     before = held_out_kl(student, scored.output, held_out)
     after = held_out_kl(tmp_path / "run" / "final", scored.output, held_out)
     assert after < 0.8 * before

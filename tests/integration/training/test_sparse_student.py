@@ -108,9 +108,9 @@ import json, sys
 from pathlib import Path
 from common.data.samples import Dataset
 from precompute.config import EngineConfig
-from precompute.engine.generate import generate
+from precompute.engine.generate import generate_answers
 dataset = Dataset.open(Path({str(root / "data" / "kd.json")!r}), "kd")
-generated = generate(
+generated = generate_answers(
     Path({str(exported)!r}), [dataset[i] for i in range(12)], max_new_tokens={ANSWER_TOKENS}, max_tokens=256,
     image_root=Path({str(root / "data")!r}),
     engine=EngineConfig(dtype="float32", kv_cache_gib=1, enforce_eager=True),

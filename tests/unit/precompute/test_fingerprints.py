@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.errors import ModelError
-from precompute.fingerprints import ModelFacts, engine_identity
+from precompute.fingerprints import ModelFacts, find_engine_identity
 from precompute.logits.job import open_inputs
 from tests.support.fake_teacher import conversation_records, make_config
 
@@ -32,7 +32,7 @@ def test_the_version_is_that_of_the_installed_package(monkeypatch: pytest.Monkey
         return "1.2.3"
 
     monkeypatch.setattr("precompute.fingerprints.version", version)
-    identity = engine_identity("float32")
+    identity = find_engine_identity("float32")
     assert (identity.name, identity.version, identity.dtype) == ("vllm", "1.2.3", "float32")
 
 
@@ -42,7 +42,7 @@ def test_without_vllm_the_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("precompute.fingerprints.version", version)
     with pytest.raises(ModelError, match="install the extra precompute"):
-        engine_identity("float32")
+        find_engine_identity("float32")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_counts_are_those_of_the_preflight_when_every_sample_is_read(
     tokens = scored = images = 0
     for index in range(len(records)):
         try:
-            sample, encoded, num_tokens = inputs.check(index)
+            sample, encoded, num_tokens = inputs.load_encoded(index)
         except DataError:
             continue
         tokens += num_tokens
@@ -241,7 +241,7 @@ def test_generated_responses_are_an_upper_bound(tmp_path: Path, llava_dir: Path)
     inputs = open_inputs(config)
     prompts = 0
     for index in range(6):
-        sample, _, _ = inputs.check(index)
+        sample, _, _ = inputs.load_encoded(index)
         ids = inputs.encoder.encode_prompt(sample.conversations[0][:-1])
         prompts += len(ids) + 15 * len(sample.images)
     assert found["prompt tokens, images included"].value == 3 * prompts
