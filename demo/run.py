@@ -25,7 +25,7 @@ from demo.data import write_dataset
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 
-# Turns a distillation stage into its twin without a teacher: same student, data, batch order, steps and rate.
+# Turns a distillation stage into the same stage without a teacher: same student, data, batch order, steps and rate.
 CROSS_ENTROPY_ALONE = ("--set", "loss.distillation=0.0", "--set", "loss.cross_entropy=1.0")
 
 # Held-out questions that the exported student answers under vLLM.

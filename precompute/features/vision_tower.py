@@ -56,7 +56,7 @@ class VisionTower:
         self._model = model.eval().to(self.device)
         expected = encoder.tokens_per_image, encoder.num_channels
         try:
-            found = self.features(self.pixels([Image.new("RGB", (32, 32))])).shape[1:]
+            found = self.encode(self.preprocess([Image.new("RGB", (32, 32))])).shape[1:]
         except ValueError as error:
             raise ModelError(f"{model_dir}: its image processor and its vision tower do not fit: {error}") from error
         if found != expected:
