@@ -26,11 +26,11 @@ from tqdm import tqdm
 from common.concurrency import prefetch_map
 from common.errors import ConfigError, DecantError, ShardError
 from common.shards.manifest import Manifest, published_shards, read_manifest, read_receipt, shard_path
+from common.shards.output_files import list_output_files
 from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
 from common.storage.files import Location, file_size, open_ranged
 from precompute.inspection import statistics
 from precompute.inspection.sample_view import SampleView, TokenText, load_token_text, make_sample_view
-from precompute.output_files import list_output_files
 from precompute.report import Problem
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")

@@ -22,9 +22,9 @@ from common.shards.manifest import (
     shard_number,
     shard_path,
 )
+from common.shards.output_files import list_output_files
 from common.shards.parquet_shard import ParquetShard
 from common.storage.files import Location
-from precompute.output_files import list_output_files
 from precompute.report import Check, Report, format_ranges
 from precompute.verify.manifest_checks import restore_manifest
 

@@ -10,8 +10,8 @@ from upath import UPath
 import cli
 from common.errors import ShardError
 from common.shards.manifest import MANIFEST_NAME, receipt_path, shard_path
+from common.shards.output_files import list_output_files
 from precompute.inspection.collect import open_target
-from precompute.output_files import list_output_files
 from precompute.verify.features import verify_features
 from precompute.verify.logits import verify_logits
 from tests.support.inspect_outputs import write_output
