@@ -150,7 +150,7 @@ def _parse_counts(text: str) -> tuple[int, ...]:
 
 def _set_up_logging() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    # Of several ranks one speaks.
+    # Only rank 0 logs, because all ranks would write the same lines.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for package in ("precompute", "train", "demo", "common"):
         logging.getLogger(package).setLevel(level)

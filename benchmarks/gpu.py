@@ -331,7 +331,7 @@ def _peak_mib() -> float | None:
 
 
 class Report:
-    """What was found so far; written to `out` after each part, so that a run that is killed leaves its figures."""
+    """Results so far; written to `out` after each part, so that a run that is killed leaves its figures."""
 
     def __init__(self, quick: bool, out: Path | None) -> None:
         self._started = time.monotonic()

@@ -85,7 +85,7 @@ def check_features(root: Path, *, quick: bool) -> Result:
 
 
 def _projected(student: Any, pixel_values: Tensor) -> Tensor:
-    """What the language model gets for each image, float32."""
+    """Returns what the language model gets for each image, float32."""
     features = student.get_image_features(pixel_values=pixel_values)
     features = getattr(features, "pooler_output", features)
     return torch.stack(list(features)).detach().float()

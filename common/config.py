@@ -28,7 +28,7 @@ ADDRESS_ERROR = "address"
 # Longest part of a line that repeats a value or lists keys.
 _MAX_SHOWN = 200
 
-# What TOML calls the types of pydantic's errors.
+# TOML's names of the types in pydantic's errors.
 _EXPECTED = {
     "model_type": "a table",
     "dict_type": "a table",

@@ -1,4 +1,4 @@
-"""What the commands share: options, and how results and interrupts are shown."""
+"""Options that the commands share, and functions that show results and interrupts."""
 
 import re
 from collections.abc import Iterator

@@ -12,7 +12,7 @@ Stage = Literal["init", "dense-to-dense", "dense-to-sparse", "preference", "sft"
 ParameterGroup = Literal["vision_tower", "adapter", "language_model", "experts", "router"]
 PARAMETER_GROUPS: frozenset[ParameterGroup] = frozenset(get_args(ParameterGroup))
 
-# Which layers of a dense student become sparse.
+# Layers of a dense student that become sparse.
 SparsePattern = Literal["every-second", "first-half", "second-half", "all"]
 
 # The distillation loss: how two distributions are compared, and what becomes of the teacher's mass outside its kept
@@ -24,5 +24,5 @@ PreferenceLossType = Literal["sigmoid", "ipo", "hinge", "kto_pair"]
 
 Precision = Literal["bf16", "fp32"]
 
-# How much of weights, gradients and optimiser state DeepSpeed divides among ranks.
+# Stages of ZeRO: DeepSpeed divides optimiser state (1), gradients too (2), weights too (3) among ranks.
 ZeroStage = Literal[0, 1, 2, 3]

@@ -14,7 +14,7 @@ from common.shards.scores import TeacherScores
 
 Precision = Literal["fp32", "fp16", "q8", "q6"]
 
-# How log-probs are stored; None if entries were drawn, because then their numbers of draws are stored instead.
+# Precisions of stored log-probs; None if entries were drawn, because then their numbers of draws are stored instead.
 StoredPrecision = Precision | None
 
 # The value used for a kept mass that float32 rounds to 0: half the distance from 1 to the next smaller float32.
@@ -28,7 +28,7 @@ REST_ROUNDING = 2.0 ** (_ZERO_BITS - 24)
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How an output stores kept entries: the best `top_k`, or `num_draws` draws of a row if that is not None."""
+    """Storage of an output's kept entries: the best `top_k`, or `num_draws` draws of a row if that is not None."""
 
     precision: StoredPrecision
     top_k: int

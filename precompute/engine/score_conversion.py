@@ -1,4 +1,4 @@
-"""From captured rows, or vLLM's own log-probs, to the scores that shards store. Knows numpy, but not vLLM.
+"""Converts captured rows, or vLLM's own log-probs, to the scores that shards store. Does not import vLLM.
 
 Legend: T own sequence (one placeholder an image), T' the engine's expanded sequence, R scored tokens, K kept entries,
 D draws, V the output layer's entries.

@@ -78,7 +78,7 @@ class FeatureSettings:
 
 @dataclass(frozen=True)
 class FeatureSummary:
-    """What a cache holds after a run, and what the run added; `compute_s` is from the first image to the last."""
+    """Contents of a cache after a run, and what the run added; `compute_s` is from the first image to the last."""
 
     output: Location
     manifest: FeatureManifest

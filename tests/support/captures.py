@@ -28,7 +28,7 @@ def shard_bytes(output: Location) -> dict[str, bytes]:
 
 
 def rendered(summary: CaptureSummary | FeatureSummary) -> str:
-    """What a summary looks like on a wide terminal."""
+    """Returns a summary as a wide terminal shows it."""
     console = Console(width=300, file=io.StringIO())
     with console.capture() as capture:
         console.print(summary.render())

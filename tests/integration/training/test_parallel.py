@@ -35,7 +35,7 @@ IMAGES = ("live", "cached")
 
 
 class Setup(NamedTuple):
-    """How a run is divided and fed."""
+    """Division of a run among ranks, and the data that it reads."""
 
     num_ranks: int
     zero_stage: int

@@ -1,4 +1,4 @@
-"""What passes between the front end and the workers, and draws that are a function of the seed."""
+"""Requests and scores survive the way between front end and workers; draws are a function of the seed."""
 
 from types import SimpleNamespace
 

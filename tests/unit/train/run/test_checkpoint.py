@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from."""
+"""A run continues from its newest complete checkpoint."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which steps count as diverged, and how they are reported."""
+"""Diverged steps are detected and reported."""
 
 import json
 import math
