@@ -21,7 +21,7 @@ TEXT_KEYS = ("value", "content")
 # Values that say the same as a missing key: `datasets` fills columns that a record does not have.
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
 
-_OTHER_IMAGE_KEYS = frozenset(
+_IMAGE_SPELLINGS = frozenset(
     f"{name}{plural}"
     for name in ("image", "img", "picture", "image_path", "image_file", "image_url")
     for plural in ("", "s")
@@ -45,7 +45,8 @@ _HARMLESS_KEYS = frozenset[str]().union(
     ("width", "height", "size", "image_size", "image_width", "image_height", "num_tokens", "num_turns"),
     ("score", "score_chosen", "score_rejected", "chosen_model", "rejected_model"),
 )
-_KNOWN_KEYS = _USED_KEYS | _USED_TURN_KEYS | _HARMLESS_KEYS
+_KNOWN_KEYS = _USED_KEYS | _HARMLESS_KEYS
+_KNOWN_TURN_KEYS = _USED_TURN_KEYS | _HARMLESS_KEYS
 
 
 def resolve_alternatives(record: dict[str, Any], keys: Sequence[str], parse: Callable[[Any], T], where: str) -> T:
@@ -75,25 +76,34 @@ def is_filled(record: dict[str, Any], key: str) -> bool:
 
 def find_other_image_keys(record: dict[str, Any]) -> list[str]:
     """Returns the filled keys that look like another spelling of `image` or `images`."""
+    return _find_image_keys(record, _KNOWN_KEYS)
+
+
+def _find_image_keys(record: dict[str, Any], known: frozenset[str]) -> list[str]:
     return [
         key
-        for key in record.keys() - _KNOWN_KEYS
-        if key.lower().replace("-", "_") in _OTHER_IMAGE_KEYS and record[key] not in _EMPTY
+        for key in sorted(record.keys() - known)
+        if key.lower().replace("-", "_") in _IMAGE_SPELLINGS and record[key] not in _EMPTY
     ]
 
 
 def check_record_keys(record: dict[str, Any], where: str) -> None:
     """Raises DataError if a key of the record changes what it means, and is not supported."""
-    _check_keys(record, _RECORD_REASONING_KEYS, where)
+    _check_keys(record, _KNOWN_KEYS, _RECORD_REASONING_KEYS, where)
 
 
 def check_turn_keys(message: dict[str, Any], where: str) -> None:
     """Raises DataError if a key of a turn changes what it means, and is not supported."""
-    _check_keys(message, _REASONING_KEYS, where)
+    _check_keys(message, _KNOWN_TURN_KEYS, _REASONING_KEYS, where)
+    for key in _find_image_keys(message, _KNOWN_TURN_KEYS):
+        raise DataError(
+            f'{where}: "{key}" is given in a turn, but images are read from "images" of the sample; move it there, and '
+            "write <image> where it stands in the text"
+        )
 
 
-def _check_keys(record: dict[str, Any], reasoning_keys: frozenset[str], where: str) -> None:
-    for key in record.keys() - _KNOWN_KEYS:
+def _check_keys(record: dict[str, Any], known: frozenset[str], reasoning_keys: frozenset[str], where: str) -> None:
+    for key in sorted(record.keys() - known):
         lower = key.lower()
         if record[key] in _EMPTY:
             continue
@@ -116,7 +126,7 @@ def _check_keys(record: dict[str, Any], reasoning_keys: frozenset[str], where: s
 
 def check_turn_flags(message: dict[str, Any], where: str) -> None:
     """Raises DataError if a flag says that an assistant turn is not scored, or scored in part."""
-    for key in message.keys() & _TURN_FLAGS:
+    for key in sorted(message.keys() & _TURN_FLAGS):
         if message[key] not in (None, 1):
             raise DataError(
                 f'{where}: "{key}" is {describe_value(message[key])}, but every assistant turn is scored alike; end '
@@ -142,4 +152,5 @@ def count_unused_keys(record: dict[str, Any], counts: Counter[str]) -> None:
 
 def list_counts(counts: Counter[str]) -> str:
     """Returns the keys with their counts, the most frequent first."""
-    return shorten(", ".join(f"{key} ({count:,})" for key, count in counts.most_common()))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return shorten(", ".join(f"{key if key.isprintable() else repr(key)} ({count:,})" for key, count in ordered))

@@ -190,13 +190,16 @@ _Turns = tuple[Turn, ...]
 def _check_kind(record: dict[str, Any], kind: Kind, where: str) -> None:
     """Raises DataError if the record is neither a conversation nor a preference pair, or is not of this kind."""
     is_pair = any(is_filled(record, key) for key in PAIR_KEYS)
-    found = shorten(f"found keys {sorted(record)}")
     # An empty list is a conversation all the same, of which the error says that it is empty.
     if not is_pair and all(record.get(key) is None for key in CHAT_KEYS):
-        raise DataError(f"{where}: {found}; expected conversations, messages or chosen/rejected")
+        raise DataError(f"{where}: {_list_keys(record)}; expected conversations, messages or chosen/rejected")
     if is_pair != (kind == "dpo"):
         expected = "chosen and rejected answers" if kind == "dpo" else "conversations or messages"
-        raise DataError(f'{where}: {found}; kind = "{kind}" expects {expected}')
+        raise DataError(f'{where}: {_list_keys(record)}; kind = "{kind}" expects {expected}')
+
+
+def _list_keys(record: dict[str, Any]) -> str:
+    return shorten(f"found keys {sorted(record)}")
 
 
 def _parse_images(record: dict[str, Any], where: str) -> tuple[ImageRef, ...]:

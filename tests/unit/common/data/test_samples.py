@@ -347,6 +347,9 @@ def test_preference_columns_that_contradict_each_other_are_refused(
         ({"videos": ["a.mp4"]}, '"videos" is given'),
         ({"audio": {"array": [0.0]}}, '"audio" is given'),
         ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}, ANSWER]}, "turn 0: holds <video>"),
+        ({"conversations": [QUESTION | {"images": ["a.jpg"]}, ANSWER]}, 'turn 0: "images" is given in a turn'),
+        ({"conversations": [QUESTION | {"video": "a.mp4"}, ANSWER]}, 'turn 0: "video" is given'),
+        ({"video": "a.mp4", "audio": "a.mp3"}, '"audio" is given'),
         ({"tools": [{"name": "search"}]}, '"tools" is given, but calls of tools are not supported'),
         ({"conversations": [QUESTION, ANSWER | {"tool_calls": [{"id": 1}]}]}, 'turn 1: "tool_calls" is given'),
         ({"conversations": [QUESTION, ANSWER | {"reasoning_content": "Hm."}]}, 'turn 1: "reasoning_content" is given'),
@@ -412,7 +415,7 @@ def test_unused_keys_are_logged_once_with_their_counts(tmp_path: Path, caplog: p
     path = write(tmp_path, records)
     with caplog.at_level(logging.INFO, "common"):
         Dataset.open(path, "kd")[0]
-        assert caplog.messages == [f"{path}: not used: keys topic (1,200), conversations.emotion (1,200), grade (1)"]
+        assert caplog.messages == [f"{path}: not used: keys conversations.emotion (1,200), topic (1,200), grade (1)"]
         caplog.clear()
         Dataset.open(write(tmp_path, [GOOD | {"source": "x", "extra": None}]), "kd")
         assert not caplog.messages
