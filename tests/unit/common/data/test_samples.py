@@ -2,7 +2,6 @@ import gzip
 import json
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -512,14 +511,6 @@ def test_a_file_that_is_missing_or_no_array_is_refused(tmp_path: Path) -> None:
         Dataset.open(tmp_path / "data.json", "kd")
 
 
-@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
-@pytest.mark.parametrize("text", [json.dumps({"data": [GOOD]}, indent=1), json.dumps(GOOD, indent=1) * 2])
-def test_an_object_over_several_lines_is_refused_as_such(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text("\n" + text)
-    with pytest.raises(DataError, match="line 2: an object over several lines; expected a JSON array"):
-        Dataset.open(tmp_path / name, "kd")
-
-
 def test_array_lines_windows_lines_and_compressed_lines_hold_the_same_samples(tmp_path: Path) -> None:
     records = [GOOD | {"id": f"ключ {i}", "image": f"図/{i}.png"} for i in range(5)]
     plain = write(tmp_path, records)
@@ -538,48 +529,6 @@ def test_array_lines_windows_lines_and_compressed_lines_hold_the_same_samples(tm
         assert dataset.ids == tuple(record["id"] for record in records)
         assert [dataset[i] for i in range(5)] == [datasets[0][i] for i in range(5)]
     assert datasets[0].sha256 == datasets[3].sha256 == datasets[4].sha256 == datasets[5].sha256 != datasets[1].sha256
-
-
-@pytest.mark.parametrize("name", ["data", "data.json", "data.jsonl", "data.json.gz", "data.jsonl.gz", "data.json.zst"])
-@pytest.mark.parametrize("is_array", [True, False])
-def test_array_and_lines_are_told_apart_by_content_whatever_the_name(tmp_path: Path, name: str, is_array: bool) -> None:
-    records = [GOOD, GOOD | {"id": "b"}]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    data = (json.dumps(records, indent=1) if is_array else "\n  " + lines).encode()
-    path = tmp_path / name
-    compressors: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
-    compress = compressors.get(path.suffix, bytes)
-    for before in (b"", b"\xef\xbb\xbf"):
-        path.write_bytes(compress(before + data))
-        assert Dataset.open(path, "kd").ids == ("a", "b")
-    broken = data.replace(b'"b"', b"b")
-    path.write_bytes(compress(broken))
-    line = broken[: broken.index(b": b")].count(b"\n") + 1
-    with pytest.raises(DataError, match=rf"line {line}, column \d+: broken JSON"):
-        Dataset.open(path, "kd")
-
-
-@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
-def test_compressed_data_is_recognised_without_its_suffix(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
-    path = tmp_path / "data.json"
-    path.write_bytes(compress(json.dumps([GOOD]).encode()))
-    assert Dataset.open(path, "kd").ids == ("a",)
-
-
-@pytest.mark.parametrize("suffix", ["zst", "gz"])
-def test_compressed_data_that_ends_too_early_or_is_damaged_is_refused(tmp_path: Path, suffix: str) -> None:
-    data = b"".join(json.dumps(GOOD | {"id": i}).encode() + b"\n" for i in range(20_000))
-    packed = zstandard.ZstdCompressor(level=1).compress(data) if suffix == "zst" else gzip.compress(data, 1)
-    path = tmp_path / f"data.jsonl.{suffix}"
-    for cut in (len(packed) // 2, len(packed) - 1, 3):
-        path.write_bytes(packed[:cut])
-        with pytest.raises(DataError, match="cannot be read"):
-            Dataset.open(path, "kd")
-    if suffix == "gz":
-        for place in (0, len(packed) // 2, len(packed) - 6):
-            path.write_bytes(packed[:place] + bytes([packed[place] ^ 1]) + packed[place + 1 :])
-            with pytest.raises(DataError, match="cannot be read"):
-                Dataset.open(path, "kd")
 
 
 def test_twenty_thousand_lines_are_indexed_in_well_under_a_second(tmp_path: Path) -> None:
