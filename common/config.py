@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.errors import ConfigError
+from common.errors import MAX_SHOWN, ConfigError, describe_value
 
 
 class StrictModel(BaseModel):
@@ -24,9 +24,6 @@ ConfigT = TypeVar("ConfigT", bound=StrictModel)
 
 # Type of a pydantic error whose message is complete: it is shown without the value, which may hold a password.
 ADDRESS_ERROR = "address"
-
-# Longest part of a line that repeats a value or lists keys.
-_MAX_SHOWN = 200
 
 # TOML's names of the types in pydantic's errors.
 _EXPECTED = {
@@ -148,8 +145,7 @@ def _describe_value(key: tuple[str | int, ...], raw: Any) -> str | None:
     # An address may hold a password.
     if isinstance(raw, dict) or (isinstance(raw, str) and "://" in raw):
         return None
-    text = repr(raw)
-    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 4]} ..."
+    return describe_value(raw)
 
 
 def _expected(error: Any) -> str:
@@ -171,7 +167,7 @@ def _suggest_key(key: tuple[str | int, ...], schema: type[BaseModel]) -> str:
     prefix = "".join(f"{part}." for part in parents)
     if near := difflib.get_close_matches(str(unknown), table.model_fields, n=1):
         return f"did you mean {prefix}{near[0]}?"
-    listed = textwrap.shorten(", ".join(table.model_fields), _MAX_SHOWN, placeholder=" ...")
+    listed = textwrap.shorten(", ".join(table.model_fields), MAX_SHOWN, placeholder=" ...")
     return f"known keys{f' of {prefix[:-1]}' if prefix else ''}: {listed}"
 
 

@@ -13,6 +13,9 @@ Each message says where the error is, what was found, what was expected and what
 defect of this project.
 """
 
+# Longest part of a message that repeats a value or lists keys, in characters.
+MAX_SHOWN = 200
+
 
 class DecantError(Exception):
     """Base of all errors shown to the user without a traceback."""
@@ -40,3 +43,17 @@ class ShardError(DecantError):
 
 class StorageError(DecantError):
     """Reading or writing failed in the storage itself."""
+
+
+def shorten(text: str) -> str:
+    """Returns `text`, cut to 200 characters, because a value from outside may have millions."""
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]} ..."
+
+
+def describe_value(value: object) -> str:
+    """Returns a value as a message shows it: its `repr`, cut to 200 characters."""
+    try:
+        # The repr of a long text is not made whole.
+        return shorten(repr(value[:MAX_SHOWN] if isinstance(value, str) else value))
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"

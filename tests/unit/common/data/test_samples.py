@@ -1,4 +1,6 @@
+import gzip
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,276 @@ def test_samples_of_the_other_kind_are_refused(tmp_path: Path) -> None:
     assert "expected conversations" in error_message(tmp_path, {"id": "a", "text": "x"})
 
 
+MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+NULL_TURNS = [{"from": None, "value": None, **message} for message in MESSAGES]
+PLAIN = (Turn("user", "Why?"), Turn("assistant", "So."))
+MARKED = (Turn("user", "<image>\nWhy?"), Turn("assistant", "So."))
+
+
+@pytest.mark.parametrize(
+    ("record", "images", "turns"),
+    [
+        ({"image": "a.jpg", "images": None, "conversations": [QUESTION, ANSWER], "messages": None}, ("a.jpg",), MARKED),
+        ({"image": "a.jpg", "images": [], "conversations": [QUESTION, ANSWER]}, ("a.jpg",), MARKED),
+        ({"image": None, "images": ["a.jpg"], "conversations": None, "messages": MESSAGES}, ("a.jpg",), MARKED),
+        ({"image": [], "images": None, "conversations": [], "messages": MESSAGES}, (), PLAIN),
+        ({"messages": NULL_TURNS}, (), PLAIN),
+        ({"messages": [{"role": None, "content": None, **turn} for turn in (QUESTION, ANSWER)]}, (), PLAIN),
+        ({"messages": [{"value": [], **message} for message in MESSAGES]}, (), PLAIN),
+        ({"messages": MESSAGES, "chosen": None, "rejected": None, "system": None, "tools": None}, (), PLAIN),
+        ({"messages": MESSAGES, "chosen": [], "rejected": [], "system": "", "tools": []}, (), PLAIN),
+        ({"messages": [message | {"tool_calls": None, "name": None} for message in MESSAGES]}, (), PLAIN),
+        # Both are given, and mean the same.
+        ({"image": "a.jpg", "images": ["a.jpg"], "messages": MESSAGES}, ("a.jpg",), MARKED),
+        ({"conversations": [QUESTION, ANSWER], "messages": MESSAGES}, (), PLAIN),
+        ({"messages": [{"role": "user", "from": "human", "content": "Why?"}, ANSWER]}, (), PLAIN),
+    ],
+)
+def test_null_and_empty_keys_are_the_same_as_missing_ones(
+    tmp_path: Path, record: dict[str, Any], images: tuple[str, ...], turns: tuple[Turn, ...]
+) -> None:
+    path = write(tmp_path, [{"id": "a"} | record])
+    dataset = Dataset.open(path, "kd")
+    refs = tuple(map(ImageRef, images))
+    assert dataset[0] == Sample(id="a", kind="kd", images=refs, conversations=(turns,))
+    assert dataset.images(0) == refs
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"image": "a.jpg", "images": ["b.jpg"]}, '"images" and "image" mean the same, but are both given and differ'),
+        ({"messages": [MESSAGES[0], {"role": "assistant", "content": "No."}]}, '"conversations" and "messages"'),
+        ({"conversations": [{"from": "human", "role": "system", "value": "x"}, ANSWER]}, 'turn 0: "from" and "role"'),
+        ({"conversations": [QUESTION | {"content": "Who?"}, ANSWER]}, 'turn 0: "value" and "content"'),
+        ({"conversations": None}, "expected conversations, messages or chosen/rejected"),
+        ({"conversations": [], "messages": None}, "non-empty list"),
+        ({"image": ["a.jpg", None]}, "image None; expected a path"),
+    ],
+)
+def test_alternative_keys_that_differ_are_refused(tmp_path: Path, change: dict[str, Any], found: str) -> None:
+    assert found in error_message(tmp_path, GOOD | change)
+
+
+def _answer(text: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": text}]
+
+
+USER = {"role": "user", "content": "Why?"}
+USER_PARTS = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
+SYSTEM = {"role": "system", "content": "Be brief."}
+EARLIER = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+
+@pytest.mark.parametrize(
+    ("record", "shared"),
+    [
+        ({"prompt": "Why?", "chosen": "Good.", "rejected": "Bad."}, [("user", "Why?")]),
+        ({"prompt": [USER], "chosen": "Good.", "rejected": "Bad."}, [("user", "Why?")]),
+        ({"prompt": [USER_PARTS], "chosen": _answer("Good."), "rejected": _answer("Bad.")}, [("user", "Why?")]),
+        ({"prompt": "Why?", "chosen": _answer("Good."), "rejected": _answer("Bad.")}, [("user", "Why?")]),
+        ({"chosen": [USER, *_answer("Good.")], "rejected": [USER, *_answer("Bad.")]}, [("user", "Why?")]),
+        # The prompt stands in both answers too, with a system turn or earlier turns before it.
+        (
+            {
+                "prompt": "Why?",
+                "chosen": [SYSTEM, USER, *_answer("Good.")],
+                "rejected": [SYSTEM, USER, *_answer("Bad.")],
+            },
+            [("system", "Be brief."), ("user", "Why?")],
+        ),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [*EARLIER, USER, *_answer("Good.")],
+                "rejected": [*EARLIER, USER, *_answer("Bad.")],
+            },
+            [("user", "Hi"), ("assistant", "Hello."), ("user", "Why?")],
+        ),
+        (
+            {"prompt": [SYSTEM, *EARLIER, USER], "chosen": _answer("Good."), "rejected": "Bad."},
+            [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Why?")],
+        ),
+        (
+            {"prompt": "Why?", "question": "Why?", "system": "Be brief.", "chosen": "Good.", "rejected": "Bad."},
+            [("system", "Be brief."), ("user", "Why?")],
+        ),
+        ({"prompt": None, "question": "Why?", "chosen": "Good.", "rejected": "Bad."}, [("user", "Why?")]),
+        # The conversation of the chosen answer beside it, and the prompt as a conversation with single turns.
+        (
+            {
+                "prompt": "Why?",
+                "messages": [USER, *_answer("Good.")],
+                "chosen": [USER, *_answer("Good.")],
+                "rejected": [USER, *_answer("Bad.")],
+            },
+            [("user", "Why?")],
+        ),
+        (
+            {"conversations": [QUESTION], "chosen": _answer("Good.")[0], "rejected": {"from": "gpt", "value": "Bad."}},
+            [("user", "Why?")],
+        ),
+    ],
+)
+def test_preference_columns_are_read_with_their_prompt(
+    tmp_path: Path, record: dict[str, Any], shared: list[tuple[Any, str]]
+) -> None:
+    sample = read_single_sample(tmp_path, {"id": "p"} | record, "dpo")
+    prompt = tuple(Turn(role, text) for role, text in shared)
+    assert sample.conversations == tuple((*prompt, Turn("assistant", text)) for text in ("Good.", "Bad."))
+
+
+def test_images_of_a_prompt_stand_where_its_parts_or_markers_are(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": "?"}]
+    record = {
+        "id": "p",
+        "images": ["i.png"],
+        "prompt": [{"role": "user", "content": parts}],
+        "chosen": _answer("A cat."),
+        "rejected": _answer("A dog."),
+    }
+    assert read_single_sample(tmp_path, record, "dpo").conversations[1][0] == Turn("user", "What is <image>?")
+    marked = {"from": "human", "value": "<image>\nWhat?"}
+    record = {
+        "id": "p",
+        "image": "i.png",
+        "question": "What?",
+        "chosen": [marked, *_answer("A cat.")],
+        "rejected": [marked, *_answer("A dog.")],
+    }
+    assert read_single_sample(tmp_path, record, "dpo").conversations[0][0] == Turn("user", "<image>\nWhat?")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"rejected": None}, '"rejected" is missing or empty'),
+        ({"prompt": None}, 'a "prompt" or a "question" is needed'),
+        ({"question": "Who?"}, '"prompt" and "question" mean the same'),
+        ({"prompt": [{"role": "user", "content": 3}]}, "prompt: turn 0: content is int"),
+        (
+            {"chosen": [{"role": "user", "content": "Who?"}, *_answer("Good.")]},
+            "the prompt beside it is not part of it",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Who?"}]},
+            "the prompt and the conversation are both given and differ",
+        ),
+        ({"messages": [USER, *_answer("Else.")]}, "a conversation is given beside chosen, and is another one"),
+    ],
+)
+def test_preference_columns_that_contradict_each_other_are_refused(
+    tmp_path: Path, change: dict[str, Any], found: str
+) -> None:
+    record = {"id": "p", "prompt": "Why?", "chosen": "Good.", "rejected": "Bad."}
+    assert found in error_message(tmp_path, record | change, "dpo")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"image_path": "a.jpg"}, '"image_path" is given, but images are read from "image" or "images"; rename'),
+        ({"img": "a.jpg"}, '"img" is given'),
+        ({"Image": ["a.jpg"]}, '"Image" is given'),
+        ({"image-url": "http://x/a.jpg"}, '"image-url" is given'),
+        ({"image": "a.jpg", "image_path": "b.jpg"}, '"image_path" is given'),
+        ({"video": "a.mp4"}, '"video" is given, but only images and text are read'),
+        ({"videos": ["a.mp4"]}, '"videos" is given'),
+        ({"audio": {"array": [0.0]}}, '"audio" is given'),
+        ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}, ANSWER]}, "turn 0: holds <video>"),
+        ({"conversations": [QUESTION | {"images": ["a.jpg"]}, ANSWER]}, 'turn 0: "images" is given in a turn'),
+        ({"conversations": [QUESTION | {"video": "a.mp4"}, ANSWER]}, 'turn 0: "video" is given'),
+        ({"video": "a.mp4", "audio": "a.mp3"}, '"audio" is given'),
+        ({"tools": [{"name": "search"}]}, '"tools" is given, but calls of tools are not supported'),
+        ({"conversations": [QUESTION, ANSWER | {"tool_calls": [{"id": 1}]}]}, 'turn 1: "tool_calls" is given'),
+        ({"conversations": [QUESTION, ANSWER | {"reasoning_content": "Hm."}]}, 'turn 1: "reasoning_content" is given'),
+        ({"conversations": [QUESTION, ANSWER | {"weight": 0}]}, 'turn 1: "weight" is 0'),
+        ({"conversations": [QUESTION, ANSWER | {"weight": 0.5}]}, 'turn 1: "weight" is 0.5'),
+        ({"conversations": [QUESTION, ANSWER | {"train": False}]}, 'turn 1: "train" is False'),
+        ({"conversations": [QUESTION, ANSWER | {"mask": True}]}, 'turn 1: "mask" is True'),
+        ({"system": ["Be brief."]}, "\"system\" is ['Be brief.']; expected text"),
+        (
+            {"system": "Be long.", "conversations": [{"from": "system", "value": "Be brief."}, QUESTION, ANSWER]},
+            '"system" and the first turn are both given and differ',
+        ),
+    ],
+)
+def test_a_key_that_changes_the_meaning_is_refused_by_name(tmp_path: Path, change: dict[str, Any], found: str) -> None:
+    assert found in error_message(tmp_path, GOOD | change)
+
+
+def test_another_spelling_of_an_image_key_is_refused_where_only_images_are_read(tmp_path: Path) -> None:
+    dataset = Dataset.open(write(tmp_path, [GOOD | {"img": "a.jpg"}]), "kd")
+    with pytest.raises(DataError, match='"img" is given'):
+        dataset.images(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_path": None, "video": "", "tools": "[]", "reasoning_content": None},
+        {"conversations": [QUESTION, ANSWER | {"weight": 1, "train": True, "loss": 1.0, "training": None}]},
+        {"conversations": [QUESTION | {"weight": 0}, ANSWER]},
+    ],
+)
+def test_keys_that_change_nothing_are_accepted(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert read_single_sample(tmp_path, GOOD | change) == read_single_sample(tmp_path, GOOD)
+
+
+@pytest.mark.parametrize("other", [{"image_path": "a.jpg"}, {"img": ["a.jpg"]}, {"image_url": "https://x/1.jpg"}])
+def test_other_image_keys_may_repeat_the_path_or_name_its_source(tmp_path: Path, other: dict[str, Any]) -> None:
+    assert read_single_sample(tmp_path, GOOD | {"image": "a.jpg"} | other).images == (ImageRef("a.jpg"),)
+
+
+def test_texts_about_html_may_hold_media_tags(tmp_path: Path) -> None:
+    question = {"from": "human", "value": "Is <video></video> right?"}
+    record = GOOD | {"conversations": [question, {"from": "gpt", "value": "Use <audio>."}]}
+    assert [turn.content for turn in read_single_sample(tmp_path, record).conversations[0]] == [
+        "Is <video></video> right?",
+        "Use <audio>.",
+    ]
+
+
+def test_a_system_column_is_the_first_turn_once(tmp_path: Path) -> None:
+    system = {"from": "system", "value": "Be brief."}
+    expected = (Turn("system", "Be brief."), *PLAIN)
+    for turns in ([QUESTION, ANSWER], [system, QUESTION, ANSWER]):
+        record = GOOD | {"system": "Be brief.", "conversations": turns}
+        assert read_single_sample(tmp_path, record).conversations == (expected,)
+
+
+def test_unused_keys_are_logged_once_with_their_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turns = [QUESTION | {"emotion": "glad"}, ANSWER | {"emotion": None}]
+    records = [GOOD | {"id": i, "source": "x", "width": 3, "topic": "t", "conversations": turns} for i in range(1200)]
+    records[0]["grade"] = 1
+    path = write(tmp_path, records)
+    with caplog.at_level(logging.INFO, "common"):
+        Dataset.open(path, "kd")[0]
+        assert caplog.messages == [f"{path}: not used: keys conversations.emotion (1,200), topic (1,200), grade (1)"]
+        caplog.clear()
+        Dataset.open(write(tmp_path, [GOOD | {"source": "x", "extra": None}]), "kd")
+        assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "i" * 10**5, "image": [""]},
+        {"image": ["a.jpg", {"bytes": "b" * 10**5}]},
+        {"conversations": [{"from": "r" * 10**5, "value": "x"}]},
+        {"conversations": [{"from": "human", "value": [{"type": "x", "data": "d" * 10**5}]}]},
+        {"conversations": None, **{f"key {i}": 1 for i in range(1000)}},
+        {"conversations": [ANSWER | {"weight": "w" * 10**5}]},
+        {"conversations": [ANSWER | {"mask": ["m"] * 10**5}]},
+        {"system": ["s" * 10**5]},
+    ],
+)
+def test_long_values_are_cut_in_messages(tmp_path: Path, change: dict[str, Any]) -> None:
+    message = error_message(tmp_path, GOOD | change)
+    assert " ..." in message
+    assert len(message) < len(str(tmp_path)) + 800
+
+
 def test_half_a_surrogate_pair_is_refused_wherever_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     for record in (
@@ -222,7 +494,9 @@ def test_a_record_without_an_id_is_refused(tmp_path: Path, record: Any) -> None:
             Dataset.open(write(tmp_path, [GOOD, record], name), "kd")
 
 
-@pytest.mark.parametrize(("name", "text"), [("data.jsonl", ""), ("data.jsonl", "\n \r\n"), ("data.json", "[]")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("data.jsonl", ""), ("data.json", ""), ("data.jsonl", "\n \r\n"), ("data.json", "[]")]
+)
 def test_an_empty_dataset_is_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match="empty"):
@@ -232,8 +506,8 @@ def test_an_empty_dataset_is_refused(tmp_path: Path, name: str, text: str) -> No
 def test_a_file_that_is_missing_or_no_array_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         Dataset.open(tmp_path / "none.jsonl", "kd")
-    (tmp_path / "data.json").write_text('{"id": 1}')
-    with pytest.raises(DataError, match="expected an array"):
+    (tmp_path / "data.json").write_text('"id"')
+    with pytest.raises(DataError, match="found a JSON str, expected an array of samples, or one sample a line"):
         Dataset.open(tmp_path / "data.json", "kd")
 
 
@@ -247,22 +521,14 @@ def test_array_lines_windows_lines_and_compressed_lines_hold_the_same_samples(tm
     packed.write_bytes(zstandard.compress(data))
     split = tmp_path / "split.jsonl.zst"  # as `cat a.zst b.zst` makes it
     split.write_bytes(zstandard.compress(data[:100]) + zstandard.compress(data[100:]))
-    paths = [plain, write(tmp_path, records, "data.json"), windows, packed, split]
+    zipped = tmp_path / "zipped.jsonl.gz"
+    zipped.write_bytes(gzip.compress(data[:100]) + gzip.compress(data[100:]))
+    paths = [plain, write(tmp_path, records, "data.json"), windows, packed, split, zipped]
     datasets = [Dataset.open(path, "kd") for path in paths]
     for dataset in datasets:
         assert dataset.ids == tuple(record["id"] for record in records)
         assert [dataset[i] for i in range(5)] == [datasets[0][i] for i in range(5)]
-    assert datasets[0].sha256 == datasets[3].sha256 == datasets[4].sha256 != datasets[1].sha256
-
-
-def test_compressed_data_that_ends_too_early_is_refused(tmp_path: Path) -> None:
-    data = b"".join(json.dumps(GOOD | {"id": i}).encode() + b"\n" for i in range(20_000))
-    packed = zstandard.ZstdCompressor(level=1).compress(data)
-    path = tmp_path / "data.jsonl.zst"
-    for cut in (len(packed) // 2, len(packed) - 1, 3):
-        path.write_bytes(packed[:cut])
-        with pytest.raises(DataError, match="cannot be read"):
-            Dataset.open(path, "kd")
+    assert datasets[0].sha256 == datasets[3].sha256 == datasets[4].sha256 == datasets[5].sha256 != datasets[1].sha256
 
 
 def test_twenty_thousand_lines_are_indexed_in_well_under_a_second(tmp_path: Path) -> None:
