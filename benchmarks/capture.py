@@ -94,7 +94,7 @@ def prefill_params(ids: list[int], vocab_size: int, *, num_captured: int = 0, st
 
 
 def _measure(model_dir: Path, num_rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each run of each variant, and of `bare` once more, because it also runs after the last."""
+    """Returns the seconds of each run of each variant. `bare` has one run more, after the last variant."""
     from safetensors.torch import load_file
 
     from precompute.config import EngineConfig

@@ -23,7 +23,8 @@ from tests.support.models import tiny_llava
 MIB = 2**20
 NUM_STEPS, NUM_WARM_STEPS = 12, 4
 NUM_SAMPLES = 24
-# A 0.5B student's layers and vocabulary, of which the byte-level tokenizer of the tests has the first 300.
+# Layers of a 0.5B student, though only 12 of them. The words give it that student's vocabulary, of which the byte-level
+# tokenizer of the tests has the first 300.
 STUDENT = {
     "num_layers": 12,
     "hidden_size": 896,
@@ -51,7 +52,8 @@ TOWER = {
 def check_features(root: Path, *, quick: bool) -> Result:
     """Compares features that were computed ahead, 16 images at a time, with those of a live tower in bfloat16.
 
-    Both go through the projector as in training: the one through a student without a tower, the other through one with.
+    Both go through the projector as in training: the cached ones through a student without a tower, the live ones
+    through one with a tower.
     """
     from common.shards.encoder_identity import compute_encoder_identity
     from precompute.features.vision_tower import VisionTower
@@ -92,7 +94,7 @@ def _projected(student: Any, pixel_values: Tensor) -> Tensor:
 
 
 def _llava_with_large_tower(root: Path) -> Path:
-    """A random LLaVA whose tower has the shape of ViT-L/14, beside a tiny language model."""
+    """Saves a random LLaVA with a tower of ViT-L/14's shape and a tiny language model; returns its directory."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tiny_llava(root)
@@ -154,11 +156,11 @@ def write_data(root: Path, stages: dict[str, Any], *, quick: bool) -> Result:
 
 
 def _add_words(directory: Path, num_words: int) -> None:
-    """Gives the tokenizer as many words more, which no text is encoded with, behind those that it has."""
+    """Appends words that no text is encoded with to the vocabulary of a tokenizer."""
     path = directory / "tokenizer.json"
     tokenizer = json.loads(path.read_text("utf-8"))
     vocab = tokenizer["model"]["vocab"]
-    # Tokens that the model's own vocabulary lacks would get ids behind it, and so others than before.
+    # Added tokens that the vocabulary lacks get ids after it, so without this line the new words would shift their ids.
     vocab |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     first = max(vocab.values()) + 1
     vocab |= {f"<word {number}>": first + number for number in range(num_words)}
