@@ -1,4 +1,4 @@
-"""Measures the path from the engine's arrays to a durable shard: tokens a second on one core, k = 64, real text.
+"""Measures the path from the engine's arrays to a durable shard on one core: tokens a second at k = 64, on real scores.
 
     python -m benchmarks.host_path
 
