@@ -103,8 +103,8 @@ def _measure(model_dir: Path, num_rounds: int) -> dict[str, list[float]]:
 
     settings = EngineConfig(dtype="float32", kv_cache_gib=1, enforce_eager=True, max_num_batched_tokens=PROMPT_TOKENS)
     engine = Engine(model_dir, settings, EngineLimits(PROMPT_TOKENS + 1, max_images=0, max_logprobs=TOP_K))
-    if lacks := start_capture(engine.collective_rpc):
-        raise SystemExit(f"no capture in the engine: {lacks}")
+    if problem := start_capture(engine.collective_rpc):
+        raise SystemExit(f"no capture in the engine: {problem}")
     texts = real_ids(model_dir, 16 * PROMPT_TOKENS).reshape(16, PROMPT_TOKENS)
     # SmolLM2 ties its output layer to the embedding.
     output_layer = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]

@@ -170,23 +170,23 @@ def _add_words(directory: Path, num_words: int) -> None:
 def train_in_child(settings: dict[str, Any], *, timeout_s: float) -> Result:
     """Trains a stage in a new process, and returns its speed, losses and memory."""
     output = Path(settings["output"])
-    written, measured = (output.with_name(f"{output.name}-{name}.json") for name in ("settings", "measured"))
-    written.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "benchmarks.gpu_stages", str(written), str(measured)]
+    settings_path, result_path = (output.with_name(f"{output.name}-{name}.json") for name in ("settings", "measured"))
+    settings_path.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "benchmarks.gpu_stages", str(settings_path), str(result_path)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}: {process.stderr[-2500:]}")
-    found: Result = json.loads(measured.read_text())
+    found: Result = json.loads(result_path.read_text())
     return found
 
 
-def _train(written: Path, measured: Path) -> None:
+def _train(settings_path: Path, result_path: Path) -> None:
     import train.run.stage
     from train.config import TrainConfig
     from train.memory_estimate import estimate_training_memory
     from train.run.trainer import StudentTrainer
 
-    config = TrainConfig.model_validate(json.loads(written.read_text()))
+    config = TrainConfig.model_validate(json.loads(settings_path.read_text()))
     marks: list[dict[str, float]] = []
 
     class MeasuredTrainer(StudentTrainer):
@@ -204,8 +204,8 @@ def _train(written: Path, measured: Path) -> None:
             if DEVICE == "cuda":
                 mark["held"], mark["peak"] = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
             marks.append(mark)
-            config_of_text = self.accelerator.unwrap_model(self.model).config.get_text_config()
-            MeasuredTrainer.attention = config_of_text._attn_implementation  # noqa: SLF001 - transformers has no other
+            text_config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+            MeasuredTrainer.attention = text_config._attn_implementation  # noqa: SLF001 - it has no public name
 
     train.run.stage.StudentTrainer = MeasuredTrainer  # type: ignore[attr-defined]
     train.run.stage.train_stage(config)
@@ -230,7 +230,7 @@ def _train(written: Path, measured: Path) -> None:
             "held_vs_estimate": round(marks[-1]["held"] / MIB / estimated_mib, 3),
             "peak_vs_estimate": round(marks[-1]["peak"] / MIB / estimated_mib, 3),
         }
-    measured.write_text(json.dumps(found))
+    result_path.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
