@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 @pytest.fixture(scope="module")
 def teacher_V() -> Array:
-    """Returns one distribution over the teacher's padded output layer, float64; half of its mass is outside its best four."""
+    """Returns a distribution over the teacher's padded output layer, float64; half of its mass is not in its best four."""
     return reference.softmax(1.5 * np.random.default_rng(0).normal(size=TEACHER_OUTPUT))
 
 
