@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 @pytest.fixture(scope="module")
 def teacher_V() -> Array:
-    """Returns a distribution over the teacher's padded output layer, float64; half of its mass is not in its best four."""
+    """Returns float64 probabilities of the teacher's padded output layer; half of the mass is outside the best four."""
     return reference.softmax(1.5 * np.random.default_rng(0).normal(size=TEACHER_OUTPUT))
 
 
