@@ -2,8 +2,8 @@
 
     python -m benchmarks.capture
 
-One process, one engine. The variants run in turn, and `bare` runs between each two of them: each variant is compared
-with the two runs of `bare` beside it, because the machine's speed drifts. Medians over the rounds.
+One process, one engine. The variants run in turn, and `bare` runs between any two of them: each variant is compared
+with the runs of `bare` before and after it, because the machine's speed drifts. Medians over the rounds.
 
     bare       vLLM reads the prompts and scores nothing
     stock      vLLM's own prompt log-probs in their flat form, which score every row
@@ -11,7 +11,7 @@ with the two runs of `bare` beside it, because the machine's speed drifts. Media
     quarter    capture in the engine, the last quarter of the rows
     floor      the output layer's product, logsumexp and top-k of as many rows as `all`, in torch, without an engine
 
-An overhead is a variant's time above the mean of the two runs of `bare` beside it. Times end with vLLM's finished
+An overhead is a variant's time above the mean of these two runs of `bare`. Times end with vLLM's finished
 outputs. Reading scores out of them is not timed, though that takes longer on the stock path. Prompts are 2,048 tokens
 long, the longest that Decant captures by default.
 """

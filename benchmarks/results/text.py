@@ -27,7 +27,7 @@ from common.data.samples import Dataset
 from tests.support.real_weights import real_conversations, smollm2_dir, write_jsonl
 from train.model.student import load_student, save_student
 
-# All documents there are. Long ones are cut, so that samples have similar lengths.
+# The number of all documents. Long ones are cut, so that samples have similar lengths.
 NUM_RECORDS = 338
 MAX_CHARS = 400
 HELD_OUT_EVERY = 12
