@@ -168,7 +168,7 @@ def _difference_to_full(results: Results, half: str, run: str) -> str:
 
 
 def _claims(results: Results) -> str:
-    confidence = f"{results['confidence']:.0%}"
+    level = f"{results['confidence']:.0%}"
     rows = []
     for claim in CLAIMS:
         # Only the first row of a claim names it.
@@ -178,8 +178,8 @@ def _claims(results: Results) -> str:
             claim_cells = ["", ""]
     titles = ["claim", "paper", "here, measured by", "mean difference", "seeds", "verdict"]
     return (
-        "[LLaVA-MoD](https://arxiv.org/abs/2408.15881) reports gains in points of its benchmarks' mean accuracy. Only the "
-        f"direction can be compared. A direction *holds* if the {confidence} interval of the mean paired difference "
+        "[LLaVA-MoD](https://arxiv.org/abs/2408.15881) reports gains in points of its benchmarks' mean accuracy. Only "
+        f"the direction can be compared. A direction *holds* if the {level} interval of the mean paired difference "
         "(Student's t over the seeds) lies on the claim's side of 0, *does not hold* if it lies on the other side, and "
         "is *within noise* if it has 0 in it. *seeds* counts those whose difference has the claimed sign. The interval "
         "knows the noise of training, not that of which questions are held out.\n\n"
