@@ -2,5 +2,5 @@
 
 import os
 
-# Transformers imports DeepSpeed, which would look for an accelerator and print what it found.
+# transformers imports DeepSpeed, which would otherwise look for an accelerator and print what it found.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.capture
 
-One process, one engine. The variants run in turn, and `bare` runs between each two of them: each variant is compared
-with the two runs of `bare` beside it, because the machine's speed drifts. Medians over the rounds.
+One process, one engine. The variants run in turn, and `bare` runs between any two of them: each variant is compared
+with the runs of `bare` before and after it, because the machine's speed drifts. Medians over the rounds.
 
     bare       vLLM reads the prompts and scores nothing
     stock      vLLM's own prompt log-probs in their flat form, which score every row
@@ -11,7 +11,7 @@ with the two runs of `bare` beside it, because the machine's speed drifts. Media
     quarter    capture in the engine, the last quarter of the rows
     floor      the output layer's product, logsumexp and top-k of as many rows as `all`, in torch, without an engine
 
-An overhead is a variant's time above the mean of the two runs of `bare` beside it. Times end with vLLM's finished
+An overhead is a variant's time above the mean of these two runs of `bare`. Times end with vLLM's finished
 outputs. Reading scores out of them is not timed, though that takes longer on the stock path. Prompts are 2,048 tokens
 long, the longest that Decant captures by default.
 """
@@ -94,7 +94,7 @@ def prefill_params(ids: list[int], vocab_size: int, *, num_captured: int = 0, st
 
 
 def _measure(model_dir: Path, num_rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each run of each variant, and of `bare` once more, because it also runs after the last."""
+    """Returns the seconds of each run of each variant. `bare` has one run more, after the last variant."""
     from safetensors.torch import load_file
 
     from precompute.config import EngineConfig
@@ -103,8 +103,8 @@ def _measure(model_dir: Path, num_rounds: int) -> dict[str, list[float]]:
 
     settings = EngineConfig(dtype="float32", kv_cache_gib=1, enforce_eager=True, max_num_batched_tokens=PROMPT_TOKENS)
     engine = Engine(model_dir, settings, EngineLimits(PROMPT_TOKENS + 1, max_images=0, max_logprobs=TOP_K))
-    if lacks := start_capture(engine.collective_rpc):
-        raise SystemExit(f"no capture in the engine: {lacks}")
+    if problem := start_capture(engine.collective_rpc):
+        raise SystemExit(f"no capture in the engine: {problem}")
     texts = real_ids(model_dir, 16 * PROMPT_TOKENS).reshape(16, PROMPT_TOKENS)
     # SmolLM2 ties its output layer to the embedding.
     output_layer = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]

@@ -83,8 +83,8 @@ def _measure(model_dir: Path, way: str, length: int) -> float:
         dtype="float32", kv_cache_gib=0.25, enforce_eager=True, max_num_batched_tokens=LONG_TOKENS, max_num_seqs=1
     )
     engine = Engine(model_dir, settings, EngineLimits(LONG_TOKENS + 1, max_images=0, max_logprobs=TOP_K))
-    if lacks := start_capture(engine.collective_rpc):
-        raise SystemExit(f"no capture in the engine: {lacks}")
+    if problem := start_capture(engine.collective_rpc):
+        raise SystemExit(f"no capture in the engine: {problem}")
 
     def params(way: str, ids: list[int]) -> Any:
         num_captured = len(ids) - 1 if way == "in-engine" else 0

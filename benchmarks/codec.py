@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 
@@ -45,10 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         real = real_rows(root, NUM_TOKENS, top_k=128, num_draws=NUM_DRAWS)
-        # Torch has started threads by now, and each of them is to stay on one core.
-        for thread in Path("/proc/self/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})
-        torch.set_num_threads(1)
+        use_one_core()
         result: dict[str, Any] = {
             "k50": _size(root, real, top_k=50),
             "k128": _size(root, real, top_k=128),
@@ -56,6 +54,20 @@ def main() -> None:
             **_speed(root, real, top_k=64),
         }
     print(json.dumps(result))
+
+
+def use_one_core() -> None:
+    """Keeps all threads of this process, also those that torch has started already, on one core."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+
+
+def make_row(index: int, ids: npt.NDArray[np.int32], scores: TeacherScores) -> ShardRow:
+    """Returns a conversation whose response has these tokens, int32 [R], and these scores."""
+    encoded = EncodedChat(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
+    turns = (Turn("user", "What is it?"), Turn("assistant", "It is text."))
+    return ShardRow(index, Sample(str(index), "kd", (), (turns,)), (ScoredConversation(encoded, scores),))
 
 
 def _size(root: Path, real: RealRows, **capture: Any) -> dict[str, float]:
@@ -138,11 +150,7 @@ def _rows(real: RealRows, top_k: int, num_draws: int = 0) -> list[ShardRow]:
             scores = scores_from_draws(parts["own"][part], parts["drawn"][part], vocab_size=real.vocab_size)
         else:
             scores = scores_from_topk(parts["own"][part], parts["ids"][part, :top_k], parts["logprobs"][part, :top_k])
-        ids = real.ids[part]
-        encoded = EncodedChat(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
-        turns = (Turn("user", "What is it?"), Turn("assistant", "It is text."))
-        sample = Sample(str(index), "kd", (), (turns,))
-        rows.append(ShardRow(index, sample, (ScoredConversation(encoded, scores),)))
+        rows.append(make_row(index, real.ids[part], scores))
     return rows
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# transformers imports DeepSpeed, which has to find the GPU. The package sets another value.
+# transformers imports DeepSpeed, which has to find the GPU, but benchmarks/__init__.py sets the CPU.
 if torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cuda"
 
@@ -250,7 +250,7 @@ def time_row_scores(shape: Shape, num_repeats: int) -> Result:
 def _scoring_inputs(
     shape: Shape, device: str, dtype: torch.dtype, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states [R, H], weight [V, H], targets int64 [R] and uniforms float64 [R, D]."""
+    """Returns hidden states [R, H], weight [V, H], targets int64 [R] and uniforms float64 [R, D]."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -346,7 +346,7 @@ class Report:
 
     @property
     def remaining_s(self) -> float:
-        """Seconds until the deadline."""
+        """Returns the seconds until the deadline."""
         return DEADLINE_S - (time.monotonic() - self._started)
 
     def run(self, name: str, part: Callable[[], Result]) -> None:

@@ -23,7 +23,8 @@ from tests.support.models import tiny_llava
 MIB = 2**20
 NUM_STEPS, NUM_WARM_STEPS = 12, 4
 NUM_SAMPLES = 24
-# A 0.5B student's layers and vocabulary, of which the byte-level tokenizer of the tests has the first 300.
+# Layers of a 0.5B student, though only 12 of them. The words give it that student's vocabulary, of which the byte-level
+# tokenizer of the tests has the first 300.
 STUDENT = {
     "num_layers": 12,
     "hidden_size": 896,
@@ -51,7 +52,8 @@ TOWER = {
 def check_features(root: Path, *, quick: bool) -> Result:
     """Compares features that were computed ahead, 16 images at a time, with those of a live tower in bfloat16.
 
-    Both go through the projector as in training: the one through a student without a tower, the other through one with.
+    Both go through the projector as in training: the cached ones through a student without a tower, the live ones
+    through one with a tower.
     """
     from common.shards.encoder_identity import compute_encoder_identity
     from precompute.features.vision_tower import VisionTower
@@ -92,7 +94,7 @@ def _projected(student: Any, pixel_values: Tensor) -> Tensor:
 
 
 def _llava_with_large_tower(root: Path) -> Path:
-    """A random LLaVA whose tower has the shape of ViT-L/14, beside a tiny language model."""
+    """Saves a random LLaVA with a tower of ViT-L/14's shape and a tiny language model; returns its directory."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tiny_llava(root)
@@ -154,11 +156,11 @@ def write_data(root: Path, stages: dict[str, Any], *, quick: bool) -> Result:
 
 
 def _add_words(directory: Path, num_words: int) -> None:
-    """Gives the tokenizer as many words more, which no text is encoded with, behind those that it has."""
+    """Appends words that no text is encoded with to the vocabulary of a tokenizer."""
     path = directory / "tokenizer.json"
     tokenizer = json.loads(path.read_text("utf-8"))
     vocab = tokenizer["model"]["vocab"]
-    # Tokens that the model's own vocabulary lacks would get ids behind it, and so others than before.
+    # Added tokens that the vocabulary lacks get ids after it, so without this line the new words would shift their ids.
     vocab |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     first = max(vocab.values()) + 1
     vocab |= {f"<word {number}>": first + number for number in range(num_words)}
@@ -168,23 +170,23 @@ def _add_words(directory: Path, num_words: int) -> None:
 def train_in_child(settings: dict[str, Any], *, timeout_s: float) -> Result:
     """Trains a stage in a new process, and returns its speed, losses and memory."""
     output = Path(settings["output"])
-    written, measured = (output.with_name(f"{output.name}-{name}.json") for name in ("settings", "measured"))
-    written.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "benchmarks.gpu_stages", str(written), str(measured)]
+    settings_path, result_path = (output.with_name(f"{output.name}-{name}.json") for name in ("settings", "measured"))
+    settings_path.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "benchmarks.gpu_stages", str(settings_path), str(result_path)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}: {process.stderr[-2500:]}")
-    found: Result = json.loads(measured.read_text())
+    found: Result = json.loads(result_path.read_text())
     return found
 
 
-def _train(written: Path, measured: Path) -> None:
+def _train(settings_path: Path, result_path: Path) -> None:
     import train.run.stage
     from train.config import TrainConfig
     from train.memory_estimate import estimate_training_memory
     from train.run.trainer import StudentTrainer
 
-    config = TrainConfig.model_validate(json.loads(written.read_text()))
+    config = TrainConfig.model_validate(json.loads(settings_path.read_text()))
     marks: list[dict[str, float]] = []
 
     class MeasuredTrainer(StudentTrainer):
@@ -202,8 +204,8 @@ def _train(written: Path, measured: Path) -> None:
             if DEVICE == "cuda":
                 mark["held"], mark["peak"] = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
             marks.append(mark)
-            config_of_text = self.accelerator.unwrap_model(self.model).config.get_text_config()
-            MeasuredTrainer.attention = config_of_text._attn_implementation  # noqa: SLF001 - transformers has no other
+            text_config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+            MeasuredTrainer.attention = text_config._attn_implementation  # noqa: SLF001 - it has no public name
 
     train.run.stage.StudentTrainer = MeasuredTrainer  # type: ignore[attr-defined]
     train.run.stage.train_stage(config)
@@ -228,7 +230,7 @@ def _train(written: Path, measured: Path) -> None:
             "held_vs_estimate": round(marks[-1]["held"] / MIB / estimated_mib, 3),
             "peak_vs_estimate": round(marks[-1]["peak"] / MIB / estimated_mib, 3),
         }
-    measured.write_text(json.dumps(found))
+    result_path.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

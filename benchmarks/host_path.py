@@ -7,20 +7,15 @@ unpacking, building the rows, encoding, compressing, writing, flushing to the di
 """
 
 import json
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
+from benchmarks.codec import NUM_TOKENS_PER_SAMPLE, make_row, use_one_core
 from benchmarks.real_text import RealRows, real_rows
-from common.data.chat_encoding import EncodedChat
-from common.data.samples import Sample, Turn
-from common.shards.score_shard import ScoredConversation, ShardRow, write_shard
+from common.shards.score_shard import write_shard
 from precompute.config import EngineConfig
 from precompute.engine.row_request import pack_row_scores, unpack_row_scores
 from precompute.engine.row_scores import RowScores
@@ -30,7 +25,6 @@ from tests.support.builders import make_manifest
 
 TOP_K = 64
 NUM_TOKENS = 16_384
-NUM_TOKENS_PER_SAMPLE = 256
 NUM_REPEATS = 9
 
 
@@ -39,10 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         real = real_rows(root, NUM_TOKENS, TOP_K)
-        # Torch has started threads by now, and each of them is to stay on one core.
-        for thread in Path("/proc/self/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})
-        torch.set_num_threads(1)
+        use_one_core()
         records = list(_records(real))
         seconds, num_bytes = [], 0
         for repeat in range(NUM_REPEATS + 1):
@@ -66,7 +57,7 @@ def _records(real: RealRows) -> Any:
 
 
 def _write(root: Path, number: int, records: list[Any], vocab_size: int) -> int:
-    plan = ScorerSettings(
+    settings = ScorerSettings(
         model_dir=root,
         engine=EngineConfig(),
         max_tokens=2048,
@@ -83,11 +74,8 @@ def _write(root: Path, number: int, records: list[Any], vocab_size: int) -> int:
     )
     rows = []
     for index, (ids, record) in enumerate(records):
-        scores = scores_from_rows(unpack_row_scores(record), plan, "benchmark")
-        encoded = EncodedChat(np.concatenate([ids[:1], ids]), np.array([[1, len(ids) + 1]], np.int32), None)
-        turns = (Turn("user", "What is it?"), Turn("assistant", "It is text."))
-        sample = Sample(str(index), "kd", (), (turns,))
-        rows.append(ShardRow(index, sample, (ScoredConversation(encoded, scores),)))
+        scores = scores_from_rows(unpack_row_scores(record), settings, "benchmark")
+        rows.append(make_row(index, ids, scores))
     return write_shard(root, number, make_manifest(precision="q8"), rows, ()).num_bytes
 
 

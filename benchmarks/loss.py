@@ -107,12 +107,12 @@ class LossProblem:
 
     @property
     def operands(self) -> tuple[Tensor, Tensor]:
-        """Hidden states [R, H] and weight [V, H], which take gradients."""
+        """Returns hidden states [R, H] and weight [V, H], which take gradients."""
         return self.hidden_RH, self.weight_VH
 
     @property
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's kept ids [R, K], their log-probs [R, K] and the rest mass [R]."""
+        """Returns the teacher's kept ids [R, K], their log-probs [R, K] and the rest mass [R]."""
         return self.ids_RK, self.topk_logprobs_RK, self.rest_R
 
     def loss(self, way: str) -> Tensor:

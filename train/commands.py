@@ -42,7 +42,7 @@ def train(
         all_overrides.append(f"run.resume={resume}")
     settings = load_config(TrainConfig, config, all_overrides)
 
-    # Only now, because it imports torch: a wrong configuration is reported at once.
+    # Imported after the configuration is checked, because it imports torch, which takes seconds.
     from train.run.stage import train_stage
 
     hide_loading_bars()
@@ -125,10 +125,10 @@ def export(
 def _compose(vision: Path, language: Path, out: Path, seed: int) -> None:
     from train.model.compose import compose_student
 
-    made = compose_student(vision, language, out, seed=seed)
+    student = compose_student(vision, language, out, seed=seed)
     typer.echo(
-        f"{out}: {made.num_parameters / 1e6:,.1f}M parameters; <image> is token {made.image_token_id} "
-        f"({made.image_token_row})"
+        f"{out}: {student.num_parameters / 1e6:,.1f}M parameters; <image> is token {student.image_token_id} "
+        f"({student.image_token_row})"
     )
 
 

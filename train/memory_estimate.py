@@ -26,8 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from common.errors import ModelError
 from common.estimates import Estimate, EstimateTable, format_value
-from train.choices import ParameterGroup as ParameterGroup
-from train.choices import Precision, ZeroStage
+from train.choices import ParameterGroup, Precision, ZeroStage
 from train.config import TRAINABLE, TrainConfig
 from train.model.cached_tower import cached_tower_config
 from train.model.student import is_multimodal, parameter_groups, set_trainable
@@ -172,7 +171,7 @@ def estimate_training_memory(
 
 
 def build_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
-    """Builds the model that a student's config.json describes, without weights and, if so told, without vision tower.
+    """Builds the model of a student's config.json without weights; `tower=False` leaves out its vision tower.
 
     Raises:
         ModelError: there is no configuration, or it is not that of a LLaVA or a causal language model.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.results.measures import token_metrics
-from benchmarks.results.steps import CONFIGS, Steps
+from benchmarks.results.steps import CONFIGS, CROSS_ENTROPY_ALONE, SAVE_LAST_STEP, Steps
 from common.data.chat_encoding import ChatEncoder
 from demo.data import write_dataset
 from demo.evaluate import evaluate
@@ -42,7 +42,6 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 # Whole distributions too, of every token but the image's.
 ALL_TOKENS: dict[str, Any] = {"top_k": "all", "precision": "fp32", "score": "all"}
-CROSS_ENTROPY_ALONE = {"loss.distillation": 0.0, "loss.cross_entropy": 1.0}
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,7 @@ def _one_seed(steps: Steps, sizes: DemoSizes, seed: int) -> None:
 
 
 def _steps(number: int) -> dict[str, Any]:
-    # Large enough that only the last step is saved, which happens in any case.
-    return {"optim.max_steps": number, "run.save_steps": 10_000}
+    return {"optim.max_steps": number, **SAVE_LAST_STEP}
 
 
 def _evaluate(root: Path, model: Path) -> dict[str, float]:

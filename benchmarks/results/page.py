@@ -125,13 +125,13 @@ def _setup(results: Results) -> str:
 
 
 def _targets(results: Results) -> str:
-    reading = (
+    introduction = (
         "All students of a table have the same steps, batches and rate; only the target differs. *ids* is the mean "
         "number of entries kept of a distribution, *bytes* the size of the shards a response token (own log-probs, "
         "tokens and text included). CE alone reads the shards of top 64 for their text. The last column is the "
         "difference in KL to the student that had the full distribution."
     )
-    blocks = [reading]
+    blocks = [introduction]
     for half, title in (("demo", "Digits"), ("text", "Text")):
         rows = [
             [_target(results, half, run), *_capture_cells(results, half, run)]
@@ -168,7 +168,7 @@ def _difference_to_full(results: Results, half: str, run: str) -> str:
 
 
 def _claims(results: Results) -> str:
-    sure = f"{results['confidence']:.0%}"
+    level = f"{results['confidence']:.0%}"
     rows = []
     for claim in CLAIMS:
         # Only the first row of a claim names it.
@@ -179,7 +179,7 @@ def _claims(results: Results) -> str:
     titles = ["claim", "paper", "here, measured by", "mean difference", "seeds", "verdict"]
     return (
         "[LLaVA-MoD](https://arxiv.org/abs/2408.15881) reports gains in points of its benchmarks' mean accuracy. Only "
-        f"the direction can be compared. A direction *holds* if the {sure} interval of the mean paired difference "
+        f"the direction can be compared. A direction *holds* if the {level} interval of the mean paired difference "
         "(Student's t over the seeds) lies on the claim's side of 0, *does not hold* if it lies on the other side, and "
         "is *within noise* if it has 0 in it. *seeds* counts those whose difference has the claimed sign. The interval "
         "knows the noise of training, not that of which questions are held out.\n\n"

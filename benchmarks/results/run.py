@@ -40,19 +40,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="runs of each kind: 3 unless told, 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     parser.add_argument("--only", choices=("demo", "text", "page"), help="one half, or the page of what is there")
-    given = parser.parse_args()
-    num_seeds = given.seeds or (1 if given.quick else 3)
-    out: Path = given.out.resolve()
+    options = parser.parse_args()
+    num_seeds = options.seeds or (1 if options.quick else 3)
+    out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if given.only in ("demo", "text"):
-        _run_half(given.only, out, num_seeds, given.quick)
+    if options.only in ("demo", "text"):
+        _run_half(options.only, out, num_seeds, options.quick)
         return
-    if given.only is None:
+    if options.only is None:
         _run_halves(num_seeds)
-    results = gather(out, num_seeds, given.quick)
+    results = gather(out, num_seeds, options.quick)
     path = out / "results.json"
     path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    page = (out if given.quick else ROOT / "docs") / "results.md"
+    page = (out if options.quick else ROOT / "docs") / "results.md"
     write_page(results, page)
     print(json.dumps({"page": str(page), "results": str(path), "minutes": results["minutes"]}))
 

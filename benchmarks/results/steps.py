@@ -24,6 +24,11 @@ from common.shards.score_shard import ShardFile
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "demo"
 
+# Changes to the configuration of a stage. The number of steps is so large that only the last one is saved, which
+# happens in any case.
+CROSS_ENTROPY_ALONE: dict[str, Any] = {"loss.distillation": 0.0, "loss.cross_entropy": 1.0}
+SAVE_LAST_STEP: dict[str, Any] = {"run.save_steps": 10_000}
+
 
 class StepError(DecantError):
     """Error: a command failed, or the directory holds the steps of another measurement."""

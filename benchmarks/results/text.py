@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.results.measures import mean_divergence, token_metrics
-from benchmarks.results.steps import CONFIGS, Steps
+from benchmarks.results.steps import CONFIGS, CROSS_ENTROPY_ALONE, SAVE_LAST_STEP, Steps
 from common.data.chat_encoding import ChatEncoder, EncodedChat, predicting_positions
 from common.data.samples import Dataset
 from tests.support.real_weights import real_conversations, smollm2_dir, write_jsonl
 from train.model.student import load_student, save_student
 
-# All documents there are. Long ones are cut, so that samples have similar lengths.
+# The number of all documents. Long ones are cut, so that samples have similar lengths.
 NUM_RECORDS = 338
 MAX_CHARS = 400
 HELD_OUT_EVERY = 12
@@ -43,7 +43,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "top-p": {"top_k": 64, "top_p": 0.95, "min_k": 1},
     "sampled": {"top_k": 0, "num_draws": 37},
 }
-CROSS_ENTROPY_ALONE = {"loss.distillation": 0.0, "loss.cross_entropy": 1.0}
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def run_text(out: Path, sizes: TextSizes, num_seeds: int) -> None:
             steps.measure(f"{target}@{seed}", partial(_evaluate, final, teacher_RV, texts))
 
 
-# Changes to the demo's configurations: another teacher, other data, longer texts.
+# Changes to the demo's captures: another teacher, longer texts.
 _CAPTURE: dict[str, Any] = {
     "teacher": "smollm2",
     "max_tokens": 512,
@@ -114,8 +113,7 @@ def _training(sizes: TextSizes, seed: int) -> dict[str, Any]:
         "optim.global_batch_size": sizes.batch_size,
         "optim.micro_batch_size": sizes.batch_size,
         "optim.max_steps": sizes.steps,
-        # Large enough that only the last step is saved, which happens in any case.
-        "run.save_steps": 10_000,
+        **SAVE_LAST_STEP,
     }
 
 

@@ -18,7 +18,7 @@ Outcome = Literal["holds", "does not hold", "within noise", "one seed"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs of one half, of which a claim says that `better` has more of `metric` (sign 1), or less (sign -1)."""
+    """A claim about two runs of one half: `better` has more of `metric` than `worse` (sign 1), or less (sign -1)."""
 
     half: Literal["demo", "text"]
     better: str
@@ -114,7 +114,7 @@ def differences(results: Mapping[str, Any], half: str, one: str, other: str, met
 
 
 def compute_verdict(numbers: Sequence[float], sign: Literal[1, -1], confidence: float) -> Verdict:
-    """Returns the verdict on differences, one for each seed, of which the claim says that they have this sign."""
+    """Returns the verdict on a claim that these differences, one for each seed, have this sign."""
     n, mean, deviation = len(numbers), statistics.fmean(numbers), stdev(numbers)
     num_agreeing = sum(sign * number > 0 for number in numbers)
     outcome: Outcome = "one seed"

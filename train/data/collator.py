@@ -68,24 +68,24 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        """R, the number of scored tokens."""
+        """Returns R, the number of scored tokens."""
         return len(self.rows)
 
     @property
     def num_tokens(self) -> int:
-        """The number of real tokens, images and prompts included."""
+        """Returns the number of real tokens, images and prompts included."""
         return int(self.token_mask.sum())
 
     @property
     def num_padding(self) -> Tensor:
-        """The number of positions that no sequence fills, a float32 scalar; 0 where packed."""
+        """Returns the number of positions that no sequence fills, a float32 scalar; 0 where packed."""
         if self.attention_mask is None:
             return self.token_mask.new_zeros((), dtype=torch.float32)
         return (self.attention_mask == 0).sum().float()
 
     @property
     def sequence_inputs(self) -> dict[str, Any]:
-        """The arguments of a model's forward, without images.
+        """Returns the arguments of a model's forward, without images.
 
         The cache, which transformers uses by default, is off, because with it packed sequences see each other.
         """
@@ -156,7 +156,7 @@ class Collator:
         encoded = [example.conversations[c] for c in conversations for example in examples]
         scores = [None if example.scores is None else example.scores[c] for c in conversations for example in examples]
         pixel_values = self._load_pixels(examples)
-        # All sequences end to end: S tokens, and the place of each after images are expanded.
+        # All sequences stand end to end: places_S is the position of each of the S tokens after images are expanded.
         unexpanded_lengths_B = np.array([len(e.input_ids) for e in encoded], np.int64)
         unexpanded_starts_B = np.cumsum(unexpanded_lengths_B) - unexpanded_lengths_B
         expanded_N, places_S = expand_placeholders(

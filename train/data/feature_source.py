@@ -25,7 +25,7 @@ from train.data.image_cache import ImageRequest
 
 _log = logging.getLogger(__name__)
 
-# In each process that makes batches: 220 images of CLIP ViT-L/14 at 336 pixels.
+# Limit of each process that makes batches. Holds 220 images of CLIP ViT-L/14 at 336 pixels.
 _MAX_CACHED_BYTES = 256 << 20
 
 
@@ -45,7 +45,7 @@ class FeatureSource:
 
     @property
     def tokens_per_image(self) -> int:
-        """P, the number of placeholders of an image."""
+        """Returns P, the number of placeholders of an image."""
         return self._shape[0]
 
     def pixels(self, requests: Sequence[ImageRequest]) -> Tensor:

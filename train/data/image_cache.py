@@ -1,7 +1,7 @@
 """Opens images and applies the student's image processor; recent results stay in memory.
 
-So a small dataset is decoded once instead of once an epoch, and neighbouring samples of a large one, which often share
-an image, do not decode it twice.
+A small dataset is therefore decoded once instead of once an epoch, and neighbouring samples of a large one, which
+often share an image, do not decode it twice.
 """
 
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from common.data.images import AspectRatio, ImageSpec, load_image
 from common.data.samples import ImageRef
 from common.storage.files import Location
 
-# In each process that makes batches: 190 images of 336 x 336 pixels, or 6,800 of 56 x 56.
+# Limit of each process that makes batches. Holds 190 images of 336 x 336 pixels, or 6,800 of 56 x 56.
 _MAX_CACHED_BYTES = 256 << 20
 
 
@@ -54,7 +54,7 @@ class ImageCache:
 
     @property
     def tokens_per_image(self) -> int:
-        """The number of placeholders of an image."""
+        """Returns the number of placeholders of an image."""
         return self._spec.tokens_per_image
 
     def pixels(self, requests: Sequence[ImageRequest]) -> Tensor:

@@ -29,7 +29,7 @@ from train.data.sources import ExampleSource
 # Tensors begin at multiples of this many bytes.
 _ALIGNMENT = 64
 
-# Batches that the thread fetches ahead. Each worker makes two more ahead.
+# Batches that the thread fetches ahead. Each worker makes two more.
 _NUM_READY_BATCHES = 2
 
 # One thread of this process reads at a time, because tokenizers and open files may not be shared by several threads,
@@ -41,12 +41,12 @@ _READ_LOCK = threading.Lock()
 class FlatBatch:
     """A batch with all of its tensors in one buffer.
 
-    A worker passes every tensor in a shared memory file of its own, and opening one for each field takes longer than
-    making a small batch.
+    Torch passes each tensor of a worker in a shared memory file of its own, and opening one for each field takes longer
+    than making a small batch.
 
     memory          uint8 [bytes]
     layout          (field, dtype, shape) of each tensor, in the order of the buffer
-    other_fields    the fields of the batch that are no tensors
+    other_fields    the fields of the batch that are not tensors
     """
 
     memory: Tensor
@@ -112,8 +112,8 @@ def _num_bytes(tensor: Tensor) -> int:
 class MicroBatchDataset(TorchDataset[FlatBatch | DecantError]):
     """The micro-batches of one rank, in the order of training: item step * accumulation + position.
 
-    An item that cannot be made is the error instead of the batch, and the loader raises it: an error that is raised in
-    a worker process would arrive with its message inside a traceback.
+    If a batch cannot be made, its item is the error, which the loader raises. An error that is raised in a worker
+    process would arrive with its message inside a traceback.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - three collaborators and three numbers that only this class needs together
@@ -135,7 +135,7 @@ class MicroBatchDataset(TorchDataset[FlatBatch | DecantError]):
 
     @property
     def num_steps(self) -> int:
-        """The number of global steps of one epoch."""
+        """Returns the number of global steps of one epoch."""
         return self._sampler.steps_per_epoch
 
     def __getitem__(self, item: int) -> FlatBatch | DecantError:
@@ -162,7 +162,7 @@ class MicroBatchLoader:
             sampler=items,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
-            # Not the worker's parent process, because that may be a server that forks the workers.
+            # The rank's own id is passed, because a worker's parent may be a server that forks the workers.
             worker_init_fn=functools.partial(_ignore_stop_signals, os.getpid()),
             # Workers draw their base seed from this generator, so that the global one, and with it dropout, is not
             # advanced.
@@ -194,6 +194,6 @@ class MicroBatchLoader:
                     for future in pending:
                         future.cancel()
         finally:
-            # Ends the workers. If an error's traceback kept the iterator, they would end in a collection of cycles,
-            # which closes their queues first, so that each worker is waited for in vain for 5 seconds.
+            # Ends the workers now. If an error's traceback kept the iterator, the garbage collector would close their
+            # queues before it ends them, and would then wait 5 seconds for each worker.
             del batches

@@ -6,8 +6,8 @@
 
 Only where samples are grouped by length does the order depend on the samples as well.
 
-The position of a run is its global step, so resuming needs no state: any number of ranks and workers asks the sampler
-for their own micro-batches from any step on. The last step of an epoch is shorter.
+The position of a run is its global step, so resuming needs no state: each of any number of ranks and workers can get
+its micro-batches from the sampler from any step on. The last step of an epoch may be shorter.
 
 An epoch has as many samples as all sets together. Without weights it has each sample once. Weights are the sets' shares
 of its samples: a set whose share is above its size starts another pass within the epoch, and one whose share is below
@@ -64,7 +64,7 @@ def samples_per_epoch(sizes: Sequence[int], weights: Sequence[float | None]) -> 
     total = sum(sizes)
     exact = np.asarray(given) / sum(given) * total
     counts = np.floor(exact).astype(int)
-    # What rounding down left over goes to the sets with the largest remainders.
+    # The samples that rounding down leaves over go to the sets with the largest remainders.
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
     if not counts.all():
         number = int(np.argmin(counts))
@@ -112,7 +112,7 @@ class GlobalBatchSampler:
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._seed = seed
-        # One window of samples stays decoded in all, so each set gets its share of it.
+        # All sets together have one window of decoded samples, so each set gets its share of it.
         self.windows = [max(1, round(window * n / sum(self.samples_per_epoch))) for n in self.samples_per_epoch]
         self._get_length = get_length
         # The latest epoch with its order, and the latest step with its samples by length.

@@ -28,7 +28,7 @@ from train.config import SetConfig
 # A training set may have more shards than a process may have open files.
 _MAX_OPEN_FILES = 64
 
-# English text's average; it matters only where samples with and without images are compared.
+# Average of English text. The value matters only where samples with and without images are compared.
 _CHARACTERS_PER_TOKEN = 4
 
 

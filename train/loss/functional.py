@@ -33,7 +33,7 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class RowLogits:
-    """The values of the student's output at R rows that losses need; float32 (float64 from float64 models).
+    """Values of the student's output at R rows that losses need; float32 (float64 from float64 models).
 
     kept_RK       logits at the teacher's kept ids, NEGLIGIBLE_LOGIT in an empty slot; K = 0 if none were gathered
     own_R         logits of the scored tokens
@@ -46,12 +46,12 @@ class RowLogits:
 
     @property
     def full_lse(self) -> Tensor:
-        """Logsumexp over all ids below the tokenizer's size, [R]."""
+        """Returns the logsumexp over all ids below the tokenizer's size, [R]."""
         return torch.logaddexp(self.kept_RK.logsumexp(1), self.rest_lse_R) if self.kept_RK.shape[1] else self.rest_lse_R
 
     @property
     def own_logprobs(self) -> Tensor:
-        """Log-probability log p_S of each scored token, [R] in nats; its negative is the cross-entropy."""
+        """Returns log p_S of each scored token, [R] in nats; its negative is the cross-entropy."""
         return self.own_R - self.full_lse
 
 

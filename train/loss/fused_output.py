@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from train.loss.functional import NEGLIGIBLE_LOGIT, RowLogits, accumulation_dtype
 
 if TYPE_CHECKING:
-    # The pass itself needs torch alone.
+    # Imported for types only, so that the functions below can be used with torch alone.
     from transformers import PreTrainedModel
 
     from train.data.collator import Batch

@@ -5,6 +5,8 @@
 
 No term is averaged here: the sums of all micro-batches and ranks are divided once by the count of the whole step, so
 that 1 rank x 8 accumulated micro-batches equals 8 ranks x 1. This module does not depend on the trainer.
+
+Legend: R scored rows, B sequences, P preference pairs, T positions of all sequences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,24 +118,24 @@ def step_loss(terms: Mapping[str, Term], counts: Mapping[str, float]) -> Tensor:
 def _preference_terms(own_R: Tensor, batch: Batch, config: LossConfig) -> dict[str, Term]:
     """Returns the loss of the pairs, and the metrics under TRL's names."""
     assert batch.reference_logprobs is not None
-    policy_S = sequence_logprobs(own_R, batch.row_sequence, batch.num_sequences)
-    reference_S = batch.reference_logprobs.to(policy_S.dtype)
+    policy_B = sequence_logprobs(own_R, batch.row_sequence, batch.num_sequences)
+    reference_B = batch.reference_logprobs.to(policy_B.dtype)
     pairs_2P = slice(2 * batch.num_pairs)
-    # As in TRL, metrics are of whole responses, also where the loss compares means over tokens.
-    rewards = config.beta * (policy_S - reference_S).detach()[pairs_2P]
-    logps = policy_S.detach()[pairs_2P]
+    # As in TRL, metrics are sums over whole responses, also where the loss compares means over tokens.
+    rewards_2P = config.beta * (policy_B - reference_B).detach()[pairs_2P]
+    logps_2P = policy_B.detach()[pairs_2P]
     if config.length_normalised or config.preference_type == "ipo":
-        lengths_S = torch.bincount(batch.row_sequence, minlength=batch.num_sequences).clamp(min=1)
-        policy_S, reference_S = policy_S / lengths_S, reference_S / lengths_S
+        lengths_B = torch.bincount(batch.row_sequence, minlength=batch.num_sequences).clamp(min=1)
+        policy_B, reference_B = policy_B / lengths_B, reference_B / lengths_B
     loss_P = preference_loss(
-        *policy_S[pairs_2P].chunk(2),
-        *reference_S[pairs_2P].chunk(2),
+        *policy_B[pairs_2P].chunk(2),
+        *reference_B[pairs_2P].chunk(2),
         loss_type=config.preference_type,
         beta=config.beta,
         label_smoothing=config.label_smoothing,
     )
-    chosen_reward_P, rejected_reward_P = rewards.chunk(2)
-    chosen_logp_P, rejected_logp_P = logps.chunk(2)
+    chosen_reward_P, rejected_reward_P = rewards_2P.chunk(2)
+    chosen_logp_P, rejected_logp_P = logps_2P.chunk(2)
     margin_P = chosen_reward_P - rejected_reward_P
     return {
         "preference": Term(loss_P.sum(), "pairs", config.preference),

@@ -39,7 +39,7 @@ class _CachedTower(PreTrainedModel):
     config_class = _CachedTowerConfig
     _supports_sdpa = True
     _supports_flash_attn = True
-    # The files of the student still have the weights of its tower.
+    # The student's files still hold the weights of its tower, which are not loaded.
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)vision_tower\."]
 
     def __init__(self, config: _CachedTowerConfig) -> None:

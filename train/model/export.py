@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 from common.errors import ModelError, StorageError
 from train.model.student import atomic_directory, load_student, save_student, stored_dtype
 
-__all__ = ["atomic_directory", "export_student", "save_student"]
-
 
 def export_student(source: Path, out: Path) -> None:
     """Writes the model in `source` to `out`: weights, config, generation config, tokenizer, processor.

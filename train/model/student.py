@@ -49,10 +49,10 @@ _ASSETS = (
     "processor_config.json",
 )
 
-# By safetensors' names.
+# Keys are safetensors' names.
 _FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
-# No network, no code from the directory, no pickle.
+# Loading uses no network, no code from the directory and no pickle, because directories come from others.
 _SAFE_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 SAFE_WEIGHTS: dict[str, Any] = {**_SAFE_OPTIONS, "use_safetensors": True}
 

@@ -47,7 +47,7 @@ class ExpertLoad:
 
     @property
     def num_experts(self) -> int:
-        """E, the number of experts of a layer."""
+        """Returns E, the number of experts of a layer."""
         return int(self.text_LE.shape[1])
 
     def write(self, *directories: Path) -> None:
@@ -133,6 +133,6 @@ def _draw_heat_map(axis: Any, load_LE: npt.NDArray[np.float64], max_load: float)
 
 
 def _set_ticks(axis: Any, labels: Sequence[int]) -> None:
-    """Labels the positions of an axis; of too many labels it takes evenly spread ones."""
+    """Labels the positions of an axis, or evenly spread ones if there are too many."""
     every = -(-len(labels) // _MAX_TICKS)
     axis.set_ticks(range(0, len(labels), every), labels=[str(label) for label in labels[::every]], fontsize=8)

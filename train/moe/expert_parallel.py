@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from common.errors import ConfigError
 from train.model.student import is_multimodal, parameter_groups, text_config
 
-# DeepSpeed's names of a sparse block's parts, and transformers'. Experts are not among them, because they are sliced.
+# DeepSpeed's names of a sparse block's parts, and transformers'. Experts are not here, because ranks divide them.
 _PREFIXES = {
     "router.gate.": "gate.",
     "shared_experts.": "shared_expert.",
@@ -78,7 +78,8 @@ def expert_parallel_settings(model: PreTrainedModel, size: int) -> dict[str, Any
     return {
         "enabled": True,
         "autoep_size": size,
-        # AutoEP's name for both of Qwen's architectures. It cannot read this and the following from a LLaVA's config.
+        # AutoEP has one preset for both of Qwen's architectures. All that follows is given too, because AutoEP cannot
+        # read it from a LLaVA's config.
         "preset_model": "qwen3_moe",
         "moe_layer_pattern": decoder + r"\.layers\.\d+\.mlp",
         "top_k": config.num_experts_per_tok,

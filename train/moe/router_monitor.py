@@ -5,8 +5,8 @@
                                                                                   └─ ExpertLoad, with each checkpoint
     routers ── hooks ──────────────────────> gradient of the step ───────────────── metrics
 
-The counts are of the experts that each layer really called, in training passes only. Whenever counts are read, it is
-checked that every real token reached all of its experts. Counts stay on the device between two readings.
+The counts are of the experts that each layer really called, in training passes only. Each reading of the counts checks
+that every real token reached all of its experts. Counts stay on the device between two readings.
 
 Axes: L sparse layers, N positions of a micro-batch (B * T), E experts, K experts a token, H hidden size,
 M modalities (text, image), S slots: the E experts, then the tokens themselves.

@@ -62,7 +62,7 @@ _QWEN3_MOE_SOURCES = ("qwen3",)
 # Rotary embeddings that transformers and vLLM both compute from `rope_parameters` alone, whatever the length.
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3")
 
-# Copied unchanged; every other field is either checked by `_check_exact_upcycling` or without effect on logits.
+# Settings that are copied unchanged. `_check_exact_upcycling` checks every other one that has an effect on logits.
 _COPIED_SETTINGS = (
     "vocab_size",
     "hidden_size",

@@ -157,7 +157,7 @@ def _join_process_group() -> _Process:
     if not torch.cuda.is_available():
         import deepspeed.ops
 
-        # An optional shared-memory reduction that takes most of a minute to compile, once on each machine.
+        # An optional shared-memory reduction, which would take most of a minute to compile on each new machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return _Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
@@ -265,7 +265,7 @@ def _build_trainer(
 
 
 def _record_start(run: _Run, model: PreTrainedModel, args: TrainingArguments, num_trainable: int) -> None:
-    """Adds the start to starts.json and logs what runs on what."""
+    """Adds the start to starts.json, and logs the student, the device and the sizes of the run."""
     config, num_ranks = run.config, run.process.num_ranks
     append_start(
         config, run.splits.train.source, step=run.start_step, num_ranks=num_ranks, device=device_name(args.device)

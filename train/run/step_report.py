@@ -1,6 +1,6 @@
-"""What ranks tell each other once a step, so that all of them take the same decision.
+"""Packs what ranks tell each other once a step, so that all of them take the same decision.
 
-Every rank packs a vector, the vectors are added up in one reduction, and each rank unpacks the sum.
+Every rank packs a vector, one reduction adds the vectors up, and each rank unpacks the sum.
 """
 
 import math

@@ -143,7 +143,7 @@ class StudentTrainer(Trainer):
         self._since_log = TermSums()
         self._logged_at = time.monotonic()
         self._waited_s = 0.0
-        # It would print every log as a dictionary, while our logs go to the progress bar and to files.
+        # PrinterCallback prints every log as a dictionary, but our logs go to the progress bar and to files.
         self.remove_callback(PrinterCallback)
 
     # Before the first step: loader, optimiser, checkpoint

@@ -117,10 +117,10 @@ def test_the_loads_of_the_first_step_equal_those_of_its_samples_one_by_one(runs:
     assert spec is not None
     source = DatasetSource(runs / "data" / "kd.json", "kd", encoder)
     selected, _ = split_validation(24, 0.2)
-    plan = GlobalBatchSampler([SampleSet(selected)], 8, 8, 0, 8192)
+    sampler = GlobalBatchSampler([SampleSet(selected)], 8, 8, 0, 8192)
     model = load_student(path, dtype=torch.float32)
     expected = {"text": np.zeros((2, 8), int), "image": np.zeros((2, 8), int)}
-    for number in plan.micro_batch(0, 0):
+    for number in sampler.micro_batch(0, 0):
         example = source[int(number)]
         ids, _ = expand_placeholders(example.conversations[0].input_ids, encoder.image_token_id, spec.tokens_per_image)
         inputs = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
@@ -128,7 +128,7 @@ def test_the_loads_of_the_first_step_equal_those_of_its_samples_one_by_one(runs:
             images = [load_image(ref, runs / "data", "pad", spec.mean_rgb, "") for ref in example.sample.images]
             inputs["pixel_values"] = processor(images=images, return_tensors="pt")["pixel_values"]
         captured: list[Any] = []
-        hook = language_model(model).register_forward_hook(lambda _m, _a, out: captured.append(out.router_logits))  # noqa: B023
+        hook = language_model(model).register_forward_hook(lambda _m, _a, out: captured.append(out.router_logits))  # noqa: B023 - removed before the next iteration
         model.config.text_config.output_router_logits = True
         with torch.no_grad():
             model(**inputs)

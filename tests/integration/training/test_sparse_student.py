@@ -54,7 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_first_loss_of_the_sparse_student_is_the_dense_one_s(root: Path) -> None:
+def test_the_first_loss_of_the_sparse_student_equals_that_of_the_dense_one(root: Path) -> None:
     sparse_loss, dense_loss = losses(root / "zero1")[0], losses(root / "dense")[0]
     metrics = (root / "zero1" / "metrics.jsonl").read_text().splitlines()[0]
     assert '"balance"' in metrics

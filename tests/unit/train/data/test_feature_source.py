@@ -134,7 +134,7 @@ def test_the_features_in_memory_are_limited(root: Path, monkeypatch: pytest.Monk
         assert torch.equal(features.pixels(requests("0.png", "2.png", "8.png", "0.png")), expected)
         cached = features._cached  # noqa: SLF001 - memory use cannot be seen from outside
         assert len(cached) == 2
-        assert features._cached_bytes == sum(each.nbytes for each in cached.values())  # noqa: SLF001 - the same
+        assert features._cached_bytes == sum(each.nbytes for each in cached.values())  # noqa: SLF001 - memory use, as above
 
 
 def test_a_damaged_shard_is_named(root: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def teacher_topk(probs_RV: Tensor, num_kept: int) -> tuple[Tensor, Tensor, Tenso
 def random_rows(
     *, num_kept: int = KEPT, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Student logits over a padded output layer, the teacher's probabilities, its kept entries and rest."""
+    """Returns student logits over a padded output layer, the teacher's probabilities, its kept entries and rest."""
     generator = torch.Generator().manual_seed(seed)
     logits_RV = torch.randn(NUM_ROWS, OUTPUT, generator=generator, dtype=torch.float64).mul(2).to(dtype)
     probs_RV = torch.randn(NUM_ROWS, VOCAB, generator=generator, dtype=torch.float64).mul(2).softmax(1)

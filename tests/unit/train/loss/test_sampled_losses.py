@@ -26,13 +26,13 @@ Array = NDArray[Any]
 
 @pytest.fixture(scope="module")
 def teacher_V() -> Array:
-    """One distribution over the teacher's padded output layer, float64; half of its mass is outside its best four."""
+    """Returns float64 probabilities of the teacher's padded output layer; half of the mass is outside the best four."""
     return reference.softmax(1.5 * np.random.default_rng(0).normal(size=TEACHER_OUTPUT))
 
 
 @pytest.fixture(scope="module")
 def student_V() -> Tensor:
-    """One row of the student's logits, float64."""
+    """Returns one row of the student's logits, float64."""
     return torch.from_numpy(1.5 * np.random.default_rng(1).normal(size=STUDENT_OUTPUT))
 
 

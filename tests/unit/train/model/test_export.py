@@ -42,7 +42,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(student: Path, tmp_path: Path) -> Path:
-    """A trainer's checkpoint directory: the model in a subdirectory, beside states of the optimizer."""
+    """Makes a trainer's checkpoint directory: the model in a subdirectory, beside states of the optimizer."""
     shutil.copytree(student, tmp_path / "checkpoint-7" / "model")
     (tmp_path / "checkpoint-7" / "global_step7").mkdir()
     (tmp_path / "checkpoint-7" / "global_step7" / "zero_pp_rank_0.pt").write_bytes(b"state")
