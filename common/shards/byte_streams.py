@@ -1,6 +1,7 @@
 """Byte streams of kept entries that are split by quarters, buckets or bits; docs/shard-format.md specifies them.
 
-Legend: R scored tokens, N kept entries of all rows, row after row.
+Legend: R scored tokens, N kept entries of all rows, row after row. `ends` has 0 and the index after the last entry of
+each conversation.
 """
 
 import itertools

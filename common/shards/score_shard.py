@@ -1,4 +1,4 @@
-"""Shards of scored samples: ordinary Parquet files, of which each row is one sample.
+"""Shards of scored samples: ordinary Parquet files with one sample in each row.
 
 Ids, texts, tokens, spans and sums are native columns, which any Parquet reader can query. The kept entries are packed
 into binary columns (common/shards/codec.py): best entries with their log-probs, drawn ones with their numbers of

@@ -76,7 +76,7 @@ class VisionTower:
 
     @property
     def num_threads(self) -> int:
-        """Returns the number of calls of `features` to run at once."""
+        """Returns the number of calls of `encode` to run at once."""
         return 1 if self.device == "cuda" else int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
     def preprocess(self, images: Sequence[Image.Image]) -> Any:
