@@ -31,7 +31,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command line; the entry point of the console script `decant`."""
     _set_up_logging()
     _silence_libraries()
     try:

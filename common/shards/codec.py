@@ -371,6 +371,6 @@ def _to_rectangle(values_N: npt.NDArray[Any], counts_R: npt.NDArray[np.int32], f
 
 
 def _from_rectangle(rows_RK: npt.NDArray[Any], counts_R: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
-    """Inverse of `_to_rectangle`, [N]."""
+    """Inverts `_to_rectangle`; returns the entries [N]."""
     width = rows_RK.shape[1]
     return rows_RK.reshape(-1) if counts_R.sum() == rows_RK.size else rows_RK[np.arange(width) < counts_R[:, None]]

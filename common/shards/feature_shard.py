@@ -122,7 +122,7 @@ def pack_features(features_PD: npt.NDArray[np.float32], form: FeatureForm) -> di
 
 
 def unpack_features(packed: Mapping[str, bytes], manifest: FeatureManifest, where: str) -> npt.NDArray[np.float32]:
-    """Inverse of `pack_features`: float32 [P, D]; in the form bf16 each value is a bfloat16 number.
+    """Inverts `pack_features`; returns float32 [P, D]. In the form bf16 each value is a bfloat16 number.
 
     Raises:
         ShardError: a column has not the size that the manifest implies, or a code is out of range; names `where`.
@@ -154,7 +154,7 @@ def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """Inverse of `to_bfloat16`."""
+    """Inverts `to_bfloat16`."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
