@@ -91,7 +91,7 @@ class FeatureSummary:
 
     @property
     def complete(self) -> bool:
-        """Returns True if every shard is published."""
+        """True if every shard is published."""
         return self.num_complete_shards == self.manifest.num_shards
 
     def render(self) -> RenderableType:

@@ -107,7 +107,7 @@ class CaptureJob(CaptureInputs):
 
     @property
     def scorer_settings(self) -> ScorerSettings:
-        """Returns the settings that the teacher starts with."""
+        """Settings that the teacher starts with."""
         spec = self.image_spec
         capture = self.manifest.capture
         return ScorerSettings(

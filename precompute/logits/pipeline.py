@@ -52,12 +52,12 @@ class CaptureCounter:
 
     @property
     def elapsed_s(self) -> float:
-        """Returns the seconds since the teacher was ready, 0 before that."""
+        """Seconds since the teacher was ready, 0 before that."""
         return 0.0 if self.started_s is None else time.monotonic() - self.started_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Returns the tokens that the teacher read a second."""
+        """Tokens that the teacher read a second."""
         return self.num_tokens / self.elapsed_s if self.started_s is not None else 0.0
 
 

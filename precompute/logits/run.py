@@ -61,17 +61,17 @@ class CaptureSummary:
 
     @property
     def complete(self) -> bool:
-        """Returns True if every shard is published."""
+        """True if every shard is published."""
         return self.num_complete_shards == self.num_shards
 
     @property
     def new_tokens_per_s(self) -> float:
-        """Returns the teacher's speed in this run; 0 if it was not started."""
+        """Teacher's speed in this run; 0 if it was not started."""
         return self.num_new_tokens / self.scoring_s if self.scoring_s else 0.0
 
     @property
     def message(self) -> str:
-        """Returns the outcome in one line."""
+        """Outcome in one line."""
         if not self.complete and not self.interrupted and not self.num_own_missing:
             return (
                 f"this node's {self.num_own_shards} shards are complete; "
