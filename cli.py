@@ -31,7 +31,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command line; the entry point of the console script `decant`."""
     _set_up_logging()
     _silence_libraries()
     try:
@@ -67,7 +67,7 @@ def _common_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Declares what stands before a command. The deepspeed launcher adds a rank, which is read from the environment."""
+    """Declares the options before a command. The deepspeed launcher adds its rank, which the environment has too."""
 
 
 app.command("precompute-logits")(precompute.commands.precompute_logits)

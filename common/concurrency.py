@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ResultT = TypeVar("ResultT")
 
-# How often the thread of a full queue checks if the prefetcher was closed.
+# Pause between two checks of whether the prefetcher was closed, while its queue is full.
 _POLL_S = 0.1
 
 
@@ -91,7 +91,7 @@ class BackgroundWriter(Generic[T]):
 
 
 class Prefetcher(Generic[T]):
-    """Iterates `items` in a thread, at most `ahead` items early. An exception of `items` is raised by `take`."""
+    """Iterator over `items` in a thread, at most `ahead` items early. An exception of `items` is raised by `take`."""
 
     def __init__(self, items: Iterable[T], ahead: int) -> None:
         self.is_exhausted = False

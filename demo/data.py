@@ -177,13 +177,13 @@ def _named_digits(text: str) -> set[int]:
 
 
 def _split(
-    indices: Sequence[int], truth: Sequence[int], share: float, choice: random.Random
+    indices: Sequence[int], truth: Sequence[int], share: float, rng: random.Random
 ) -> tuple[list[int], list[int]]:
     """Splits `indices` into two sorted lists, with `share` of the images of every digit in the first."""
     taken: set[int] = set()
     for digit in range(10):
-        of_digit = [i for i in indices if truth[i] == digit]
-        taken.update(choice.sample(of_digit, round(share * len(of_digit))))
+        same_digit = [i for i in indices if truth[i] == digit]
+        taken.update(rng.sample(same_digit, round(share * len(same_digit))))
     return sorted(taken), [i for i in indices if i not in taken]
 
 
@@ -206,9 +206,9 @@ def _image_name(index: int) -> str:
     return f"images/{index:04d}.png"
 
 
-def _answer(task: str, digit: int, choice: random.Random) -> str:
+def _answer(task: str, digit: int, rng: random.Random) -> str:
     article = "an" if digit == 8 else "a"
-    return choice.choice(_TASKS[task][1]).format(
+    return rng.choice(_TASKS[task][1]).format(
         n=digit,
         w=_WORDS[digit],
         a=article,
@@ -219,12 +219,12 @@ def _answer(task: str, digit: int, choice: random.Random) -> str:
     )
 
 
-def _turns(tasks: Sequence[str], digit: int, choice: random.Random) -> list[Line]:
+def _turns(tasks: Sequence[str], digit: int, rng: random.Random) -> list[Line]:
     turns = []
     for number, task in enumerate(tasks):
-        question = choice.choice(_TASKS[task][0])
+        question = rng.choice(_TASKS[task][0])
         turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
-        turns.append({"from": "gpt", "value": _answer(task, digit, choice)})
+        turns.append({"from": "gpt", "value": _answer(task, digit, rng)})
     return turns
 
 
@@ -246,9 +246,9 @@ def _question(index: int, digit: int, seed: int) -> Line:
 def _conversation(index: int, number: int, digit: int, seed: int) -> Line:
     """Returns a conversation of one or two questions; two thirds of the conversations have a single one."""
     name = f"conversation-{index:04d}-{number}"
-    choice = random.Random(f"{seed}/{name}")
-    tasks = choice.sample(list(_TASKS), choice.choice((1, 1, 2)))
-    return _line(name, index, _turns(tasks, digit, choice))
+    rng = random.Random(f"{seed}/{name}")
+    tasks = rng.sample(list(_TASKS), rng.choice((1, 1, 2)))
+    return _line(name, index, _turns(tasks, digit, rng))
 
 
 def _preference(index: int, digit: int, wrong_digit: int, seed: int) -> Line:

@@ -28,7 +28,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one model: shares of held-out questions, and NLL and KL in nats a held-out response token."""
+    """Metrics of one model: shares of held-out questions, and NLL and KL in nats a held-out response token."""
 
     accuracy: float
     hallucination_rate: float

@@ -1,4 +1,4 @@
-"""Tiny models of the families that the real ones come from, with random weights: CLIP, Qwen2, LLaVA.
+"""Tiny models with random weights, of the same families as the real ones: CLIP, Qwen2, LLaVA.
 
 The teacher is a whole `LlavaForConditionalGeneration`; the student is a language model, to which `init-student` adds a
 vision tower and an adapter. They share a tokenizer, but pad their output layers differently, as Qwen2-7B (152,064 rows)
@@ -103,7 +103,7 @@ def build_models(out: Path, data: DemoData, *, seed: int) -> DemoModels:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _save(LlavaForConditionalGeneration(_teacher_config(tokenizer)), tokenizer, built.teacher)
-        _save(Qwen2ForCausalLM(_student_config(tokenizer)), tokenizer, built.student_language)
+        _save(Qwen2ForCausalLM(_text_config(tokenizer, _STUDENT_TEXT)), tokenizer, built.student_language)
     _write(built.teacher / "preprocessor_config.json", _IMAGE_PROCESSOR)
     _write(built.teacher / "processor_config.json", _PROCESSOR)
     return built
@@ -139,7 +139,7 @@ def _training_texts(data: DemoData) -> Iterator[str]:
     for line in read_lines(data.train_conversations) + read_lines(data.train_captions):
         for turn in line["conversations"]:
             yield f"{roles[turn['from']]}\n"
-            yield turn["value"].removeprefix(f"{IMAGE}")
+            yield turn["value"].removeprefix(IMAGE)
 
 
 def _teacher_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
@@ -163,10 +163,6 @@ def _teacher_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         projector_hidden_act="gelu",
         tie_word_embeddings=False,
     )
-
-
-def _student_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
-    return _text_config(tokenizer, _STUDENT_TEXT)
 
 
 def _text_config(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, Any]) -> Qwen2Config:

@@ -98,7 +98,7 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def make_table(rows: dict[str, Evaluation]) -> Table:
-    """Returns the table of all models' figures."""
+    """Returns the table of all models' metrics."""
     table = Table(title="Held-out images", title_justify="left")
     table.add_column("model", no_wrap=True)
     for column in ("accuracy", "wrong digit", "NLL", "KL to teacher"):

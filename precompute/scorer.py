@@ -33,7 +33,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class RejectedRequest:
-    """A request that the teacher refuses, such as one whose images it cannot process; `reason` names it."""
+    """A request that the teacher refuses, such as one whose images it cannot process; `reason` names it too."""
 
     reason: str
 
@@ -82,8 +82,8 @@ class Scorer(Protocol):
     def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[RequestKey, ScoringResult], None, None]:
         """Scores requests and yields their results in any order.
 
-        Requests are drawn as there is room, possibly in another thread; closing the generator stops the drawing. A
-        conversation has one result, a prompt one for each response that is to be written; instead of them, either may
+        Requests are taken when there is room, possibly in another thread; none is taken after the generator is closed.
+        A conversation has one result, a prompt one for each response that is to be written; instead of them, either may
         have one RejectedRequest.
         """
         ...

@@ -32,7 +32,7 @@ class ShardWriter(Generic[ResultT]):
         *,
         max_waiting: int,
     ) -> None:
-        """Begins no shard yet.
+        """Prepares the thread; no shard is begun yet.
 
         Args:
             output: a directory or an address that `manifest` was opened in.
@@ -51,7 +51,7 @@ class ShardWriter(Generic[ResultT]):
 
     @property
     def num_open(self) -> int:
-        """Returns the number of shards that were begun and lack a result."""
+        """Number of shards that were begun and lack a result."""
         return len(self._results)
 
     def begin(self, number: int) -> bool:
@@ -78,7 +78,7 @@ class ShardWriter(Generic[ResultT]):
                 self._writer.put((number, self._results.pop(number)))
 
     def check(self) -> None:
-        """Raises what writing a shard raised, if it did; costs next to nothing."""
+        """Raises what writing a shard raised so far. Cheap enough to be called in a loop."""
         self._writer.check()
 
     def __enter__(self) -> Self:

@@ -95,7 +95,7 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """SHA-256 (hex) of a fast tokenizer's serialised form, which does not depend on the files it was loaded from."""
+    """Returns the SHA-256 (hex) of a fast tokenizer's serialised form, whatever files it was loaded from."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
@@ -183,13 +183,12 @@ class ChatEncoder:
 
     def encode_prompt(self, turns: Sequence[Turn]) -> npt.NDArray[np.int32]:
         """Returns the token ids of `turns` and of the generation prompt after them, int32 [T]."""
-        messages = [{"role": turn.role, "content": self._to_content(turn.content)} for turn in turns]
-        text = self._apply_template(messages, True, "prompt")
+        text = self._apply_template(self._to_messages(turns), True, "prompt")
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
     def _render(self, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
         """Returns the whole conversation as text, and the character range of each assistant turn."""
-        messages = [{"role": turn.role, "content": self._to_content(turn.content)} for turn in turns]
+        messages = self._to_messages(turns)
         full = self._apply_template(messages, False, where)
         spans = []
         for position, turn in enumerate(turns):
@@ -216,6 +215,10 @@ class ChatEncoder:
             )
         except TemplateError as error:
             raise DataError(f"{where}: the chat template refuses this conversation ({error})") from error
+
+    def _to_messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Returns the turns as transformers' chat templates take them."""
+        return [{"role": turn.role, "content": self._to_content(turn.content)} for turn in turns]
 
     def _to_content(self, text: str) -> Any:
         if not self._takes_parts:

@@ -1,6 +1,7 @@
 """Byte streams of kept entries that are split by quarters, buckets or bits; docs/shard-format.md specifies them.
 
-Legend: R scored tokens, N kept entries of all rows, row after row.
+Legend: R scored tokens, N kept entries of all rows, row after row. `ends` has 0 and the index after the last entry of
+each conversation.
 """
 
 import itertools
@@ -40,7 +41,7 @@ def split_quarters(values_N: npt.NDArray[np.uint8], counts_R: npt.NDArray[np.int
 def join_quarters(
     quarters: Sequence[npt.NDArray[np.uint8]], counts_R: npt.NDArray[np.int32], where: str
 ) -> npt.NDArray[np.uint8]:
-    """Inverse of `split_quarters`.
+    """Inverts `split_quarters`.
 
     Raises:
         ShardError: a quarter has another number of values than its rows have entries.
@@ -88,7 +89,7 @@ def join_buckets(
     buckets_R: npt.NDArray[np.uint8],
     where: str,
 ) -> npt.NDArray[np.uint8]:
-    """Inverse of `split_by_label` for buckets.
+    """Inverts `split_by_label` for buckets.
 
     Raises:
         ShardError: a bucket has another number of codes than its rows have entries.

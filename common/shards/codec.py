@@ -10,7 +10,8 @@ is sorted by how many rows of the table keep the id. Most ids that a row keeps a
 close together and the differences small. Each stream is a Parquet column of its own, so that zstd compresses bytes of
 one kind together.
 
-Legend: R scored tokens, N kept entries of all rows, K kept entries of the longest row, V vocabulary.
+Legend: R scored tokens, N kept entries of all rows, K kept entries of the longest row, V vocabulary. `ends` has 0 and
+the index after the last entry of each conversation.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ _MAX_BATCH_ENTRIES = 1 << 17
 
 @dataclass(frozen=True)
 class BinaryColumn:
-    """Binary column: `data` uint8 [bytes], of which conversation i has those from `offsets[i]` to `offsets[i + 1]`."""
+    """Binary column: `data` uint8 [bytes]; conversation i has the bytes `offsets[i]` to `offsets[i + 1]` - 1."""
 
     data: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int64]
@@ -234,10 +235,7 @@ def _unpack_batch(
     settings: CodecSettings,
     where: str,
 ) -> KeptEntries:
-    """Returns the entries of all rows, in a row by descending log-prob, ties by ascending id.
-
-    `ends` int64 has 0 and the index after the last entry of each conversation.
-    """
+    """Returns the entries of all rows, in a row by descending log-prob, ties by ascending id."""
     counts_R, rest_R, tables_R = rows
     order, quantizer = settings.order, settings.quantizer
     precision = quantizer.precision
@@ -373,6 +371,6 @@ def _to_rectangle(values_N: npt.NDArray[Any], counts_R: npt.NDArray[np.int32], f
 
 
 def _from_rectangle(rows_RK: npt.NDArray[Any], counts_R: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
-    """Inverse of `_to_rectangle`, [N]."""
+    """Inverts `_to_rectangle`; returns the entries [N]."""
     width = rows_RK.shape[1]
     return rows_RK.reshape(-1) if counts_R.sum() == rows_RK.size else rows_RK[np.arange(width) < counts_R[:, None]]

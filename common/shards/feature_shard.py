@@ -30,9 +30,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.errors import ShardError, StorageError
+from common.errors import ShardError
 from common.shards.manifest import (
     MANIFEST_NAME,
+    FeatureForm,
     FeatureManifest,
     Receipt,
     published_shards,
@@ -59,7 +60,7 @@ _MAX_OPEN_FILES = 64
 
 _MAX_CODE = 127
 
-_PACKED_COLUMNS: dict[str, tuple[str, ...]] = {
+_PACKED_COLUMNS: dict[FeatureForm, tuple[str, ...]] = {
     "bf16": ("features_low", "features_high"),
     "q8": ("codes", "patch_scales", "channel_scales"),
 }
@@ -107,7 +108,7 @@ def feature_schema(manifest: FeatureManifest) -> pa.Schema:
     return pa.schema([pa.field("index", pa.int64(), nullable=False), *_INDEX_SCHEMA, *packed])
 
 
-def pack_features(features_PD: npt.NDArray[np.float32], form: str) -> dict[str, bytes]:
+def pack_features(features_PD: npt.NDArray[np.float32], form: FeatureForm) -> dict[str, bytes]:
     """Packs the features of one image into binary columns; the module's docstring describes both forms."""
     if form == "bf16":
         halves_PD2 = to_bfloat16(features_PD).astype("<u2").view(np.uint8).reshape(*features_PD.shape, 2)
@@ -121,7 +122,7 @@ def pack_features(features_PD: npt.NDArray[np.float32], form: str) -> dict[str, 
 
 
 def unpack_features(packed: Mapping[str, bytes], manifest: FeatureManifest, where: str) -> npt.NDArray[np.float32]:
-    """Inverse of `pack_features`: float32 [P, D]; in the form bf16 each value is a bfloat16 number.
+    """Inverts `pack_features`; returns float32 [P, D]. In the form bf16 each value is a bfloat16 number.
 
     Raises:
         ShardError: a column has not the size that the manifest implies, or a code is out of range; names `where`.
@@ -153,7 +154,7 @@ def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """Inverse of `to_bfloat16`."""
+    """Inverts `to_bfloat16`."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -316,8 +317,6 @@ def is_feature_cache(output: Location) -> bool:
     """
     try:
         return bool(json.loads(read_bytes(output / MANIFEST_NAME))["kind"] == "features")
-    except StorageError:
-        raise
     except (OSError, ValueError, KeyError, TypeError):
         for number in published_shards(output)[:1]:
             return bool(_read_footer_kind(shard_path(output, number)) == "features")

@@ -28,7 +28,7 @@ REST_ROUNDING = 2.0 ** (_ZERO_BITS - 24)
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Storage of an output's kept entries: the best `top_k`, or `num_draws` draws of a row if that is not None."""
+    """Quantization of an output's kept entries: the best `top_k`, or `num_draws` draws of a row if that is not None."""
 
     precision: StoredPrecision
     top_k: int

@@ -1,4 +1,4 @@
-"""Shards of scored samples: ordinary Parquet files, of which each row is one sample.
+"""Shards of scored samples: ordinary Parquet files with one sample in each row.
 
 Ids, texts, tokens, spans and sums are native columns, which any Parquet reader can query. The kept entries are packed
 into binary columns (common/shards/codec.py): best entries with their log-probs, drawn ones with their numbers of
@@ -260,7 +260,7 @@ def _to_binary(packed: BinaryColumn) -> pa.BinaryArray:
 
 
 def _from_binary(column: pa.ChunkedArray) -> BinaryColumn:
-    """Inverse of `_to_binary`."""
+    """Inverts `_to_binary`."""
     values = column.combine_chunks()
     _, offsets, data = values.buffers()
     offsets = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1].astype(np.int64)
@@ -280,7 +280,7 @@ def _to_lists(arrays: list[npt.NDArray[Any]], list_type: pa.ListType) -> pa.List
 
 
 def _from_lists(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
-    """Inverse of `_to_lists`. Each array owns its memory, so that a kept row keeps no other alive."""
+    """Inverts `_to_lists`. Each array owns its memory, so that a kept row keeps no other alive."""
     lists = column.combine_chunks()
     values = lists.values
     flat = np.stack([v.to_numpy() for v in values.flatten()], axis=1) if values.type.num_fields else values.to_numpy()

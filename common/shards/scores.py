@@ -162,5 +162,5 @@ def descending_keys(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
 
 
 def from_descending_keys(keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
-    """Inverse of `descending_keys`."""
+    """Inverts `descending_keys`."""
     return np.where(keys >> 31, keys, keys ^ 0x7FFF_FFFF).view(np.float32)

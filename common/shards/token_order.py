@@ -86,7 +86,7 @@ def classes_to_text(classes_MV: npt.NDArray[np.uint8]) -> str:
 
 
 def classes_from_text(text: bytes, vocab_size: int, where: str) -> npt.NDArray[np.uint8]:
-    """Inverse of `classes_to_text`, uint8 [M, V].
+    """Inverts `classes_to_text`; returns uint8 [M, V].
 
     Raises:
         ShardError: the text is damaged, or belongs to another vocabulary.

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, cast
 
+import fsspec
 from pydantic import BeforeValidator, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 from upath import UPath
@@ -28,7 +29,8 @@ LOCK_NAME = ".lock"
 # A location on this machine is always a plain Path, so that `isinstance(location, Path)` tells the two apart.
 Location = Path | UPath
 
-_EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+# The extra of this package that installs the client library of a protocol.
+_EXTRA_BY_PROTOCOL = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
 def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
@@ -54,12 +56,10 @@ def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
         raise ConfigError(f"{address}: addresses in addresses (::) are not supported; give one of them")
     if protocol in ("file", "local"):
         return Path(address[len(match[1]) + len("://") :])
-    from fsspec import get_filesystem_class
-
     try:
-        get_filesystem_class(protocol)
+        fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        extra = _EXTRA_OF_PROTOCOL.get(protocol)
+        extra = _EXTRA_BY_PROTOCOL.get(protocol)
         wanted = f"'decant[{extra}]'" if extra else "the package that fsspec names"
         raise ConfigError(f"{address}: {protocol}:// needs a package ({error}); run: pip install {wanted}") from error
     except ValueError as error:
@@ -73,7 +73,7 @@ def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
 
 def _validate_location(value: Any) -> Location:
     if not isinstance(value, str | os.PathLike | UPath):
-        raise ValueError("expected a path or an address")  # noqa: TRY004 - pydantic takes no TypeError
+        raise ValueError("expected a path or an address")  # noqa: TRY004 - pydantic reports a ValueError as a wrong setting, but no TypeError
     try:
         return parse_location(value)
     except ConfigError as error:
@@ -233,6 +233,11 @@ def directory_lock(directory: Location) -> Iterator[None]:
         os.close(descriptor)
 
 
+def partial_path(path: Path) -> Path:
+    """Returns a new temporary name beside `path`, under which the file is written until it is complete."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+
+
 def remove_partials(directory: Location, older_than_s: float = 3600.0) -> None:
     """Deletes temporary files that killed processes left in `directory`.
 
@@ -248,7 +253,7 @@ def remove_partials(directory: Location, older_than_s: float = 3600.0) -> None:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

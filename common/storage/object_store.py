@@ -74,6 +74,7 @@ def call_with_retries(path: UPath, action: str, call: Callable[[Any, str], T]) -
         try:
             return call(filesystem(path.protocol, os.getpid()), path.path)
         except Exception as error:
+            # Any other built-in exception, such as a TypeError, is a defect of the program, not a failure of the store.
             if not isinstance(error, OSError | ValueError) and type(error).__module__ == "builtins":
                 raise
             if isinstance(error, FileNotFoundError | FileExistsError) and "NoSuchBucket" not in _codes(error):
@@ -169,7 +170,7 @@ def list_objects(path: UPath) -> dict[str, int]:
 
 
 class RangedFile(io.RawIOBase):
-    """Object as a seekable file, of which each read is one request for its range. Remains usable after a fork.
+    """Object as a seekable file; each read is one request for its range of bytes. Remains usable after a fork.
 
     Raises:
         FileNotFoundError: on opening, if there is no such object.

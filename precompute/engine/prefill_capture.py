@@ -4,7 +4,7 @@
                                                                └> RowScores of the prompts that are finished
 
 The engine may compute a prompt in several steps, and starts over when it has preempted it. Rows are therefore kept by
-their place in the prompt, not by their order of arrival. Knows torch and numpy, but not vLLM.
+their place in the prompt, not by their order of arrival. Imports torch and numpy, but not vLLM.
 
 Legend: T tokens of a step, H hidden size, R wanted rows of a request, D draws.
 """
@@ -40,7 +40,7 @@ class RowAccumulator:
         return self._uniforms_RD[rows]
 
     def add(self, rows: slice, scores: RowScores) -> None:
-        """Copies the scores of these rows, on the device that they are on."""
+        """Copies in the scores of these rows, which stay on their device."""
         if self._scores is None:
             num_rows = len(self.request.rows)
             self._scores = RowScores(
@@ -59,7 +59,7 @@ class RowAccumulator:
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """A request's part in a step: positions [start, stop) of its prompt, which are rows `offset` ... of the batch."""
+    """A request's part in a step: positions [start, stop) of its prompt, which begin at row `offset` of the batch."""
 
     request_id: str
     accumulator: RowAccumulator

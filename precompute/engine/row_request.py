@@ -1,6 +1,6 @@
 """Records that pass between the front end and the workers: which rows a request wants, and the rows that it gets.
 
-Legend: R wanted rows of a request, K kept entries, D draws, V the output layer's entries. Knows torch, but not vLLM.
+Legend: R wanted rows of a request, K kept entries, D draws, V the output layer's entries. Imports torch, but not vLLM.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ class CapturedSamplerSteps:
 
     @classmethod
     def from_sampling_params(cls, sampling_params: Any) -> "CapturedSamplerSteps | None":
-        """Returns an empty one, or None if the request did not turn the capture of its steps on."""
+        """Returns an empty record, or None if the request did not turn the capture of its steps on."""
         found = (getattr(sampling_params, "extra_args", None) or {}).get(_STEPS_KEY)
         return None if found is None else cls(**found)
 
@@ -127,7 +127,7 @@ def pack_row_scores(scores: RowScores) -> tuple[Tensor, Tensor, Tensor]:
     """Returns scores as the fields of vLLM's `LogprobsTensors`, which it sends from its workers to the front end."""
     ids = torch.cat([scores.ids, scores.drawn], dim=1)
     logprobs = torch.cat([scores.own[:, None], scores.logprobs], dim=1)
-    # The field is meant for the ranks of tokens, which nobody reads here.
+    # Sent in the field for the ranks of tokens, because these are not read here.
     top_k = torch.tensor([scores.ids.shape[1]], dtype=torch.int32)
     return ids, logprobs, top_k
 

@@ -80,7 +80,7 @@ def score_rows(  # noqa: PLR0913 - a pure function of arrays and sizes
         scores = score_logits(logits_RV.float(), targets_R[chunk], top_k=top_k, uniforms_RD=uniforms)
         for name, part in vars(scores).items():
             getattr(result, name)[chunk] = part
-        # Else this chunk's logits would live until the next chunk's are made.
+        # Deleted, because this chunk's logits would otherwise live until the next chunk's are made.
         del logits_RV, scores
     return result
 
@@ -140,10 +140,10 @@ def draw(weights_RV: Tensor, uniforms_RD: Tensor) -> Tensor:
     if padding := num_blocks * _BLOCK - size:
         weights_RV = torch.nn.functional.pad(weights_RV, (0, padding))
     blocks_RCB = weights_RV.unflatten(1, (num_blocks, _BLOCK))
-    upto_RC = blocks_RCB.sum(2, dtype=torch.float64).cumsum(1)
-    point_RD = uniforms_RD * upto_RC[:, -1:]
-    block_RD = torch.searchsorted(upto_RC, point_RD, right=True).clamp_(max=num_blocks - 1)
-    before_RD = torch.where(block_RD > 0, upto_RC.gather(1, (block_RD - 1).clamp(min=0)), 0.0)
+    cumsum_RC = blocks_RCB.sum(2, dtype=torch.float64).cumsum(1)
+    point_RD = uniforms_RD * cumsum_RC[:, -1:]
+    block_RD = torch.searchsorted(cumsum_RC, point_RD, right=True).clamp_(max=num_blocks - 1)
+    before_RD = torch.where(block_RD > 0, cumsum_RC.gather(1, (block_RD - 1).clamp(min=0)), 0.0)
     inside_RDB = blocks_RCB.gather(1, block_RD[:, :, None].expand(-1, -1, _BLOCK)).double()
     # Where the rounding of the two sums would lead past the block, its last id of positive weight is taken.
     last_RD = _BLOCK - 1 - (inside_RDB > 0).flip(2).byte().argmax(2)

@@ -70,7 +70,7 @@ class Teacher:
         self.in_engine = self._start_capture()
 
     def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[RequestKey, ScoringResult], None, None]:
-        """Yields results in the order in which they are finished; `requests` is drawn in another thread.
+        """Yields results in the order in which they are finished; `requests` is iterated in another thread.
 
         Raises:
             ModelError: the engine died, or what it returned does not fit the request.

@@ -2,7 +2,7 @@
 
 The engine runs in a process of its own, or in this one with VLLM_ENABLE_V1_MULTIPROCESSING=0, which starts
 faster. Prompts are added while earlier ones run, at most `max_in_flight` at a time, so that memory stays bounded
-whatever the length of the input. A thread draws them and lets vLLM process their images, because that takes as long as
+whatever the length of the input. A thread takes them and has vLLM process their images, because that takes as long as
 the engine's step.
 """
 
@@ -91,9 +91,10 @@ class Engine:
             ConfigError: an unknown key in `settings.options`.
             ModelError: vLLM cannot load the model, or the device has too little memory.
         """
-        _keep_quiet_and_offline()
-        # In this process vLLM's CPU worker replaces the function, and we set the flag; `close` restores both.
-        self._before = (torch.set_num_threads, compiler_config.disable)
+        _disable_logs_and_usage_reports()
+        # vLLM's CPU worker replaces the function if it runs in this process, and `_compiler_disabled` sets the flag.
+        # `close` restores both.
+        self._torch_state_before = (torch.set_num_threads, compiler_config.disable)
         arguments = _engine_arguments(model_dir, settings, limits, prefix_caching)
         self.max_in_flight = 2 * settings.max_num_seqs
         in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
@@ -122,12 +123,12 @@ class Engine:
     ) -> Generator[tuple[KeyT, RequestOutput | RejectedRequest], None, None]:
         """Yields the key of each prompt with its finished output, in the order in which they finish.
 
-        A prompt that vLLM refuses is yielded as a RejectedRequest. Prompts are drawn in a thread and enter in their
+        A prompt that vLLM refuses is yielded as a RejectedRequest. Prompts are taken in a thread and enter in their
         own order; `params` is called there with the key and the ids of the prompt as the engine reads it, images
         expanded.
 
         Raises:
-            ModelError: the engine died. Whatever drawing a prompt or `params` raises.
+            ModelError: the engine died. Whatever `prompts` or `params` raises.
         """
         running: dict[str, KeyT] = {}
         names = map(str, count())
@@ -163,7 +164,7 @@ class Engine:
         self._engine.engine_core.shutdown()
         del self._engine
         cleanup_dist_env_and_memory()
-        torch.set_num_threads, compiler_config.disable = self._before
+        torch.set_num_threads, compiler_config.disable = self._torch_state_before
 
     def _render_all(
         self, prompts: Iterable[tuple[KeyT, Prompt]], params: Callable[[KeyT, list[int]], SamplingParams]
@@ -245,8 +246,8 @@ def _make_rejected(where: str, error: Exception) -> RejectedRequest:
     return RejectedRequest(f"{where}: vLLM refuses it ({error})")
 
 
-def _keep_quiet_and_offline() -> None:
-    """Turns off vLLM's logs and its usage reports to its makers, in its child processes too."""
+def _disable_logs_and_usage_reports() -> None:
+    """Turns off vLLM's logs and usage reports, in its child processes too."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])

@@ -42,7 +42,7 @@ def install_patches() -> None:
     if hasattr(WorkerBase, _WORKER_METHOD):
         return
     _front_end_problem = try_patch(patch_front_end)
-    setattr(WorkerBase, _WORKER_METHOD, _patch_runner_of)
+    setattr(WorkerBase, _WORKER_METHOD, _patch_model_runner)
 
 
 def start_capture(collective_rpc: Callable[[str], list[str]]) -> str:
@@ -58,7 +58,7 @@ def start_capture(collective_rpc: Callable[[str], list[str]]) -> str:
     return next(filter(None, answers), "")
 
 
-def _patch_runner_of(worker: Any) -> str:
+def _patch_model_runner(worker: Any) -> str:
     """Patches the class of a worker's model runner once; returns "" or why it cannot be."""
     runner = type(worker.model_runner)
     if getattr(runner, _KEY, None) is None:
@@ -156,7 +156,7 @@ def _v1_chunks(runner: Any, num_scheduled_tokens: Mapping[str, int]) -> Iterable
         start, num_prompt_tokens = state.num_computed_tokens, state.num_prompt_tokens
         if start >= num_prompt_tokens:
             continue
-        # Ours hangs on vLLM's state of the request, because it must live exactly as long.
+        # Stored in vLLM's state of the request, so that the accumulator lives exactly as long.
         accumulator = getattr(state, _KEY, None)
         if accumulator is None:
             request = RowRequest.from_sampling_params(state.sampling_params)
@@ -182,7 +182,7 @@ def patch_v2_runner() -> None:
         "self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens",
     )
 
-    def accumulators_of(worker: Any) -> dict[str, RowAccumulator]:
+    def get_accumulators(worker: Any) -> dict[str, RowAccumulator]:
         accumulators: dict[str, RowAccumulator] = worker.__dict__.setdefault(_KEY, {})
         return accumulators
 
@@ -190,15 +190,15 @@ def patch_v2_runner() -> None:
     def add_request(self: Any, req_id: str, req_idx: int, sampling_params: Any) -> None:
         stock_add(self, req_id, req_idx, sampling_params)
         if request := RowRequest.from_sampling_params(sampling_params):
-            accumulators_of(self)[req_id] = RowAccumulator(request)
+            get_accumulators(self)[req_id] = RowAccumulator(request)
 
     @wraps(stock_remove)
     def remove_request(self: Any, req_id: str) -> None:
         stock_remove(self, req_id)
-        accumulators_of(self).pop(req_id, None)
+        get_accumulators(self).pop(req_id, None)
 
     @wraps(stock_compute)
-    def compute_prompt_logprobs(  # noqa: PLR0913, PLR0917 - vLLM's signature
+    def compute_prompt_logprobs(  # noqa: PLR0913, PLR0917 - replaces a function of vLLM
         self: Any,
         logits_fn: LogitsFunction,
         hidden_states: Tensor,
@@ -210,7 +210,7 @@ def patch_v2_runner() -> None:
         result: dict[str, Any] = stock_compute(
             self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens
         )
-        chunks = list(_v2_chunks(accumulators_of(self), input_batch, prompt_lens))
+        chunks = list(_v2_chunks(get_accumulators(self), input_batch, prompt_lens))
         if chunks:
             # vLLM itself copies them to the host while the next step runs.
             result.update(_pack_all(score_chunks(chunks, hidden_states, logits_fn, to_cpu=False)))

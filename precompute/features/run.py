@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ from common.shards.feature_shard import (
 from common.shards.manifest import (
     DatasetIdentity,
     EngineIdentity,
+    FeatureForm,
     FeatureManifest,
     is_complete,
     open_output,
@@ -64,13 +65,13 @@ _WAITING_SHARDS = 1
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """Options of the command."""
+    """Options of `precompute-features`."""
 
     model: Path
     dataset: Location
     image_root: Location | None
     output: Location
-    form: Literal["bf16", "q8"] = "bf16"
+    form: FeatureForm = "bf16"
     aspect_ratio: AspectRatio = "pad"
     batch_size: int = 16
     images_per_shard: int = 128
@@ -90,7 +91,7 @@ class FeatureSummary:
 
     @property
     def complete(self) -> bool:
-        """Returns True if every shard is published."""
+        """True if every shard is published."""
         return self.num_complete_shards == self.manifest.num_shards
 
     def render(self) -> RenderableType:
@@ -161,6 +162,7 @@ def run_features(settings: FeatureSettings, *, progress: bool = True) -> Feature
 
 
 def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
+    """Returns the distinct images, and the manifest that they and the tower give."""
     encoder = compute_encoder_identity(settings.model, settings.aspect_ratio)
     spec = ImageSpec.load(settings.model)
     assert spec is not None
@@ -223,7 +225,7 @@ def distinct_images(dataset: Dataset, image_root: Location | None, *, progress: 
 
 def _compute_shards(job: _FeatureJob, missing: Sequence[int], counted: list[int], progress: bool) -> None:
     """Writes the missing shards; appends the number of images of each to `counted`."""
-    # Imported here because a run with nothing to do should not spend seconds on it.
+    # Imported here, because loading torch takes seconds, which a run with nothing to do should not spend.
     from precompute.features.vision_tower import VisionTower, single_threaded_torch
 
     settings, manifest = job.settings, job.manifest
@@ -241,17 +243,17 @@ def _compute_shards(job: _FeatureJob, missing: Sequence[int], counted: list[int]
         write_feature_shard(settings.output, number, manifest, rows)
         counted.append(len(rows))
 
-    at_once = tower.num_threads
+    num_parallel = tower.num_threads
     num_images = sum(len(manifest.shard_range(number)) for number in missing)
-    # Contexts are left in reverse order: no batch is computed any more when the source of the batches is closed.
+    # Contexts are left in reverse order, so that no batch is computed any more when the source of batches is closed.
     with (
         tqdm(total=num_images, desc="computing", unit=" images", disable=not progress) as bar,
         single_threaded_torch(),
         ShardWriter[FeatureRow](settings.output, manifest, write, bar, max_waiting=_WAITING_SHARDS) as writer,
         closing(
-            prefetch_map(load, _begin_batches(job, missing, writer), num_threads=_READERS, ahead=2 + at_once)
+            prefetch_map(load, _begin_batches(job, missing, writer), num_threads=_READERS, ahead=2 + num_parallel)
         ) as loaded,
-        closing(prefetch_map(compute, loaded, num_threads=at_once, ahead=1 + at_once)) as computed,
+        closing(prefetch_map(compute, loaded, num_threads=num_parallel, ahead=1 + num_parallel)) as computed,
     ):
         for rows in computed:
             writer.check()
@@ -290,7 +292,7 @@ def _open_image(job: _FeatureJob, index: int) -> Image:
     """Returns the image as the tower's processor is to see it.
 
     Raises:
-        DataError: it is missing or unreadable, or not the one that the cache was begun with.
+        DataError: the file is missing or unreadable, or not the one that the cache was begun with.
     """
     known, root = job.images[index], job.settings.image_root
     path = known.paths[0]

@@ -66,7 +66,7 @@ class VisionTower:
 
     @property
     def description(self) -> str:
-        """Returns the tower and its device in one line."""
+        """Tower and its device in one line."""
         config, millions = self._model.config, sum(p.numel() for p in self._model.parameters()) / 1e6
         device = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {self.num_threads} thread(s)"
         return (
@@ -76,7 +76,7 @@ class VisionTower:
 
     @property
     def num_threads(self) -> int:
-        """Returns the number of calls of `features` to run at once."""
+        """Number of calls of `encode` to run at once."""
         return 1 if self.device == "cuda" else int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
     def preprocess(self, images: Sequence[Image.Image]) -> Any:

@@ -19,8 +19,8 @@ _HISTOGRAM_ROWS = 4
 _HISTOGRAM_WIDTH = MAX_BINS
 _BAR_WIDTH = 16
 _MAX_TURN_CHARS = 600
-# The first digits of a SHA-256 suffice to tell two fingerprints apart.
 _SHA_DIGITS = 64
+# The first digits of a SHA-256 suffice to tell two fingerprints apart.
 _SHOWN_SHA_DIGITS = 16
 
 

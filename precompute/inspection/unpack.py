@@ -4,7 +4,6 @@ Legend: R scored tokens, N kept entries of all rows.
 """
 
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from common.errors import ConfigError, ShardError, StorageError
 from common.shards.manifest import Manifest, shard_path
 from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
 from common.shards.scores import TeacherScores
-from common.storage.files import PARTIAL_SUFFIX, Location, open_ranged
+from common.storage.files import Location, open_ranged, partial_path
 from precompute.inspection.collect import InspectionTarget
 from precompute.report import Problem
 
@@ -85,7 +84,7 @@ def unpack_output(target: InspectionTarget, out: Path, *, progress: bool = True)
     for number in tqdm(target.shards, "unpacking", unit=" shards", disable=not progress, leave=False):
         source = shard_path(target.output, number)
         destination = out / source.name
-        partial = out / f".{source.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
+        partial = partial_path(destination)
         try:
             out.mkdir(parents=True, exist_ok=True)
             num_rows += _unpack_shard(source, target.manifest, number, partial)

@@ -57,7 +57,7 @@ class CaptureInputs:
     facts: ModelFacts
     max_tokens: int
     # Held while encoding, because fast tokenizers may not be called from two threads at once.
-    _encoding: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _encoder_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def where(self, index: int) -> str:
         """Returns the name of a sample for messages."""
@@ -67,7 +67,7 @@ class CaptureInputs:
         """Returns a sample, its encoded conversations, and the number of tokens that the teacher reads for them.
 
         Raises:
-            DataError: malformed, nothing to score, too long, or an image that is not there.
+            DataError: the sample is malformed, too long or has nothing to score, or an image is not there.
         """
         sample = self.dataset[index]
         where = self.where(index)
@@ -75,7 +75,7 @@ class CaptureInputs:
             raise DataError(f"{where}: has {len(sample.images)} image(s), but the teacher has no vision tower")
         for image in sample.images:
             check_image_exists(image, self.config.image_root, where)
-        with self._encoding:
+        with self._encoder_lock:
             encoded = self._encode_prompt(sample) if self.config.generate else self.encoder.encode_sample(sample)
         added = 0 if self.image_spec is None else len(sample.images) * (self.image_spec.tokens_per_image - 1)
         lengths = [len(conversation.input_ids) + added for conversation in encoded]
@@ -95,7 +95,7 @@ class CaptureInputs:
 
     def decode_text(self, ids: npt.NDArray[np.int32]) -> str:
         """Decodes ids, without special tokens."""
-        with self._encoding:
+        with self._encoder_lock:
             return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True))
 
 
@@ -107,7 +107,7 @@ class CaptureJob(CaptureInputs):
 
     @property
     def scorer_settings(self) -> ScorerSettings:
-        """Returns the settings that the teacher starts with."""
+        """Settings that the teacher starts with."""
         spec = self.image_spec
         capture = self.manifest.capture
         return ScorerSettings(
@@ -130,7 +130,7 @@ class CaptureJob(CaptureInputs):
         """Returns the images of a sample as the teacher is to see them.
 
         Raises:
-            DataError: one is unreadable or too large.
+            DataError: an image is unreadable or too large.
         """
         mean_rgb = (0, 0, 0) if self.image_spec is None else self.image_spec.mean_rgb
         return tuple(
@@ -142,7 +142,7 @@ class CaptureJob(CaptureInputs):
         """Returns the sample, with the bytes of its image files if shards are to hold them.
 
         Raises:
-            DataError: one cannot be read.
+            DataError: a file cannot be read.
         """
         if not self.config.store_images:
             return sample
@@ -235,8 +235,8 @@ def missing_shards(job: CaptureJob) -> list[int]:
     own = range(config.node_rank, job.manifest.num_shards, config.num_nodes)
     published = sorted(set(own) & set(published_shards(config.output)))
     with ThreadPoolExecutor(NUM_RECEIPT_READERS) as pool:
-        answers = pool.map(lambda number: is_complete(config.output, number, job.manifest), published)
-        complete = {number for number, is_whole in zip(published, answers, strict=True) if is_whole}
+        results = pool.map(lambda number: is_complete(config.output, number, job.manifest), published)
+        complete = {number for number, result in zip(published, results, strict=True) if result}
     return [number for number in own if number not in complete]
 
 

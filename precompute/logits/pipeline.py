@@ -34,7 +34,7 @@ from precompute.shard_writer import ShardWriter
 # left to run alone at the end. A shard is complete at most a window later than in dataset order.
 _WINDOW = 256
 
-# Samples whose images are decoded before the teacher draws them.
+# Samples whose images are decoded before the teacher takes them.
 _DECODED_AHEAD = 64
 
 # Shards that wait for the writer besides the one it writes.
@@ -52,12 +52,12 @@ class CaptureCounter:
 
     @property
     def elapsed_s(self) -> float:
-        """Returns the seconds since the teacher was ready, 0 before that."""
+        """Seconds since the teacher was ready, 0 before that."""
         return 0.0 if self.started_s is None else time.monotonic() - self.started_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Returns the tokens that the teacher read a second."""
+        """Tokens that the teacher read a second."""
         return self.num_tokens / self.elapsed_s if self.started_s is not None else 0.0
 
 
@@ -84,7 +84,7 @@ class _LoadedSample:
 
 @dataclass
 class _OpenSample:
-    """A sample that the teacher has. `results` has a list a conversation, which grows to `num_expected` results."""
+    """A sample that the teacher works on. `results` has a list for each conversation, up to `num_expected` long."""
 
     encoded_sample: _EncodedSample
     num_expected: int
@@ -138,7 +138,7 @@ def score_shards(job: CaptureJob, teacher: Scorer, numbers: Sequence[int], count
     output, manifest = job.config.output, job.manifest
     write = partial(_write_shard, job, counter)
     open_samples: dict[int, _OpenSample] = {}
-    # Contexts are left in reverse order: the teacher stops drawing requests before their source is closed.
+    # Contexts are left in reverse order, so that the teacher takes no more requests when their source is closed.
     with (
         ShardWriter[_SampleResult](output, manifest, write, bar, max_waiting=_WAITING_SHARDS) as writer,
         closing(_load_ahead(job, _begin_shards(job, numbers, writer))) as loaded,
@@ -190,7 +190,7 @@ def _make_requests(
 ) -> Iterator[ScoreRequest]:
     """Yields a request for each conversation and enters its sample into `open_samples`; skipped ones have none.
 
-    The teacher may draw from this in a thread of its own.
+    The teacher may iterate over them in a thread of its own.
     """
     num_expected = 1 if job.config.generate is None else job.config.generate.num_samples
     for item in loaded:

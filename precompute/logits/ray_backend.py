@@ -34,7 +34,7 @@ from precompute.logits.job import CaptureJob, prepare_job
 from precompute.logits.pipeline import CaptureCounter, score_shards
 from precompute.scorer import Scorer, ScorerSettings
 
-# Set before the import, because Ray reads them there: no reports to its makers, no warnings of its own defaults.
+# Set before the import, because Ray reads them there. They turn off usage reports and warnings about its defaults.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
@@ -139,7 +139,7 @@ class ShardScorer:
                 )
             open_output(config.output, self._job.manifest)
             self._teacher = start_teacher(self._job.scorer_settings)
-        except Exception as error:  # noqa: BLE001 - raised by the first call, see above
+        except Exception as error:  # noqa: BLE001 - raised by the first call, because Ray retries constructors
             self._failure = error
 
     def __call__(self, batch: _Rows) -> _Rows:

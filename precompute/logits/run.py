@@ -61,17 +61,17 @@ class CaptureSummary:
 
     @property
     def complete(self) -> bool:
-        """Returns True if every shard is published."""
+        """True if every shard is published."""
         return self.num_complete_shards == self.num_shards
 
     @property
     def new_tokens_per_s(self) -> float:
-        """Returns the teacher's speed in this run; 0 if it was not started."""
+        """Teacher's speed in this run; 0 if it was not started."""
         return self.num_new_tokens / self.scoring_s if self.scoring_s else 0.0
 
     @property
     def message(self) -> str:
-        """Returns the outcome in one line."""
+        """Outcome in one line."""
         if not self.complete and not self.interrupted and not self.num_own_missing:
             return (
                 f"this node's {self.num_own_shards} shards are complete; "
@@ -122,12 +122,12 @@ def run_capture(
         ProvenanceError: another teacher, dataset or setting began this output; every difference is listed.
         ModelError, StorageError: the teacher or the disk failed; complete shards stay.
     """
-    replicas = config.engine.data_parallel_size
-    if replicas > 1 and (config.num_nodes != replicas or engine == "ray"):
+    num_replicas = config.engine.data_parallel_size
+    if num_replicas > 1 and (config.num_nodes != num_replicas or engine == "ray"):
         raise ConfigError(
-            f"engine.data_parallel_size = {replicas} wants {replicas} processes that work in step, found "
-            f"{config.num_nodes} node(s){' and --engine ray' if engine == 'ray' else ''}; give --num-nodes {replicas} "
-            "and each its --node-rank, or leave data_parallel_size at 1"
+            f"engine.data_parallel_size = {num_replicas} wants {num_replicas} processes that work in step, found "
+            f"{config.num_nodes} node(s){' and --engine ray' if engine == 'ray' else ''}; give --num-nodes "
+            f"{num_replicas} and each its --node-rank, or leave data_parallel_size at 1"
         )
     job = prepare_job(config)
     with directory_lock(config.output):
@@ -147,7 +147,7 @@ def run_capture(
 
 
 def _start_vllm(settings: ScorerSettings) -> Scorer:
-    # Imported here because loading vLLM takes seconds, which a run with nothing to do should not spend.
+    # Imported here, because loading vLLM takes seconds, which a run with nothing to do should not spend.
     from precompute.engine.teacher import Teacher
 
     return Teacher(settings)

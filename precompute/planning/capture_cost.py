@@ -1,4 +1,4 @@
-"""Estimates for `plan` what a capture will write, hold in memory and take, before a model is loaded.
+"""Estimates what a capture will write, hold in memory and take (`plan`), before a model is loaded.
 
     Workload, ModelShape ─ estimate_capture ─> EstimateTables       each number with its arithmetic
 

@@ -44,7 +44,7 @@ FileT = TypeVar("FileT", bound=ParquetShard)
 
 
 class OutputVerifier(Generic[ManifestT]):
-    """Checks of one output. Its methods add their findings to `checks`; they raise nothing but StorageError.
+    """Verifier of one output. Its methods add their findings to `checks`; they raise nothing but StorageError.
 
     `files` has names and bytes of the output's files when verification began.
     """
@@ -166,7 +166,7 @@ class OutputVerifier(Generic[ManifestT]):
         check.passed()
         try:
             size, sha256 = self.files[path.name], file_sha256(path)
-        except (OSError, ShardError) as error:
+        except ShardError as error:
             check.failed(path, str(error))
             return False
         if (size, sha256) == (receipt.num_bytes, receipt.sha256):

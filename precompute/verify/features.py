@@ -28,7 +28,7 @@ from common.shards.manifest import FEATURE_SCHEMA_VERSION, FeatureManifest, Rece
 from common.storage.files import Location
 from precompute.report import Report
 from precompute.verify.base import MEANINGS, OutputVerifier
-from precompute.verify.manifest_checks import parse_manifest
+from precompute.verify.manifest_checks import group_problems, metadata_problems
 
 _MEANINGS = {
     **MEANINGS,
@@ -63,7 +63,7 @@ def verify_features(
 
 
 class _FeatureVerifier(OutputVerifier[FeatureManifest]):
-    """Checks of one feature cache."""
+    """Verifier of one feature cache."""
 
     def __init__(self, output: Location) -> None:
         super().__init__(output, FeatureManifest, _MEANINGS)
@@ -166,7 +166,7 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
             check.failed(self.output / INDEX_NAME, "is not in the order in which the dataset first names its images")
 
     def _verify_sources(self, image_root: Location, progress: bool) -> None:
-        """Reads the file of each path, also of those with one image, because one of them may have been changed."""
+        """Checks the file of each path. All paths of an image are read, because one file may have been changed."""
         check = self.checks["sources"]
         paths = [(name, image.sha256) for image in self._images or () for name in image.paths]
 
@@ -200,15 +200,8 @@ def _manifest_problems(manifest: FeatureManifest) -> Iterator[str]:
 
 
 def _footer_problems(shard: FeatureFile, manifest: FeatureManifest) -> Iterator[str]:
-    version = shard.footer.get("schema_version")
-    if version != str(FEATURE_SCHEMA_VERSION):
-        yield f"its footer has schema version {version!r}, expected {FEATURE_SCHEMA_VERSION}"
-    if parse_manifest(shard.footer, FeatureManifest) != manifest:
-        yield "the manifest in its footer is not that of the output"
-    sizes = [shard.num_group_rows(group) for group in range(shard.num_groups)]
-    each = manifest.images_per_group
-    if any(size != each for size in sizes[:-1]) or not all(1 <= size <= each for size in sizes):
-        yield f"its row groups hold {sizes} images, expected {each} each and at most so many in the last"
+    yield from metadata_problems(shard, manifest, FEATURE_SCHEMA_VERSION)
+    yield from group_problems(shard, manifest.images_per_group, "images")
 
 
 def _feature_problems(row: FeatureRow, manifest: FeatureManifest) -> Iterator[str]:

@@ -47,7 +47,7 @@ def verify_logits(output: Location, dataset: Location | None = None, *, progress
 
 
 class _LogitsVerifier(OutputVerifier[Manifest]):
-    """Checks of one output with scores."""
+    """Verifier of one output with scores."""
 
     def __init__(self, output: Location) -> None:
         super().__init__(output, Manifest, _MEANINGS)
@@ -80,7 +80,9 @@ class _LogitsVerifier(OutputVerifier[Manifest]):
             return
         usual = max(self._image_tokens, key=lambda token: len(self._image_tokens[token]))
         for token, shards in self._image_tokens.items():
-            for path in shards if token != usual else ():
+            if token == usual:
+                continue
+            for path in shards:
                 self.checks["footers"].failed(path, f"its image token is {token}, in most shards it is {usual}")
 
     def _verify_rows(self, number: int, manifest: Manifest, shard: ShardFile, receipt: Receipt) -> None:

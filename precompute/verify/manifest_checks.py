@@ -16,7 +16,7 @@ from common.shards.manifest import (
     receipt_path,
     shard_path,
 )
-from common.shards.parquet_shard import read_footer
+from common.shards.parquet_shard import ParquetShard, read_footer
 from common.shards.score_shard import ROWS_PER_GROUP, ShardFile
 from common.shards.scores import MAX_DRAWS, MAX_VOCAB_SIZE
 from common.storage.files import Location
@@ -52,19 +52,29 @@ def manifest_problems(manifest: Manifest) -> Iterator[str]:
 def footer_problems(shard: ShardFile, manifest: Manifest) -> Iterator[str]:
     """Yields problems of a shard's schema version, copy of the manifest, image token, and sizes of row groups.
 
-    Readers find rows by the size of row groups. The digest, the number and the token classes are checked when a shard
-    is opened.
+    The digest, the number and the token classes are checked when a shard is opened.
     """
-    version, image_token_id = shard.footer.get("schema_version"), shard.image_token_id
-    if version != str(SCHEMA_VERSION):
-        yield f"its footer has schema version {version!r}, expected {SCHEMA_VERSION}"
-    if parse_manifest(shard.footer, Manifest) != manifest:
-        yield "the manifest in its footer is not that of the output"
+    yield from metadata_problems(shard, manifest, SCHEMA_VERSION)
+    image_token_id = shard.image_token_id
     if image_token_id is not None and not 0 <= image_token_id < manifest.tokenizer.vocab_size:
         yield f"its image token is {image_token_id}, the tokenizer has {manifest.tokenizer.vocab_size}"
+    yield from group_problems(shard, ROWS_PER_GROUP, "rows")
+
+
+def metadata_problems(shard: ParquetShard, manifest: ShardedManifest, schema_version: int) -> Iterator[str]:
+    """Yields problems of the schema version and the copy of the manifest in a shard's footer."""
+    version = shard.footer.get("schema_version")
+    if version != str(schema_version):
+        yield f"its footer has schema version {version!r}, expected {schema_version}"
+    if parse_manifest(shard.footer, type(manifest)) != manifest:
+        yield "the manifest in its footer is not that of the output"
+
+
+def group_problems(shard: ParquetShard, rows_per_group: int, items: str) -> Iterator[str]:
+    """Yields a problem of the sizes of row groups, by which readers find rows; `items` says what a row is."""
     sizes = [shard.num_group_rows(group) for group in range(shard.num_groups)]
-    if any(size != ROWS_PER_GROUP for size in sizes[:-1]) or not all(1 <= size <= ROWS_PER_GROUP for size in sizes):
-        yield f"its row groups hold {sizes} rows, expected {ROWS_PER_GROUP} each and at most so many in the last"
+    if any(size != rows_per_group for size in sizes[:-1]) or not all(1 <= size <= rows_per_group for size in sizes):
+        yield f"its row groups hold {sizes} {items}, expected {rows_per_group} each and at most so many in the last"
 
 
 def restore_manifest(output: Location, schema: type[ManifestT]) -> ManifestT:

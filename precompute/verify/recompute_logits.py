@@ -9,6 +9,7 @@ KL(p || q) = sum_k p_k (ln p_k - ln q_k) + p_rest (ln p_rest - ln q_rest).
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -213,14 +214,11 @@ def _draw_rows(output: Location, manifest: Manifest, num_rows: int, seed: int) -
         picks_in_shard = picks[(picks >= start) & (picks < stop)] - start
         if not len(picks_in_shard):
             continue
-        shard = ShardFile(shard_path(output, number), manifest, number)
-        edges = np.cumsum([0, *(shard.num_group_rows(group) for group in range(shard.num_groups))]).tolist()
-        for group in sorted({bisect_right(edges, int(pick)) - 1 for pick in picks_in_shard}):
-            rows = shard.read_group(group)
-            yield from (
-                rows[pick - edges[group]] for pick in picks_in_shard.tolist() if 0 <= pick - edges[group] < len(rows)
-            )
-        shard.close()
+        with closing(ShardFile(shard_path(output, number), manifest, number)) as shard:
+            edges = np.cumsum([0, *(shard.num_group_rows(group) for group in range(shard.num_groups))]).tolist()
+            for group in sorted({bisect_right(edges, int(pick)) - 1 for pick in picks_in_shard}):
+                rows, first = shard.read_group(group), edges[group]
+                yield from (rows[pick - first] for pick in picks_in_shard.tolist() if 0 <= pick - first < len(rows))
 
 
 def _configured_image_root(output: Location) -> Location | None:

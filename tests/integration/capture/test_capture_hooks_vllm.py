@@ -136,7 +136,7 @@ class V2:
 
 
 def states(name: str, start: int, count: int) -> torch.Tensor:
-    """Hidden states of a step; those past the prompt belong to generated tokens."""
+    """Returns the hidden states of a step; those past the prompt belong to generated tokens."""
     return torch.cat([STATES[name], torch.full((50, HIDDEN), 9.0)])[start : start + count]
 
 

@@ -26,7 +26,7 @@ TOP_K = 16
 
 
 def make_job(root: Path, model: Path, engine: dict[str, Any] | None = None, **settings: Any) -> CaptureJob:
-    """Conversations without an image, with one and with two, of one turn and of two."""
+    """Returns a job whose conversations have no image, one and two, and one turn and two."""
     records = conversation_records(root, NUM_SAMPLES)
     return prepare_job(make_config(root, model, records, engine={**ENGINE, **(engine or {})}, top_k=TOP_K, **settings))
 
@@ -50,7 +50,7 @@ def score(teacher: Teacher, requests: list[ScoreRequest]) -> dict[RequestKey, Te
 
 
 def with_stock_logprobs(teacher: Teacher) -> Teacher:
-    """The same engine under a teacher that requests vLLM's own prompt log-probs."""
+    """Returns a teacher on the same engine that requests vLLM's own prompt log-probs."""
     other = copy.copy(teacher)
     other.in_engine = False
     return other
@@ -98,7 +98,7 @@ def test_both_modes_agree_for_many_requests_at_once_and_for_one_at_a_time(
     job, teacher = started
     scheduler = teacher._engine._engine.engine_core.engine_core.scheduler  # noqa: SLF001 - vLLM reports no preemption
     preempted = []
-    original = scheduler._preempt_request  # noqa: SLF001 - the same
+    original = scheduler._preempt_request  # noqa: SLF001 - vLLM reports no preemption
 
     def counting(*given: Any, **named: Any) -> Any:
         preempted.append(given[0])

@@ -98,19 +98,19 @@ def test_each_prompt_comes_back_once_with_its_key(fake: FakeEngine) -> None:
     assert fake.added == [[token] for token in range(10, 20)]
 
 
-def test_prompts_are_drawn_only_when_there_is_room(fake: FakeEngine) -> None:
-    num_drawn = 0
+def test_prompts_are_taken_only_when_there_is_room(fake: FakeEngine) -> None:
+    num_taken = 0
 
     def counted() -> Iterator[tuple[int, Prompt]]:
-        nonlocal num_drawn
+        nonlocal num_taken
         for pair in prompts(*range(50)):
-            num_drawn += 1
+            num_taken += 1
             yield pair
 
     for num_finished, _ in enumerate(start().run(counted(), params)):
         # Four run, two more wait in the queue, and the thread holds one.
-        assert num_drawn <= num_finished + 7
-    assert num_drawn == 50
+        assert num_taken <= num_finished + 7
+    assert num_taken == 50
     assert fake.max_running <= 4
 
 
@@ -141,7 +141,7 @@ def test_parameters_are_made_for_the_prompt_as_the_engine_reads_it(fake: FakeEng
     assert fake.params[0].extra_args == {"key": 7, "ids": [7, 7, 7]}
 
 
-def test_an_error_while_drawing_a_prompt_ends_the_run_and_aborts_running_requests(fake: FakeEngine) -> None:
+def test_an_error_of_the_prompts_ends_the_run_and_aborts_running_requests(fake: FakeEngine) -> None:
     def broken() -> Iterator[tuple[int, Prompt]]:
         yield from prompts(1, 2)
         raise OSError("the disk is gone")

@@ -47,7 +47,7 @@ def teacher(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def with_settings(teacher: Teacher, settings: ScorerSettings, in_engine: bool = True) -> Any:
-    """The running engine under a teacher with other settings, whose `close` leaves it open."""
+    """Returns a teacher with other settings on the running engine, whose `close` leaves it open."""
     other = copy.copy(teacher)
     other.settings, other.in_engine = settings, in_engine
     other.close = lambda: None  # type: ignore[method-assign]

@@ -54,7 +54,7 @@ def start_dying(settings: ScorerSettings, started_dir: Path, num_deaths: int = 1
 
 
 @pytest.fixture(scope="module")
-def cluster(engine_in_this_process: None) -> Iterator[Cluster]:  # noqa: ARG001 - a fixture cannot use a mark
+def cluster(engine_in_this_process: None) -> Iterator[Cluster]:  # noqa: ARG001 - requested for its effect, which a mark cannot do here
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(cluster.address, log_to_driver=False)
     yield cluster

@@ -53,7 +53,7 @@ class FakeEngine:
 
 @pytest.fixture(autouse=True)
 def _unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine whose workers meet a vLLM that cannot be patched."""
+    """Replaces the engine by one whose workers meet a vLLM that cannot be patched."""
     monkeypatch.setattr("precompute.engine.teacher.Engine", FakeEngine)
     monkeypatch.setattr("precompute.engine.vllm_patch._front_end_problem", "")
     monkeypatch.setattr(FakeEngine, "problem", "GPUModelRunner.f takes (a), expected (b)")

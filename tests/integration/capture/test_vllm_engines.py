@@ -61,7 +61,7 @@ def test_generation_with_the_engine_in_this_process_is_transformers_greedy_text(
 
 @pytest.mark.usefixtures("engine_in_this_process")
 def test_vllm_refuses_replicas_of_a_dense_teacher(text_dir: Path, tmp_path: Path) -> None:
-    """Its data-parallel mode is for mixtures of experts. The setting reaches vLLM, and its reason reaches the user."""
+    """vLLM's data-parallel mode is for mixtures of experts. The setting reaches it, and its reason reaches the user."""
     records = [record for record in conversation_records(tmp_path, 4) if "image" not in record]
     engine = {**ENGINE, "data_parallel_size": 2}
     config = make_config(tmp_path, text_dir, records, num_nodes=2, engine=engine)
@@ -84,7 +84,7 @@ if __name__ == "__main__":
 def test_engines_in_processes_of_their_own_give_the_scores_of_transformers(
     num_ranks: int, llava_dir: Path, tmp_path: Path
 ) -> None:
-    """One process, and two that share the model by tensor parallelism and gather the logits."""
+    """One process has the model, or two share it by tensor parallelism and gather the logits."""
     records = conversation_records(tmp_path, NUM_SAMPLES)
     engine = {**ENGINE, "tensor_parallel_size": num_ranks, "capture": "in-engine"}
     config = make_config(tmp_path, llava_dir, records, top_k=TOP_K, precision="fp32", engine=engine)
@@ -92,7 +92,7 @@ def test_engines_in_processes_of_their_own_give_the_scores_of_transformers(
     script.write_text(SEPARATE)
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
     if num_ranks > 1:
-        # Else vLLM would want a NUMA node for each rank.
+        # Without this, vLLM would want a NUMA node for each rank.
         cores = sorted(os.sched_getaffinity(0))
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))
     subprocess.run(

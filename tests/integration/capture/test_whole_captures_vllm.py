@@ -65,7 +65,7 @@ def llava(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_scores_of_a_llava_are_those_of_transformers(
     kind: str, llava: Teacher, llava_dir: Path, tmp_path: Path
 ) -> None:
-    """No image, one and two; one turn and two; shared turns of a preference pair are not scored."""
+    """Samples have no image, one and two, and one turn and two; shared turns of a preference pair are not scored."""
     records = (conversation_records if kind == "kd" else preference_records)(tmp_path, NUM_SAMPLES)
     config = configure(tmp_path, llava_dir, records, kind=kind)
     assert run_capture(config, progress=False, start_teacher=lambda _: Reused(llava)).complete

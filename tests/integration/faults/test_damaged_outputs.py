@@ -109,10 +109,10 @@ def summarise(counts: Counter[str]) -> str:
     return f"{counts['reported']:,} reported, {counts['harmless']:,} without effect, 0 unnoticed, 0 crashes"
 
 
-def choose_bit(choice: random.Random, files: dict[str, bytes]) -> tuple[str, int]:
+def choose_bit(rng: random.Random, files: dict[str, bytes]) -> tuple[str, int]:
     """Returns a random file and a random bit in it; every file is equally likely."""
-    name = choice.choice(sorted(files))
-    return name, choice.randrange(8 * len(files[name]))
+    name = rng.choice(sorted(files))
+    return name, rng.randrange(8 * len(files[name]))
 
 
 def flip_bit(data: bytes, bit: int) -> bytes:
@@ -127,9 +127,9 @@ def test_flipped_bits_are_reported_or_change_nothing(
     outputs: dict[str, Path], name: str, record_counts: Record
 ) -> None:
     """Flips 500 of 2,000 bits, anywhere in shards, receipts and manifest."""
-    damaged, choice = DamagedOutput(outputs[name]), random.Random(name)
+    damaged, rng = DamagedOutput(outputs[name]), random.Random(name)
     for _ in range(500):
-        file, bit = choose_bit(choice, damaged.files)
+        file, bit = choose_bit(rng, damaged.files)
         (damaged.output / file).write_bytes(flip_bit(damaged.files[file], bit))
         damaged.verify_and_restore(f"bit {bit} of {file}")
     assert damaged.counts["reported"] > 400
@@ -142,10 +142,10 @@ def test_flipped_bits_behind_a_matching_receipt_are_reported_or_change_nothing(
     outputs: dict[str, Path], name: str, record_counts: Record
 ) -> None:
     """Pages have checksums, and the footer is compared with manifest and receipt."""
-    damaged, choice = DamagedOutput(outputs[name]), random.Random(name)
+    damaged, rng = DamagedOutput(outputs[name]), random.Random(name)
     shards = {file: data for file, data in damaged.files.items() if file.endswith(".parquet")}
     for _ in range(100):
-        file, bit = choose_bit(choice, shards)
+        file, bit = choose_bit(rng, shards)
         (damaged.output / file).write_bytes(flip_bit(shards[file], bit))
         rewrite_receipt(damaged.output, int(file[6:11]))
         damaged.expected[1] = read_receipts(damaged.output, read_manifest(damaged.output))
@@ -155,12 +155,12 @@ def test_flipped_bits_behind_a_matching_receipt_are_reported_or_change_nothing(
 
 @pytest.mark.slow
 def test_files_that_are_cut_short_are_reported(outputs: dict[str, Path], record_counts: Record) -> None:
-    choice, counts = random.Random(0), Counter[str]()
+    rng, counts = random.Random(0), Counter[str]()
     for output in outputs.values():
         damaged = DamagedOutput(output)
         for _ in range(50):
-            file = choice.choice(sorted(damaged.files))
-            length = choice.randrange(len(damaged.files[file]))
+            file = rng.choice(sorted(damaged.files))
+            length = rng.randrange(len(damaged.files[file]))
             (output / file).write_bytes(damaged.files[file][:length])
             damaged.verify_and_restore(f"{file} cut to {length} bytes")
         counts += damaged.counts
@@ -225,16 +225,16 @@ from precompute.logits.run import run_capture
 from tests.support.fake_teacher import FakeTeacher
 
 config = PrecomputeConfig.model_validate_json(sys.argv[1])
-moments = random.Random(0)
+rng = random.Random(0)
 num_killed = num_completed = 0
 while num_killed < int(sys.argv[2]):
     output = Path(f"{config.output}-{num_completed}")
     child = os.fork()
     if not child:
         own = config.model_copy(update={"output": output})
-        run_capture(own, progress=False, start_teacher=lambda plan: FakeTeacher(plan, delay_s=0.02))
+        run_capture(own, progress=False, start_teacher=lambda settings: FakeTeacher(settings, delay_s=0.02))
         os._exit(0)
-    time.sleep(moments.uniform(0.02, 0.3))
+    time.sleep(rng.uniform(0.02, 0.3))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     num_killed += os.WIFSIGNALED(status)

@@ -40,7 +40,7 @@ TRANSIENT: list[Fault] = [SLOW_DOWN, (500, "InternalError"), (429, "TooManyReque
 
 
 @pytest.fixture
-def root(store: Store) -> UPath:  # noqa: ARG001 - starts the server
+def root(store: Store) -> UPath:  # noqa: ARG001 - requested, because it starts the server
     """Returns an address that no other test uses."""
     found = parse_location(f"s3://{BUCKET}/{uuid4()}")
     assert isinstance(found, UPath)

@@ -54,7 +54,7 @@ def test_overrides_are_read_as_toml_and_else_as_bare_strings(tmp_path: Path) -> 
 
 
 def error_lines(directory: Path, text: str) -> list[str]:
-    """The lines on single settings of the error that a file gives."""
+    """Returns the lines on single settings in the error that a file causes."""
     with pytest.raises(ConfigError) as caught:
         load_config(Run, config_file(directory, text))
     first, *lines = str(caught.value).splitlines()

@@ -59,9 +59,9 @@ def test_the_stored_template_sets_turns_as_chatml(built: DemoModels) -> None:
         {"role": "assistant", "content": "It is a two."},
     ]
     tokenizer = AutoTokenizer.from_pretrained(built.student_language)
-    asked = "<|im_start|>user\n<image>\nRead the digit.<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == asked
-    assert tokenizer.apply_chat_template(turns, tokenize=False) == f"{asked}It is a two.<|im_end|>\n"
+    prompt = "<|im_start|>user\n<image>\nRead the digit.<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == prompt
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == f"{prompt}It is a two.<|im_end|>\n"
     assert (built.teacher / "chat_template.jinja").is_file()
 
 

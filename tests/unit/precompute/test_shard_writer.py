@@ -115,7 +115,7 @@ def write_until_it_fails(output: Output, failed: threading.Event) -> None:
         raise AssertionError("nothing was raised")
 
 
-def write_and_fail_oneself(output: Output) -> None:
+def write_and_interrupt(output: Output) -> None:
     with output.writer() as writer:
         for number in range(3):
             writer.begin(number)
@@ -153,5 +153,5 @@ def test_a_failure_of_the_last_shard_is_raised_on_leaving(output: Output, monkey
 
 def test_full_shards_are_published_after_a_failure_of_the_caller(output: Output) -> None:
     with pytest.raises(KeyboardInterrupt):
-        write_and_fail_oneself(output)
+        write_and_interrupt(output)
     assert [number for _, number, _ in output.published] == [2, 0]

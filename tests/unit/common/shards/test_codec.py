@@ -185,7 +185,7 @@ def test_q8_has_as_many_steps_as_its_entries_need_and_a_byte_holds() -> None:
     levels = {k: Quantizer("q8", k, None).levels for k in (1, 29, 30, 50, 64, 120, 121, 49_152)}
     assert levels == {1: 127, 29: 127, 30: 127, 50: 164, 64: 185, 120: 254, 121: 255, 49_152: 255}
     others: tuple[Quantizer, ...] = (Quantizer("q6", 9, None), Quantizer("fp16", 9, None), Quantizer("fp32", 9, None))
-    assert [coding.levels for coding in (*others, Quantizer(None, 0, 9))] == [63, None, None, None]
+    assert [quantizer.levels for quantizer in (*others, Quantizer(None, 0, 9))] == [63, None, None, None]
 
 
 def test_rest_masses_beside_codes_have_12_significant_bits() -> None:
@@ -306,7 +306,7 @@ def test_streams_that_do_not_fit_are_named() -> None:
 @settings(max_examples=50, deadline=None)
 @given(conversations(), st.sampled_from(["q6", "q8"]))
 def test_codes_are_written_again_as_they_are(case: tuple[list[TeacherScores], int], precision: Precision) -> None:
-    """From one token order to another; coding the decoded log-probs again would change some by a step."""
+    """Codes move to another token order as they are; coding the decoded log-probs again could change some by a step."""
     first, vocab_size = case
     quantizer = Quantizer(precision, TOP_K, None)
     classes, tables = find_classes(first, vocab_size)

@@ -30,6 +30,7 @@ from common.shards.manifest import (
     DatasetIdentity,
     EncoderIdentity,
     EngineIdentity,
+    FeatureForm,
     FeatureManifest,
     open_output,
     read_feature_manifest,
@@ -74,7 +75,7 @@ def make_features(seed: int) -> npt.NDArray[np.float32]:
     return from_bfloat16(to_bfloat16(values))
 
 
-def write_cache(output: Path, form: str = "bf16") -> list[npt.NDArray[np.float32]]:
+def write_cache(output: Path, form: FeatureForm = "bf16") -> list[npt.NDArray[np.float32]]:
     images = [CachedImage(f"{number:064x}", (f"{number}.png", f"copy/{number}.png")) for number in range(NUM_IMAGES)]
     manifest = make_feature_manifest(images, form=form)
     open_output(output, manifest)
@@ -131,7 +132,7 @@ def test_a_large_channel_takes_no_codes_from_the_others() -> None:
 
 
 @pytest.mark.parametrize("form", ["bf16", "q8"])
-def test_zeros_come_back_as_zeros(form: str) -> None:
+def test_zeros_come_back_as_zeros(form: FeatureForm) -> None:
     features = make_features(1)
     features[2] = 0
     features[:, 4] = 0
@@ -149,7 +150,7 @@ def test_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["bf16", "q8"])
-def test_an_image_is_found_by_any_of_its_paths_and_by_its_content(tmp_path: Path, form: str) -> None:
+def test_an_image_is_found_by_any_of_its_paths_and_by_its_content(tmp_path: Path, form: FeatureForm) -> None:
     features = write_cache(tmp_path / "out", form)
     cache = FeatureCache(tmp_path / "out")
     assert len(cache) == NUM_IMAGES
@@ -200,7 +201,7 @@ def test_rows_that_are_not_those_of_the_list_are_never_handed_out(tmp_path: Path
 
 
 @pytest.mark.parametrize("form", ["bf16", "q8"])
-def test_a_column_of_another_size_is_refused(form: str) -> None:
+def test_a_column_of_another_size_is_refused(form: FeatureForm) -> None:
     manifest, packed = make_feature_manifest([], form=form), pack_features(make_features(0), form)
     for name in packed:
         with pytest.raises(ShardError, match=f"here: {name} has"):

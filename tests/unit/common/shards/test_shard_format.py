@@ -122,20 +122,20 @@ def test_the_worked_example_is_right() -> None:
         ("fp32", [f"topk_logprobs_{p}" for p in range(4)]),
     )
     for form, names in cases:
-        coding = Quantizer(form, 128, None)
+        quantizer = Quantizer(form, 128, None)
         scores = scores_from_topk(
             np.zeros(2, np.float32),
             np.array([[151_643, 5], [300, 0]]),
             np.log(np.array([[0.5, 0.36], [0.64, 1e-300]])).astype(np.float32) + np.array([[0, 0], [0, -np.inf]]),
         )
-        codec = CodecSettings(TokenOrder(classes[None, :]), coding)
+        codec = CodecSettings(TokenOrder(classes[None, :]), quantizer)
         packed = pack([scores], [np.array(tables, np.uint8)], codec)
         assert {name: column.data.tobytes() for name, column in packed.items()} == {
             name: columns[name] for name in (*ID_COLUMNS, *names)
         }
         assert scores.rest_mass.tolist() == pytest.approx([0.14, 0.36], rel=1e-6)
         if form == "q8":
-            assert coding.stored_rest(scores.rest_mass).tolist() == pytest.approx(rests, rel=1e-7)
+            assert quantizer.stored_rest(scores.rest_mass).tolist() == pytest.approx(rests, rel=1e-7)
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def make_settings(**changes: Any) -> ScorerSettings:
 def convert(
     rows: list[Row], ids: list[int] = EXPANDED, encoded: EncodedChat = ENCODED, **settings: Any
 ) -> TeacherScores:
-    """The scores of a conversation whose rows vLLM returned; a row is the own token, then the best ones descending."""
+    """Returns the scores that rows of vLLM give a conversation; a row has the own token first, then the best ones."""
     scorer_settings = make_settings(**settings)
     where = "sample 'a'"
     positions = expanded_positions(np.array(ids, np.int32), encoded, where)

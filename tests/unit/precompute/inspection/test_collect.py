@@ -157,11 +157,11 @@ def test_bytes_by_column_are_those_of_duckdb_and_add_up_to_the_files(tmp_path: P
     assert footers + sum(columns.values()) == num_bytes == found.counts.num_bytes
     assert {c.name for c in found.columns if c.is_packed} == {name for name in columns if name.startswith("topk_")}
     # In the table, numbered columns are added up.
-    render_text = {name: num_bytes for name, num_bytes, _, _ in formatting.column_rows(found)}
-    assert render_text["topk_logprobs_0 to _3"] == sum(columns[f"topk_logprobs_{plane}"] for plane in range(4))
-    assert len(render_text) == len(columns) + 1 - 3 - 3
-    assert sum(render_text.values()) == num_bytes
-    assert list(render_text.values()) == sorted(render_text.values(), reverse=True)
+    bytes_by_name = {name: num_bytes for name, num_bytes, _, _ in formatting.column_rows(found)}
+    assert bytes_by_name["topk_logprobs_0 to _3"] == sum(columns[f"topk_logprobs_{plane}"] for plane in range(4))
+    assert len(bytes_by_name) == len(columns) + 1 - 3 - 3
+    assert sum(bytes_by_name.values()) == num_bytes
+    assert list(bytes_by_name.values()) == sorted(bytes_by_name.values(), reverse=True)
 
 
 def test_positions_are_spread_evenly() -> None:

@@ -94,7 +94,7 @@ def attack_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_asks_for_nothing_and_runs_nothing(attack_page: Path) -> None:
+def test_the_page_requests_nothing_and_runs_nothing(attack_page: Path) -> None:
     source = attack_page.read_text("utf-8")
     found = PageParser(source)
     assert found.tags.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form", "video", "audio"})

@@ -74,7 +74,7 @@ def test_without_ray_the_extra_is_named(config: PrecomputeConfig, monkeypatch: p
 
 
 def score_one(actor: ShardScorer, number: int) -> dict[str, object]:
-    """The row that an actor returns for a shard."""
+    """Returns the row that an actor gives for a shard."""
     return {name: column.tolist()[0] for name, column in actor({"number": np.array([number])}).items()}
 
 
@@ -91,7 +91,7 @@ def test_an_actor_publishes_a_shard_and_returns_its_counts(config: PrecomputeCon
 
 
 def test_an_output_that_an_actor_does_not_see_is_an_error(config: PrecomputeConfig) -> None:
-    """As on a node without the shared file system; nothing is begun there."""
+    """The node lacks the shared file system; nothing is begun there."""
     row = score_one(ShardScorer(config, FakeTeacher), 0)
     assert row["error"] == StorageError.__name__
     assert "is not visible from node" in str(row["message"])

@@ -159,17 +159,17 @@ def test_a_second_failure_while_finishing_does_not_hide_the_first(
 
 
 class PrefetchingTeacher(FakeTeacher):
-    """Draws its requests in a thread, a few ahead of its results, as the real one does."""
+    """Takes its requests in a thread, a few ahead of its results, as the real one does."""
 
     def score(self, requests: Any) -> Any:
         prefetcher = Prefetcher(requests, ahead=3)
 
-        def drawn() -> Iterator[ScoreRequest]:
+        def taken() -> Iterator[ScoreRequest]:
             while not prefetcher.is_exhausted:
                 yield from prefetcher.take(1, wait=True)
 
         try:
-            yield from super().score(drawn())
+            yield from super().score(taken())
         finally:
             prefetcher.close()
 
@@ -209,7 +209,7 @@ def test_a_failure_of_any_part_is_the_one_that_is_reported(
         )
 
 
-def test_a_teacher_may_draw_its_requests_in_another_thread(tmp_path: Path, llava_dir: Path) -> None:
+def test_a_teacher_may_take_its_requests_in_another_thread(tmp_path: Path, llava_dir: Path) -> None:
     records = conversation_records(tmp_path, 40)
     for record in records[4:12] + records[13:40:2]:
         record["image"] = "nowhere.png"

@@ -133,7 +133,7 @@ def test_images_and_finished_shards_are_not_kept(
     score(config, before=measure, delay_s=0.005)
     assert len(images) == 60
     assert len(rows) == 60
-    # Six samples of two images: three at the teacher, one drawn, two decoded ahead.
+    # Six samples of two images: three at the teacher, one taken, two decoded ahead.
     assert 0 < peak["images"] <= 2 * 6
     # Shards of a window, the one that is written, and two that wait.
     assert 0 < peak["rows"] <= 4 * 6

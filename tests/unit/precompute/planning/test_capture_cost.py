@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from common.errors import DataError, ModelError
-from common.estimates import Estimate, format_value
+from common.estimates import Estimate
 from common.shards.codec import CodecSettings, pack
 from common.shards.parquet_shard import ZSTD_LEVEL
 from common.shards.quantization import Quantizer
@@ -212,11 +212,11 @@ def test_entries_take_about_the_bytes_that_are_assumed() -> None:
     places_RD = [np.searchsorted(row[:-1], rng.random(34)) for row in cumulative_RV]
     drawn = scores_from_draws(own, rng.permutation(VOCAB_SIZE)[np.array(places_RD)], vocab_size=VOCAB_SIZE)
     for precision, assumed in ENTRY_BYTES.items():
-        scores, coding = (
+        scores, quantizer = (
             (drawn, Quantizer(None, 0, 34)) if precision is None else (best, Quantizer(precision, top_k, None))
         )
         classes, tables = find_classes([scores], VOCAB_SIZE)
-        streams = pack([scores], tables, CodecSettings(TokenOrder(classes), coding)).values()
+        streams = pack([scores], tables, CodecSettings(TokenOrder(classes), quantizer)).values()
         num_bytes = sum(len(zstandard.compress(stream.data.tobytes(), ZSTD_LEVEL)) for stream in streams)
         assert num_bytes / len(scores.ids) == pytest.approx(assumed, rel=0.25), precision
 
@@ -310,14 +310,6 @@ def test_every_number_is_exact_or_has_an_error() -> None:
     assert total.value == 110
     # s^2 of 1..10 is 55 / 6.
     assert total.error == pytest.approx(20 * (55 / 6 / 10 * 0.5) ** 0.5)
-
-
-def test_numbers_are_shown_in_binary_units() -> None:
-    assert format_value(1023, "bytes") == "1,023 bytes"
-    assert format_value(3 * 2**29, "bytes") == "1.50 GiB"
-    assert Estimate("x", 2**30, "", "bytes", high=2**31).format() == "1.00 to 2.00 GiB"
-    assert Estimate("x", 2**20, "", "bytes", high=2**31).format() == "1.00 MiB to 2.00 GiB"
-    assert Estimate("x", 1000, "", error=12.4).format() == "1,000 ± 12"
 
 
 def test_a_directory_that_is_no_model_is_an_error(tmp_path: Path) -> None:

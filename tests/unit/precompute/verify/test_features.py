@@ -58,7 +58,7 @@ def contents(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(output.glob("*")) if path.is_file()}
 
 
-def rows_of(output: Path, number: int) -> list[FeatureRow]:
+def read_rows(output: Path, number: int) -> list[FeatureRow]:
     shard = FeatureFile(shard_path(output, number), read_feature_manifest(output), number)
     rows = [row for group in range(shard.num_groups) for row in shard.read_group(group)]
     shard.close()
@@ -67,7 +67,7 @@ def rows_of(output: Path, number: int) -> list[FeatureRow]:
 
 def rewrite_shard(output: Path, change: Callable[[list[FeatureRow]], list[FeatureRow]], number: int = 1) -> None:
     """Writes a shard again with other rows, and a matching receipt."""
-    write_feature_shard(output, number, read_feature_manifest(output), change(rows_of(output, number)))
+    write_feature_shard(output, number, read_feature_manifest(output), change(read_rows(output, number)))
 
 
 def replace_packed(row: FeatureRow, name: str, data: bytes) -> FeatureRow:

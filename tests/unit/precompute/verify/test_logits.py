@@ -147,7 +147,7 @@ def test_a_wrong_logprob_sum_is_found(output: Path) -> None:
     assert "its tokens' log-probs sum to" in first_problems(verify_logits(output, progress=False))["own"]
 
 
-def test_more_kept_entries_than_asked_for_are_found(output: Path) -> None:
+def test_more_kept_entries_than_requested_are_found(output: Path) -> None:
     manifest = read_manifest(output)
     lower = manifest.model_copy(update={"capture": manifest.capture.model_copy(update={"top_k": 3})})
     write_with_digest(output / "manifest.json", lower)
@@ -337,16 +337,16 @@ def test_damage_to_generated_rows_is_found(output: Path, whole: Path, what: str)
 @pytest.mark.slow
 def test_random_damage_never_crashes_and_never_passes(output: Path) -> None:
     """Flips bits and cuts bytes anywhere, in every kind of file."""
-    choice = random.Random(0)
+    rng = random.Random(0)
     files = {path: path.read_bytes() for path in output.iterdir() if path.suffix in (".json", ".parquet")}
     del files[output / "config.json"]
     for _ in range(150):
-        path = choice.choice(sorted(files))
+        path = rng.choice(sorted(files))
         data = bytearray(files[path])
-        if choice.random() < 0.8:
-            data[choice.randrange(len(data))] ^= 1 << choice.randrange(8)
+        if rng.random() < 0.8:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         else:
-            del data[choice.randrange(len(data)) :]
+            del data[rng.randrange(len(data)) :]
         path.write_bytes(data)
         report = verify_logits(output, progress=False)
         assert render_text(report.render())
