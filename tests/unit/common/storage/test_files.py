@@ -169,6 +169,7 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(text: str) -> No
     ],
     ids=lambda text: text[:20].encode("unicode_escape").decode(),
 )
+@pytest.mark.filterwarnings("ignore:UPath")
 def test_an_address_that_cannot_be_used_is_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_location(text)
