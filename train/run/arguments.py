@@ -122,5 +122,6 @@ def build_training_arguments(
     try:
         # The user may change the run's name, which W&B and trackio show.
         return TrainingArguments(**{**arguments, "run_name": config.output.name, **run.training_arguments})
-    except (TypeError, ValueError) as error:
+    # An error of any type, because transformers uses most values before it has checked them.
+    except Exception as error:
         raise ConfigError(f"run.training_arguments: {error}") from error

@@ -55,6 +55,8 @@ def test_a_deepspeed_file_of_another_form_is_an_error(tmp_path: Path, content: s
     [
         ({"learning_rate": 1.0, "seed": 1}, "learning_rate, seed follow from other settings of this file"),
         ({"no_such_argument": 1}, "no_such_argument"),
+        ({"metric_for_best_model": True}, "run.training_arguments: 'bool' object has no attribute"),
+        ({"lr_scheduler_kwargs": "{"}, "run.training_arguments: "),
     ],
 )
 def test_training_arguments_are_checked(
