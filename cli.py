@@ -17,6 +17,7 @@ import typer
 
 import precompute.commands
 import train.commands
+from common.config import MAX_SEED
 from common.console import ConfigOption, JsonOption, SetOption, check_local_path, report_interrupt, show
 from common.errors import DecantError
 
@@ -132,7 +133,7 @@ app.command("export")(train.commands.export)
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("demo-run"),
-    seed: Annotated[int, typer.Option(help="Seed of data, models and training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of data, models and training.")] = 0,
 ) -> None:
     """Run the whole chain on real handwritten digits: teacher, scores, verification, four stages, export, table."""
     from demo.run import run_demo
@@ -143,9 +144,11 @@ def demo(
 
 def _parse_counts(text: str) -> tuple[int, ...]:
     """Returns the positive whole numbers between commas."""
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
-        raise typer.BadParameter(f"--gpus {text}: expected numbers such as 1,2,4,8")
-    return tuple(map(int, text.split(",")))
+    parts = [part.strip() for part in text.split(",")]
+    # Nobody has 10^9 GPUs; Python refuses to read thousands of digits.
+    if not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"--gpus {text[:200]}: expected numbers such as 1,2,4,8")
+    return tuple(map(int, parts))
 
 
 def _set_up_logging() -> None:

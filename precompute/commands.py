@@ -128,7 +128,7 @@ def verify_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the
         str | None,
         typer.Option(help="Where image paths start, for --recompute; of a feature cache, checks the files too."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which random rows --recompute takes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which random rows --recompute takes.")] = 0,
     repair: Annotated[
         bool, typer.Option("--repair", help="Move what is broken to PATH/broken, so that a rerun fills the gap.")
     ] = False,

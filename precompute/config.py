@@ -10,7 +10,7 @@ from common.data.images import AspectRatio
 from common.data.samples import Kind
 from common.shards.quantization import Precision
 from common.shards.scores import MAX_DRAWS, MAX_VOCAB_SIZE
-from common.storage.files import LocalPath, LocationField
+from common.storage.files import NOT_HERE, LocalPath, LocationField
 
 EngineDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -105,7 +105,7 @@ class RayConfig(StrictModel):
     in a cluster without GPUs.
     """
 
-    address: str | None = None
+    address: Annotated[str, Field(min_length=1)] | None = None
     max_actors: PositiveInt | None = None
     num_gpus: Annotated[float, Field(ge=0)] | None = None
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
@@ -127,7 +127,7 @@ class PrecomputeConfig(StrictModel):
     teacher: LocalPath
     dataset: LocationField
     image_root: LocationField | None = None
-    output: LocationField
+    output: Annotated[LocationField, NOT_HERE]
     chat_template: LocalPath | None = None
     score: ScoredTokens = "response"
     image_aspect_ratio: AspectRatio = "pad"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from common.config import MAX_SEED
 from common.console import ConfigOption, SetOption, check_local_path, hide_loading_bars, report_interrupt
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
     noise: Annotated[
         float, typer.Option(min=0.0, help="Gaussian noise on each expert, in standard deviations of its dense weight.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the fresh adapter, or of routers and noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the fresh adapter, or of routers and noise.")
+    ] = 0,
 ) -> None:
     """Make a student: from a vision tower, a language model and a fresh adapter, or by sparse upcycling of a dense one.
 
@@ -144,13 +147,20 @@ def _moe_settings(experts: int, top_k: int, layers: str, noise: float) -> "MoECo
     from common.errors import ConfigError
     from train.config import MoEConfig
 
-    pattern = layers.split(",") if layers[:1].isdigit() else layers
+    # What is no pattern is a list of indices, of which a part that is no number is refused with its position.
+    pattern = [_parse_index(part) for part in layers.split(",")] if layers[:1].isdecimal() else layers
     raw = {"num_experts": experts, "top_k": top_k, "layers": pattern, "noise": noise}
     try:
         return MoEConfig.model_validate(raw)
     except ValidationError as error:
         wrong = "; ".join(describe_errors(error, MoEConfig, raw))
         raise ConfigError(f"--layers {layers} --experts {experts} --top-k {top_k}: {wrong}") from error
+
+
+def _parse_index(text: str) -> int | str:
+    """Returns the index of a layer; a text that is none stays as it is. No model has 10^9 layers."""
+    text = text.strip()
+    return int(text) if text.isdecimal() and len(text) < 10 else text
 
 
 def _upcycle(dense: Path, out: Path, moe: "MoEConfig", seed: int) -> None:

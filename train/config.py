@@ -3,15 +3,15 @@
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from upath import UPath
 
-from common.config import StrictModel
+from common.config import FROM_LIST, NOT_EMPTY_IF_WRITTEN, WHOLE_NUMBER, Seed, StrictModel
 from common.data.chat_encoding import ScoredTokens
 from common.data.images import AspectRatio
 from common.data.samples import Kind
 from common.errors import ConfigError
-from common.storage.files import LocalPath, Location, LocationField
+from common.storage.files import NOT_HERE, LocalPath, Location, LocationField
 from train.choices import (
     Divergence,
     ParameterGroup,
@@ -50,15 +50,15 @@ class MoEConfig(StrictModel):
 
     num_experts: int = Field(4, ge=2)
     top_k: int = Field(2, ge=1)
-    layers: SparsePattern | tuple[int, ...] = "every-second"
-    noise: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    layers: SparsePattern | Annotated[tuple[int, ...], FROM_LIST, Field(min_length=1)] = "every-second"
+    noise: float = Field(0.0, ge=0.0)
 
 
 def _wrap_single_path(value: Any) -> Any:
     return [value] if isinstance(value, str | os.PathLike | UPath) else value
 
 
-Caches = Annotated[tuple[LocationField, ...], BeforeValidator(_wrap_single_path)]
+Caches = Annotated[tuple[LocationField, ...], FROM_LIST, NOT_EMPTY_IF_WRITTEN, BeforeValidator(_wrap_single_path)]
 
 
 class SetConfig(StrictModel):
@@ -72,7 +72,7 @@ class SetConfig(StrictModel):
     dataset: LocationField | None = None
     image_root: LocationField | None = None
     features: Caches = ()
-    weight: float | None = Field(None, gt=0.0, allow_inf_nan=False)
+    weight: float | None = Field(None, gt=0.0)
 
     @property
     def location(self) -> Location:
@@ -95,7 +95,7 @@ class DataConfig(StrictModel):
     each sample once. Weights are given to all sets or to none. With weights, a set whose share is below its size
     continues in the next epoch where it stopped; a set whose share is above its size starts again within the epoch.
     `validation` is an output or a file of the same kind as the source. `validation_fraction` holds out evenly spread
-    samples of each set instead. `max_tokens` counts the student's expanded image tokens.
+    samples of each set instead, at least one. `max_tokens` counts the student's expanded image tokens.
     `shuffle_window` limits how far apart on disk the samples of one batch may be; each worker keeps that many samples
     decoded. Each rank has `num_workers` processes that make batches; with 0 a thread makes them.
     `features` names one or more outputs of `precompute-features`. The stored outputs of the frozen vision tower are
@@ -114,7 +114,7 @@ class DataConfig(StrictModel):
 
     shards: LocationField | None = None
     dataset: LocationField | None = None
-    mix: tuple[SetConfig, ...] = ()
+    mix: Annotated[tuple[SetConfig, ...], FROM_LIST, NOT_EMPTY_IF_WRITTEN] = ()
     image_root: LocationField | None = None
     features: Caches = ()
     image_aspect_ratio: AspectRatio = "pad"
@@ -196,7 +196,7 @@ class LossConfig(StrictModel):
     router_z: float = Field(0.0, ge=0.0)
     preference: float = Field(0.0, ge=0.0)
     divergence: Divergence = "forward_kl"
-    temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0.0)
     tail: Tail | None = None
     preference_type: PreferenceLossType = "sigmoid"
     beta: float = Field(0.1, gt=0.0)
@@ -238,6 +238,9 @@ class LossConfig(StrictModel):
         return self
 
 
+_Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class OptimConfig(StrictModel):
     """AdamW and its schedule. `global_batch_size` counts the samples of a step over all ranks and micro-batches."""
 
@@ -249,7 +252,7 @@ class OptimConfig(StrictModel):
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)
     weight_decay: float = Field(0.0, ge=0.0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[_Beta, _Beta], FROM_LIST] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0.0)
     max_grad_norm: float = Field(1.0, ge=0.0)
 
@@ -283,7 +286,7 @@ class RunConfig(StrictModel):
     """
 
     precision: Precision = "bf16"
-    zero_stage: ZeroStage = 2
+    zero_stage: Annotated[ZeroStage, WHOLE_NUMBER] = 2
     expert_parallel_size: int = Field(1, ge=1)
     activation_checkpointing: bool = True
     save_steps: int = Field(500, ge=1)
@@ -291,10 +294,10 @@ class RunConfig(StrictModel):
     eval_steps: int = Field(500, ge=1)
     log_steps: int = Field(1, ge=1)
     resume: Literal["auto", "never"] = "auto"
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    max_loss_ratio: float = Field(10.0, ge=0.0, allow_inf_nan=False)
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], FROM_LIST] = ("tensorboard",)
+    max_loss_ratio: float = Field(10.0, ge=0.0)
     deepspeed: LocalPath | None = None
-    training_arguments: dict[str, Any] = {}
+    training_arguments: dict[str, JsonValue] = {}
 
 
 class TrainConfig(StrictModel):
@@ -304,15 +307,15 @@ class TrainConfig(StrictModel):
     """
 
     stage: Stage
-    output: LocalPath
-    seed: int = 0
+    output: Annotated[LocalPath, NOT_HERE]
+    seed: Seed = 0
     model: ModelConfig
     moe: MoEConfig | None = None
     data: DataConfig
     loss: LossConfig
     optim: OptimConfig
     run: RunConfig = RunConfig()
-    trainable: tuple[ParameterGroup, ...] | None = None
+    trainable: Annotated[tuple[ParameterGroup, ...], FROM_LIST, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _stage_is_consistent(self) -> "TrainConfig":

@@ -16,11 +16,11 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from common.config import StrictModel, digest
+from common.config import FROM_LIST, StrictModel, digest
 from common.data.chat_encoding import ScoredTokens
 from common.data.images import AspectRatio
 from common.data.samples import Kind
@@ -136,7 +136,7 @@ class EncoderIdentity(StrictModel):
     architecture: str
     weights_sha256: str
     config_sha256: str
-    layers: tuple[int, ...]
+    layers: Annotated[tuple[int, ...], FROM_LIST]
     select_strategy: Literal["default", "full"]
     processor_sha256: str
     aspect_ratio: AspectRatio
@@ -253,7 +253,7 @@ class Receipt(StrictModel):
     num_scored_tokens: int
     num_bytes: int
     sha256: str
-    skipped: tuple[SkippedSample, ...] = ()
+    skipped: Annotated[tuple[SkippedSample, ...], FROM_LIST] = ()
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)

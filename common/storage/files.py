@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, cast
 
 import fsspec
-from pydantic import BeforeValidator, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 from upath import UPath
 
 from common.config import ADDRESS_ERROR
-from common.errors import ConfigError, StorageError
+from common.errors import MAX_SHOWN, ConfigError, StorageError
 from common.storage import object_store
 
 PARTIAL_SUFFIX = ".partial"
@@ -42,6 +42,9 @@ def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
     if not isinstance(text, str | Path) and isinstance(text, UPath):
         return text
     address = os.fspath(text)
+    if not address or "\0" in address:
+        found = f"{address[:MAX_SHOWN]!r}, which holds a NUL character" if address else "an empty one"
+        raise ConfigError(f"expected a path or an address, found {found}")
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)", address)
     if match is None:
         return Path(address)
@@ -53,42 +56,65 @@ def parse_location(text: str | os.PathLike[str] | UPath) -> Location:
             "leave them out: credentials come from the environment"
         )
     if "::" in address:
-        raise ConfigError(f"{address}: addresses in addresses (::) are not supported; give one of them")
+        raise ConfigError(f"{address[:MAX_SHOWN]}: addresses in addresses (::) are not supported; give one of them")
     if protocol in ("file", "local"):
         return Path(address[len(match[1]) + len("://") :])
+    return _open_address(address, protocol, host)
+
+
+def _open_address(address: str, protocol: str, host: str) -> UPath:
+    shown = address[:MAX_SHOWN]
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         extra = _EXTRA_BY_PROTOCOL.get(protocol)
         wanted = f"'decant[{extra}]'" if extra else "the package that fsspec names"
-        raise ConfigError(f"{address}: {protocol}:// needs a package ({error}); run: pip install {wanted}") from error
+        raise ConfigError(f"{shown}: {protocol}:// needs a package ({error}); run: pip install {wanted}") from error
     except ValueError as error:
         raise ConfigError(
-            f"{address}: no protocol {protocol}:// is known; use a local path, s3:// or gs://, or another of fsspec's"
+            f"{shown}: no protocol {protocol[:MAX_SHOWN]}:// is known; "
+            "use a local path, s3:// or gs://, or another of fsspec's"
         ) from error
     if not host:
-        raise ConfigError(f"{address}: names no bucket; expected {protocol}://BUCKET/KEY")
-    return UPath(address)
+        raise ConfigError(f"{shown}: names no bucket; expected {protocol}://BUCKET/KEY")
+    try:
+        path = UPath(address)
+        # Some protocols parse the address only when it is used.
+        str(path)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{shown}: is no address of {protocol}:// ({error})") from error
+    return path
 
 
 def _validate_location(value: Any) -> Location:
     if not isinstance(value, str | os.PathLike | UPath):
-        raise ValueError("expected a path or an address")  # noqa: TRY004 - pydantic reports a ValueError as a wrong setting, but no TypeError
+        raise PydanticCustomError("path_type", "a path or an address")
     try:
         return parse_location(value)
     except ConfigError as error:
         raise PydanticCustomError(ADDRESS_ERROR, "{reason}", {"reason": str(error)}) from error
 
 
-def _check_local(value: Any) -> Any:
+def _validate_local(value: Any) -> Path:
     if isinstance(value, UPath) or (isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value)):
         raise ValueError("models, checkpoints and training outputs are local directories; copy it here first")
-    return value
+    location = _validate_location(value)
+    assert isinstance(location, Path)
+    return location
+
+
+def _check_output(location: Location) -> Location:
+    if location == Path():
+        raise PydanticCustomError("output", "a directory of its own for the output, such as runs/first")
+    return location
 
 
 # Types of configuration fields: data may be anywhere; models and the outputs of training are on this machine.
 LocationField = Annotated[Location, PlainValidator(_validate_location), PlainSerializer(str, when_used="json")]
-LocalPath = Annotated[Path, BeforeValidator(_check_local)]
+LocalPath = Annotated[Path, PlainValidator(_validate_local), PlainSerializer(str, when_used="json")]
+
+# For outputs: the working directory, which holds other files, is refused.
+NOT_HERE = AfterValidator(_check_output)
 
 
 def publish(location: Location, data: bytes) -> None:

@@ -14,7 +14,7 @@ from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import RequestOutputKind
 
 from common.data.chat_encoding import predicting_positions
-from common.errors import ConfigError, ModelError
+from common.errors import ModelError
 from precompute.engine.row_request import CapturedRows, CapturedSamplerSteps, RowRequest
 from precompute.engine.score_conversion import (
     draw_seed,
@@ -43,14 +43,8 @@ class Teacher:
         """Starts the engine; see `Engine` for what it raises.
 
         Raises:
-            ConfigError: `top_k` exceeds the vocabulary.
             ModelError: engine.capture is "in-engine" and this vLLM is not one that capture knows.
         """
-        if settings.top_k > settings.output_vocab_size:
-            raise ConfigError(
-                f"top_k = {settings.top_k} exceeds the {settings.output_vocab_size} entries of the teacher's "
-                'vocabulary; give "all" to keep every one'
-            )
         self.settings = settings
         limits = EngineLimits(
             # vLLM generates at least one token, which needs room.

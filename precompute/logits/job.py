@@ -20,7 +20,7 @@ from PIL import Image
 from common.data.chat_encoding import ChatEncoder, EncodedChat
 from common.data.images import ImageSpec, check_image_exists, load_image, read_image
 from common.data.samples import Dataset, Sample, without_last_response
-from common.errors import DataError, ModelError
+from common.errors import ConfigError, DataError, ModelError
 from common.shards.manifest import (
     NUM_RECEIPT_READERS,
     CaptureSettings,
@@ -162,6 +162,7 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
     Raises:
         DataError: the dataset is unreadable, broken, empty or has duplicate ids.
         ModelError: one of the teacher's files is missing, or they contradict each other.
+        ConfigError: `top_k` exceeds the teacher's output layer.
     """
     dataset = Dataset.open(config.dataset, config.kind)
     encoder = ChatEncoder.load(config.teacher, config.chat_template, config.score)
@@ -176,6 +177,11 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
         raise ModelError(
             f"{config.teacher}: the tokenizer has {encoder.vocab_size} tokens, the output layer {facts.vocab_size} rows"
         )
+    if config.top_k != "all" and config.top_k > facts.vocab_size:
+        raise ConfigError(
+            f"top_k = {config.top_k} exceeds the {facts.vocab_size} entries of the teacher's vocabulary; "
+            'give "all" to keep every one'
+        )
     # The engine generates at least one token, which takes one place of the teacher's context.
     limit = config.max_tokens if facts.context_tokens is None else min(config.max_tokens, facts.context_tokens - 1)
     return CaptureInputs(config, dataset, encoder, image_spec, facts, limit)
@@ -187,6 +193,7 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
     Raises:
         DataError: the dataset is unreadable, broken, empty or has duplicate ids.
         ModelError: the teacher's directory is not complete.
+        ConfigError: `top_k` exceeds the teacher's output layer.
     """
     inputs = open_inputs(config)
     dataset, encoder, image_spec, facts = inputs.dataset, inputs.encoder, inputs.image_spec, inputs.facts

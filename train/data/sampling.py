@@ -174,7 +174,22 @@ class GlobalBatchSampler:
         return positions[np.concatenate(passes)[start - first_pass * size :][:count]]
 
 
-def split_validation(num_samples: int, fraction: float) -> tuple[list[int], list[int]]:
-    """Returns (training positions, validation positions): a fraction of all is held out, evenly spread."""
-    held_out = set(np.linspace(0, num_samples - 1, round(num_samples * fraction)).astype(int).tolist())
+def split_validation(num_samples: int, fraction: float, name: str = "the set") -> tuple[list[int], list[int]]:
+    """Returns (training positions, validation positions): a fraction of all is held out, evenly spread.
+
+    A fraction above 0 holds out at least one sample, so that a trial run on a few samples validates too.
+
+    Args:
+        name: of the set, for the error.
+
+    Raises:
+        ConfigError: the set has a single sample, which cannot be both trained on and held out.
+    """
+    num_held_out = max(1, round(num_samples * fraction)) if fraction else 0
+    if fraction and num_held_out >= num_samples:
+        raise ConfigError(
+            f"data.validation_fraction = {fraction:g}: {num_held_out} of {num_samples} sample(s) of {name} would be "
+            "held out and none trained on; set it to 0, add samples, or name other samples in data.validation"
+        )
+    held_out = set(np.linspace(0, num_samples - 1, num_held_out).astype(int).tolist())
     return [i for i in range(num_samples) if i not in held_out], sorted(held_out)

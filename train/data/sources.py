@@ -194,7 +194,9 @@ class ShardSource:
         if key in self._groups:
             self._groups.move_to_end(key)
             return self._groups[key]
-        rows = self._file(shard).read_group(number)
+        file = self._file(shard)
+        rows = file.read_group(number)
+        _check_finite(rows, file.path)
         group = self._groups[key] = _RowGroup(rows, self._encodes_as_stored(rows[0]))
         while len(self._groups) > self._cached_groups:
             self._groups.popitem(last=False)
@@ -261,6 +263,24 @@ class _RowGroup:
 
     rows: list[ShardRow]
     uses_stored_encoding: bool
+
+
+def _check_finite(rows: Sequence[ShardRow], path: Location) -> None:
+    """Raises ShardError if a score is no finite number, also where the loss at hand would not use it."""
+    for row in rows:
+        scores = [scored.scores for scored in row.conversations]
+        for what, values in (
+            ("own log-probs", [each.own_logprobs for each in scores]),
+            ("rest masses", [each.rest_mass for each in scores]),
+            ("kept log-probs", [each.logprobs for each in scores]),
+        ):
+            num_bad = sum(len(each) - np.count_nonzero(np.isfinite(each)) for each in values)
+            if num_bad:
+                raise ShardError(
+                    f"{path}: sample {row.sample.id!r}: {num_bad} of {sum(map(len, values))} {what} are not finite, "
+                    "expected numbers; capture this shard again (verify-shards --repair moves it away), and look at "
+                    "the teacher's weights and engine.dtype"
+                )
 
 
 def _stored_encoding(row: ShardRow) -> tuple[EncodedChat, ...]:

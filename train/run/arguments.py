@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from transformers import TrainingArguments
 
 from common.errors import ConfigError
 from train.config import TrainConfig
+
+# Longest part of a message that repeats a value.
+_MAX_SHOWN = 200
 
 
 def check_metric_packages(config: TrainConfig) -> None:
@@ -48,8 +52,9 @@ def build_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     if config.run.deepspeed is not None:
         try:
             user_settings = json.loads(config.run.deepspeed.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{config.run.deepspeed}: cannot be read as DeepSpeed JSON ({error})") from error
+        _check_deepspeed_file(config.run.deepspeed, user_settings)
         if "expert_parallel" in user_settings:
             raise ConfigError(
                 f"{config.run.deepspeed}: expert_parallel follows from run.expert_parallel_size; set that"
@@ -58,6 +63,21 @@ def build_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
             both_tables = isinstance(value, dict) and isinstance(settings.get(key), dict)
             settings[key] = {**settings[key], **value} if both_tables else value
     return settings
+
+
+def _check_deepspeed_file(path: Path, settings: Any) -> None:
+    """Raises ConfigError if the file is no table of settings, or its ZeRO stage none of DeepSpeed's."""
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{path}: expected a JSON object of DeepSpeed's settings, found {str(settings)[:_MAX_SHOWN]!r}"
+        )
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in range(4):
+        raise ConfigError(
+            f"{path}: zero_optimization: expected an object whose stage is 0, 1, 2 or 3, "
+            f"found {str(zero)[:_MAX_SHOWN]!r}"
+        )
 
 
 def build_training_arguments(
@@ -102,5 +122,6 @@ def build_training_arguments(
     try:
         # The user may change the run's name, which W&B and trackio show.
         return TrainingArguments(**{**arguments, "run_name": config.output.name, **run.training_arguments})
-    except (TypeError, ValueError) as error:
+    # An error of any type, because transformers uses most values before it has checked them.
+    except Exception as error:
         raise ConfigError(f"run.training_arguments: {error}") from error

@@ -8,7 +8,8 @@ import numpy as np
 
 from common.data.chat_encoding import ChatEncoder
 from common.data.images import ImageSpec
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
+from common.storage.files import Location
 from train.config import DataConfig, LossConfig, SetConfig, TrainConfig
 from train.data.collator import Collator, StudentInputs
 from train.data.feature_source import FeatureSource
@@ -59,6 +60,7 @@ def open_data_splits(config: TrainConfig, encoder: ChatEncoder, num_ranks: int) 
     if data.validation is not None:
         location = SetConfig(shards=data.validation) if data.has_scores else SetConfig(dataset=data.validation)
         validation_source = open_source(location, config.loss.sample_kind, encoder, data.image_aspect_ratio)
+        _check_not_empty(validation_source, location.location)
         sampler_of_all = _validation_sampler(range(len(validation_source)), config, num_ranks)
         validation = DataSplit(validation_source, sampler_of_all)
     elif held_out:
@@ -115,11 +117,19 @@ def _hold_out_validation(data: DataConfig, sources: Sequence[ExampleSource]) -> 
     held_out: list[int] = []
     offset = 0
     for member, source in zip(data.sets, sources, strict=True):
-        trained, validated = split_validation(len(source), data.validation_fraction)
+        _check_not_empty(source, member.location)
+        trained, validated = split_validation(len(source), data.validation_fraction, str(member.location))
         sample_sets.append(SampleSet(np.array(trained, np.int64) + offset, member.weight))
         held_out += [offset + position for position in validated]
         offset += len(source)
     return sample_sets, held_out
+
+
+def _check_not_empty(source: ExampleSource, location: Location) -> None:
+    if not len(source):
+        raise DataError(
+            f"{location}: holds no sample, expected at least one; if all were skipped, its receipts say why"
+        )
 
 
 def _length_function(config: TrainConfig, source: ExampleSource) -> Callable[[int], int] | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 import pytest
 from pydantic import Field, create_model, model_validator
 
-from common.config import StrictModel, digest, load_config
+from common.config import FROM_LIST, StrictModel, digest, load_config
 from common.errors import ConfigError
 
 
@@ -30,9 +30,9 @@ class Source(StrictModel):
 class Run(StrictModel):
     name: str
     steps: int = 1
-    sizes: tuple[int, ...] = ()
+    sizes: Annotated[tuple[int, ...], FROM_LIST] = ()
     engine: Engine = Engine()
-    sources: tuple[Source, ...] = ()
+    sources: Annotated[tuple[Source, ...], FROM_LIST] = ()
 
     @model_validator(mode="after")
     def _one_step_a_size(self) -> Self:

@@ -161,8 +161,15 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(text: str) -> No
         ("s3:///a", "names no bucket"),
         ("s3://", "names no bucket"),
         ("zip://x::s3://bucket/a.zip", "addresses in addresses"),
+        ("http://[bad", "is no address of http://"),
+        ("generic://a", "is no address of generic://"),
+        ("", "found an empty one"),
+        ("a\0b", r"found 'a\\x00b', which holds a NUL character"),
+        ("x" * 5000 + "://a/" + "b" * 5000, r"^.{200}: no protocol x{200}:// is known"),
     ],
+    ids=lambda text: text[:20].encode("unicode_escape").decode(),
 )
+@pytest.mark.filterwarnings("ignore:UPath")
 def test_an_address_that_cannot_be_used_is_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_location(text)

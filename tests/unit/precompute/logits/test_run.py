@@ -118,6 +118,15 @@ def test_the_whole_vocabulary_is_kept_on_request(tmp_path: Path, llava_dir: Path
         assert set(row.conversations[0].scores.counts.tolist()) == {manifest.tokenizer.vocab_size}
 
 
+def test_more_entries_than_the_output_layer_has_are_refused_before_the_engine_starts(
+    tmp_path: Path, llava_dir: Path
+) -> None:
+    config = make_config(tmp_path, llava_dir, conversation_records(tmp_path, 3), top_k=2**19)
+    with pytest.raises(ConfigError, match=r"top_k = 524288 exceeds the \d+ entries .*; give \"all\" to keep every one"):
+        run_capture(config, progress=False, start_teacher=no_teacher)
+    assert not config.output.exists()
+
+
 def test_padding_reaches_the_teacher_as_a_square(tmp_path: Path, llava_dir: Path) -> None:
     sizes: dict[str, set[bool]] = {"pad": set(), "keep": set()}
     records = conversation_records(tmp_path, 3)

@@ -64,6 +64,14 @@ def test_held_out_samples_are_not_trained_on() -> None:
     assert split_validation(5, 0.0) == ([0, 1, 2, 3, 4], [])
 
 
+def test_a_fraction_that_rounds_to_nothing_holds_out_one_sample() -> None:
+    train, held_out = split_validation(250, 0.002)
+    assert (len(train), len(held_out)) == (249, 1)
+    assert split_validation(2, 0.5) == ([1], [0])
+    with pytest.raises(ConfigError, match=r"validation_fraction = 0.5: 1 of 1 sample\(s\) of the set would be"):
+        split_validation(1, 0.5)
+
+
 def test_empty_sets_and_uneven_batches_are_refused() -> None:
     with pytest.raises(DataError, match="no sample is left"):
         GlobalBatchSampler([SampleSet([])], 8, 2, 0, 8)
@@ -120,6 +128,34 @@ def test_a_damaged_shard_stops_training_and_is_named(output: Path, tmp_path: Pat
 
     with pytest.raises(ShardError, match="shard-00002"):
         read_all()
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("own_logprobs", r"shard-00001.*: sample 's17': 1 of \d+ own log-probs are not finite"),
+        ("rest_mass", r"shard-00001.*: sample 's17': 1 of \d+ rest masses are not finite"),
+        ("logprobs", r"shard-00001.*: sample 's17': 1 of \d+ kept log-probs are not finite"),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_score_that_is_no_number_stops_training_under_every_loss(
+    output: Path, column: str, message: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_group = ShardFile.read_group
+
+    def read_with_damage(file: ShardFile, group: int) -> list[ShardRow]:
+        rows = read_group(file, group)
+        for row in rows:
+            if row.sample.id == "s17":
+                getattr(row.conversations[0].scores, column)[1] = value
+        return rows
+
+    monkeypatch.setattr(ShardFile, "read_group", read_with_damage)
+    source = ShardSource(output, encoder(output), "pad", 1)
+    assert source[15].sample.id == "s15"
+    with pytest.raises(ShardError, match=message):
+        source[16]
 
 
 def test_another_tokenizer_and_another_image_treatment_are_refused_together(output: Path, tmp_path: Path) -> None:

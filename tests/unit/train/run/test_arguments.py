@@ -33,10 +33,30 @@ def test_a_deepspeed_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("[1, 2]", r"expected a JSON object of DeepSpeed's settings, found '\[1, 2\]'"),
+        ('{"zero_optimization": 3}', "zero_optimization: expected an object whose stage is 0, 1, 2 or 3, found '3'"),
+        ('{"zero_optimization": {"stage": "2"}}', "zero_optimization: expected an object"),
+        ('{"zero_optimization": {"stage": true}}', "zero_optimization: expected an object"),
+        ('{"zero_optimization": {"stage": 4}}', "zero_optimization: expected an object"),
+        ("[" * 100_000, "cannot be read as DeepSpeed JSON"),
+    ],
+)
+def test_a_deepspeed_file_of_another_form_is_an_error(tmp_path: Path, content: str, problem: str) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=problem):
+        build_deepspeed_config(make_config(tmp_path, deepspeed=str(file)))
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         ({"learning_rate": 1.0, "seed": 1}, "learning_rate, seed follow from other settings of this file"),
         ({"no_such_argument": 1}, "no_such_argument"),
+        ({"metric_for_best_model": True}, "run.training_arguments: 'bool' object has no attribute"),
+        ({"lr_scheduler_kwargs": "{"}, "run.training_arguments: "),
     ],
 )
 def test_training_arguments_are_checked(
