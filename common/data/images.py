@@ -3,26 +3,44 @@
 Teacher and student must see the same picture, so both get it from `load_image`: by default padded to a square with
 the image processor's mean colour, as LLaVA-1.5 and LLaVA-MoD train. Each model's own image processor resizes and
 normalises it.
+
+A file is opened only if it is a regular one of a format in `FORMATS`, and decoded only if what is made of it is within
+`MAX_PIXELS`.
 """
 
 import functools
 import hashlib
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from PIL import Image
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
 
 from common.data.samples import ImageRef
-from common.errors import DataError, ModelError
-from common.storage.files import Location, is_file, list_files, read_bytes
+from common.errors import DataError, ModelError, StorageError
+from common.storage.files import Location, find_special_kind, is_file, list_files, read_bytes
 
 AspectRatio = Literal["pad", "keep"]
 
-# Larger images are refused before they are decoded, because a small file can decompress to any size.
+# Images are refused before they are decoded if more pixels than this are made of them, because a small file can
+# decompress, or be padded, to any size.
 MAX_PIXELS = 100_000_000
+
+# An image that is not padded is scaled by its shorter side, to 336 or 384 pixels, before it is cropped. At this ratio
+# of its sides that makes at most 74 million pixels.
+MAX_KEPT_RATIO = 500
+
+# Pillow's names. Other formats are never opened, because some start programs: EPS starts Ghostscript. "JPEG" includes
+# MPO, the JPEGs of phones with more than one picture. AVIF needs Pillow 11.3.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+
+_GREY_OF_MANY_LEVELS = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
 
 
 @dataclass(frozen=True)
@@ -79,39 +97,71 @@ def load_image(
 ) -> Image.Image:
     """Opens an image as RGB; "pad" puts it into the middle of a square of the colour `mean_rgb`.
 
-    Transparency is dropped and EXIF rotation is not applied, as when LLaVA was trained.
+    Transparency is dropped and EXIF rotation is not applied, as when LLaVA was trained. Of an animation the first frame
+    is taken. Greyscale of more than 8 bits is scaled by the full scale of its range (`_to_8_bit`).
 
     Raises:
-        DataError: the image is missing, unreadable, too large, or outside `image_root`. No other image replaces it.
+        DataError: the image is missing, unreadable, too large, of another format, no regular file, or outside
+            `image_root`. No other image replaces it.
         StorageError: the store failed.
     """
-    source = None if ref.data is not None else _resolve_path(ref.path, image_root, where)
+    source = _open_source(ref, image_root, where)
     try:
-        with Image.open(_open_source(ref, source)) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise DataError(
-                    f"{where}: image {ref.path} is {opened.width} x {opened.height}, the limit is {MAX_PIXELS:,} pixels"
-                )
-            image = opened.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"{where}: image {source} does not exist; check image_root") from error
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{where}: image {ref.path} cannot be decoded ({error}); replace it or drop the sample"
-        ) from error
-    return pad_to_square(image, mean_rgb) if aspect_ratio == "pad" else image
+        with open_image(source) as opened:
+            if problem := find_size_problem(opened.width, opened.height, aspect_ratio):
+                raise DataError(f"{where}: image {ref.path} {problem}")
+            image = _to_8_bit(opened) if opened.mode in _GREY_OF_MANY_LEVELS else opened
+            image = image.convert("RGB")
+        return pad_to_square(image, mean_rgb) if aspect_ratio == "pad" else image
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever the bytes lead them to.
+        raise DataError(f"{where}: image {ref.path} {_describe_failure(error)}") from error
+
+
+def open_image(source: Path | BinaryIO) -> Image.Image:
+    """Opens a file of one of `FORMATS`, and reads only its header. Raises whatever Pillow raises."""
+    formats = _readable_formats()
+    try:
+        return Image.open(source, formats=formats)
+    except UnidentifiedImageError as error:
+        raise UnidentifiedImageError(f"it is none of {', '.join(formats)}, or its header is damaged") from error
+
+
+def find_size_problem(width: int, height: int, aspect_ratio: AspectRatio) -> str | None:
+    """Returns what is wrong with the size of an image, None if nothing is.
+
+    The limit holds for the pixels that are made of the image: under "pad" those of the square.
+    """
+    longer, shorter = max(width, height), min(width, height)
+    size = f"is {width:,} x {height:,}"
+    if shorter < 1:
+        return f"{size}, expected one pixel at least"
+    if width * height > MAX_PIXELS:
+        return f"{size}, the limit is {MAX_PIXELS:,} pixels; make it smaller or drop the sample"
+    if aspect_ratio == "keep":
+        too_long = longer > MAX_KEPT_RATIO * shorter
+        limit = f"the longer side may be {MAX_KEPT_RATIO} times the shorter one; crop or pad it or drop the sample"
+        return f"{size}, {limit}" if too_long else None
+    if longer * longer > MAX_PIXELS:
+        return (
+            f"{size}, padded to a square {longer:,} x {longer:,}, the limit is {MAX_PIXELS:,} pixels; make it smaller, "
+            "crop it or drop the sample"
+        )
+    return None
 
 
 def read_image(ref: ImageRef, image_root: Location | None, where: str) -> ImageRef:
     """Returns the reference with the bytes of the encoded file beside its path.
 
     Raises:
-        DataError: the file is missing, unreadable, or outside `image_root`.
+        DataError: the file is missing, unreadable, no regular file, or outside `image_root`.
         StorageError: the store failed.
     """
     if ref.data is not None:
         return ref
     path = _resolve_path(ref.path, image_root, where)
+    _check_regular_file(path, where)
     try:
         return ImageRef(ref.path, read_bytes(path))
     except FileNotFoundError as error:
@@ -131,10 +181,14 @@ def check_image_exists(ref: ImageRef, image_root: Location | None, where: str) -
     """Checks that the file of an image exists, without reading it.
 
     Raises:
-        DataError: there is no such file, or it lies outside `image_root`.
+        DataError: there is no such file, it is no regular file, or it lies outside `image_root`.
         StorageError: the store failed.
     """
-    if ref.data is None and not _exists(path := _resolve_path(ref.path, image_root, where)):
+    if ref.data is not None:
+        return
+    path = _resolve_path(ref.path, image_root, where)
+    _check_regular_file(path, where)
+    if not isinstance(path, Path) and not _object_exists(path):
         raise DataError(f"{where}: image {path} does not exist; check image_root")
 
 
@@ -156,7 +210,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is missing or broken, or holds no object.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(read_bytes(path).decode())
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{path}: cannot be read as JSON ({error}); expected a Hugging Face model directory"
@@ -168,23 +222,112 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _find_processor_file(model_dir: Path) -> Path:
     separate = model_dir / "preprocessor_config.json"
-    return separate if separate.is_file() else model_dir / "processor_config.json"
+    return separate if is_file(separate) else model_dir / "processor_config.json"
 
 
-def _open_source(ref: ImageRef, source: Location | None) -> io.BytesIO | Path:
-    """Returns what Pillow opens: a local path, so that it may read only the header, or the bytes of an object."""
-    if isinstance(source, Path):
-        return source
-    return io.BytesIO(read_bytes(source) if source is not None else ref.data or b"")
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _exists(path: Location) -> bool:
-    """Returns True if there is such a file or object.
+def _open_source(ref: ImageRef, image_root: Location | None, where: str) -> io.BytesIO | Path:
+    """Returns what Pillow opens: a local path, so that it may read only the header, or the bytes of a file.
 
-    An object is looked up in a cached listing, because one request for each of a million images would take hours. One
-    that the listing lacks is requested, because it may have been added since.
+    Raises:
+        DataError: there is no such file, or no regular one. StorageError: the store failed.
     """
-    return (not isinstance(path, Path) and path.name in _list_cached(path.parent)) or is_file(path)
+    if ref.data is not None:
+        return io.BytesIO(ref.data)
+    path = _resolve_path(ref.path, image_root, where)
+    if isinstance(path, Path):
+        _check_regular_file(path, where)
+        return path
+    data = read_image(ref, image_root, where).data
+    assert data is not None
+    return io.BytesIO(data)
+
+
+def _to_8_bit(opened: Image.Image) -> Image.Image:
+    """Scales greyscale of more than 8 bits so that the full scale of its range becomes 255, rounded.
+
+    The full scale is 65,535 for 16 bits and 4,095 for 12. For 32-bit and for signed integers it is 255 if no value
+    exceeds that, else 65,535 (32,767 for signed 16 bits). For floats it is 1.0 if no value exceeds that, and 255 if the
+    largest is 2 to 255. In a TIFF in which 0 is white the result is inverted, as Pillow does for 8 bits alone.
+
+    Raises:
+        ValueError: a value is negative or not finite, or no such range holds the values.
+    """
+    values = np.asarray(opened)
+    lowest, highest = float(values.min()), float(values.max())
+    full_scale = _find_full_scale(opened, highest)
+    # Not a number compares false.
+    if full_scale is None or not 0 <= lowest <= highest <= full_scale:
+        kind, expected = ("float", "0 to 1 or 0 to 255") if opened.mode == "F" else ("integer", "0 to 65,535")
+        raise ValueError(f"{kind} greyscale from {lowest:,.7g} to {highest:,.7g}, expected values of {expected}")
+    if opened.mode == "F":
+        grey = _round(values * np.float32(255 / full_scale))
+    else:
+        grey = _round(np.arange(int(full_scale) + 1) * (255 / full_scale))[values]
+    return Image.fromarray(255 - grey if _tiff_tag(opened, _TIFF_PHOTOMETRIC) == 0 else grey)
+
+
+def _round(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    rounded: npt.NDArray[np.uint8] = np.rint(values, out=values).astype(np.uint8)
+    return rounded
+
+
+def _find_full_scale(opened: Image.Image, highest: float) -> float | None:
+    """Returns the value that is white, None if that is not known; `highest` is the largest value of the image."""
+    bits = _tiff_tag(opened, _TIFF_BITS_PER_SAMPLE)
+    if opened.mode == "F":
+        # Between 1 and 2 it is an overshoot of the one range or next to black in the other.
+        return 1.0 if highest <= 1 else 255.0 if 2 <= highest <= 255 else None
+    if opened.mode != "I" or opened.format != "TIFF":
+        return 4095.0 if bits == 12 else 65535.0
+    if highest <= 255:
+        return 255.0
+    return 32767.0 if bits == 16 else 65535.0
+
+
+def _tiff_tag(opened: Image.Image, tag: int) -> int | None:
+    """Returns the first value of an integer tag; None for an image that is no TIFF or has no such tag."""
+    value = getattr(opened, "tag_v2", {}).get(tag)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _describe_failure(error: Exception) -> str:
+    """Returns what an error of Pillow means for an image, and what to do."""
+    if isinstance(error, MemoryError):
+        return "takes more memory than there is; free some, make the image smaller or drop the sample"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"is too large ({error}); the limit is {MAX_PIXELS:,} pixels; make it smaller or drop the sample"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({error.strerror}); check the file and its permissions"
+    return f"cannot be decoded ({error}); convert it, replace it or drop the sample"
+
+
+def _check_regular_file(path: Location, where: str) -> None:
+    """Checks that a local path names a regular file, without opening it. Raises DataError."""
+    if not isinstance(path, Path):
+        return
+    try:
+        kind = find_special_kind(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{where}: image {path} does not exist; check image_root") from error
+    except StorageError as error:
+        raise DataError(f"{where}: image {error}") from error
+    if kind is not None:
+        raise DataError(f"{where}: image {path} is {kind}; expected a regular file")
+
+
+def _object_exists(path: Location) -> bool:
+    """Returns True if there is such an object.
+
+    It is looked up in a cached listing, because one request for each of a million images would take hours. One that the
+    listing lacks is requested, because it may have been added since.
+    """
+    return path.name in _list_cached(path.parent) or is_file(path)
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,11 +347,17 @@ def _resolve_path(path: str | None, image_root: Location | None, where: str) -> 
                 f"{where}: image {path!r} is no plain path below image_root {image_root}; only keys below it are read"
             )
         return image_root / path
-    root = image_root.resolve()
     try:
+        root = image_root.resolve()
         found = (root / path).resolve()
-    except (ValueError, RuntimeError) as error:  # such as for a zero byte or a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # such as for a zero byte or a loop of links
         raise DataError(f"{where}: image {path!r} is not a usable path ({error}); correct it") from error
-    if not found.is_relative_to(root):
-        raise DataError(f"{where}: image {path} lies outside image_root {image_root}; only files below it are opened")
-    return found
+    if found.is_relative_to(root):
+        return found
+    if Path(os.path.normpath(root / path)).is_relative_to(root):
+        raise DataError(
+            f"{where}: image {path} is a symbolic link, or lies behind one, to {found}, outside image_root "
+            f"{image_root}; only files below it are opened: copy the files, or set image_root to the folder that the "
+            "link names"
+        )
+    raise DataError(f"{where}: image {path} lies outside image_root {image_root}; only files below it are opened")

@@ -5,10 +5,12 @@ stores are made by object_store.py.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,7 +145,7 @@ def publish_new(location: Location, data: bytes) -> bool:
         StorageError: as for `publish`.
     """
     if isinstance(location, Path):
-        if location.exists():
+        if _exists(location):
             return False
         _write_atomically(location, data)
         return True
@@ -178,8 +180,10 @@ def read_bytes(location: Location) -> bytes:
     """Reads a whole file.
 
     Raises:
-        FileNotFoundError: there is no such file. OSError: the disk failed. StorageError: the store failed.
+        FileNotFoundError: there is no such file. OSError: the disk failed.
+        StorageError: the store failed, or the path names a FIFO, a device or a socket.
     """
+    _refuse_special_file(location)
     return location.read_bytes() if isinstance(location, Path) else object_store.get(location)
 
 
@@ -188,25 +192,45 @@ def open_ranged(location: Location) -> BinaryIO:
 
     Raises:
         FileNotFoundError: there is no such file. OSError: the disk failed.
-        StorageError: the store failed, on opening or on reading.
+        StorageError: the store failed, on opening or on reading, or the path names a FIFO, a device or a socket.
     """
+    _refuse_special_file(location)
     return location.open("rb") if isinstance(location, Path) else cast(BinaryIO, object_store.RangedFile(location))
 
 
 def is_file(location: Location) -> bool:
-    """Returns True if there is such a file or object. Raises StorageError if the store failed."""
-    if isinstance(location, Path):
-        return location.is_file()
+    """Returns True if there is such a file or object. Raises StorageError if the disk or the store failed."""
     try:
+        if isinstance(location, Path):
+            return stat.S_ISREG(_look_up(location).st_mode)
         object_store.size(location)
     except FileNotFoundError:
         return False
     return True
 
 
+def find_special_kind(path: Path) -> str | None:
+    """Returns what a path names, such as "a directory", if it is no regular file; None if it is one.
+
+    The file is not opened, because opening a FIFO waits for a writer and opening a device may have effects.
+
+    Raises:
+        FileNotFoundError: there is no such file. StorageError: the disk failed.
+    """
+    mode = _look_up(path).st_mode
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
 def file_size(location: Location) -> int:
-    """Returns the size of a file in bytes. Raises the same errors as `read_bytes`."""
-    return location.stat().st_size if isinstance(location, Path) else object_store.size(location)
+    """Returns the size of a file in bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file. StorageError: the disk or the store failed.
+    """
+    return _look_up(location).st_size if isinstance(location, Path) else object_store.size(location)
 
 
 def list_files(directory: Location) -> dict[str, int]:
@@ -272,10 +296,44 @@ def remove_partials(directory: Location, older_than_s: float = 3600.0) -> None:
     """
     if not isinstance(directory, Path):
         return
-    for partial in directory.glob(f".*{PARTIAL_SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime > older_than_s:
-                partial.unlink()
+    # One that cannot be deleted only takes room, and a disk that fails does so again where it is written to.
+    with contextlib.suppress(OSError):
+        for partial in directory.glob(f".*{PARTIAL_SUFFIX}"):
+            with contextlib.suppress(OSError):
+                if time.time() - partial.stat().st_mtime > older_than_s:
+                    partial.unlink()
+
+
+def _look_up(path: Path) -> os.stat_result:
+    """Returns what the file system says of a local path, links followed.
+
+    Raises:
+        FileNotFoundError: there is no such file. StorageError: the look-up failed, or the path can name no file.
+    """
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be looked up ({error.strerror}); check the path and its permissions"
+        ) from error
+    except ValueError as error:  # such as for a zero byte
+        raise StorageError(f"{str(path)!r}: is no path ({error}); correct it") from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        _look_up(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _refuse_special_file(location: Location) -> None:
+    """Raises StorageError for a FIFO, a device or a socket. A directory is left to the call that opens it."""
+    if isinstance(location, Path) and (kind := find_special_kind(location)) not in (None, "a directory"):
+        raise StorageError(f"{location}: is {kind}; expected a regular file")
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

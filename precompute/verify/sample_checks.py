@@ -4,9 +4,7 @@ import io
 from collections.abc import Iterator
 from typing import get_args
 
-from PIL import Image
-
-from common.data.images import MAX_PIXELS
+from common.data.images import AspectRatio, find_size_problem, open_image
 from common.data.samples import IMAGE_MARKER, ImageRef, Role, Turn
 from common.shards.manifest import Manifest
 from common.shards.score_shard import ShardRow
@@ -43,7 +41,7 @@ def image_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
     """Yields images without a usable file where files are stored, and images with a file where paths are stored."""
     for number, image in enumerate(row.sample.images):
         if manifest.capture.images == "bytes":
-            if problem := _find_file_problem(image):
+            if problem := _find_file_problem(image, "pad" if manifest.image is None else manifest.image.aspect_ratio):
                 yield f"image {number} ({image.path}): {problem}"
         elif image.data is not None or not image.path:
             yield f"image {number} ({image.path}): expected a path and no file"
@@ -53,13 +51,12 @@ def _is_valid(turn: Turn) -> bool:
     return turn.role in _ROLES and isinstance(turn.content, str)
 
 
-def _find_file_problem(image: ImageRef) -> str | None:
+def _find_file_problem(image: ImageRef, aspect_ratio: AspectRatio) -> str | None:
     """Returns what is wrong with an image's file, None if nothing is. Reads its header and decodes no pixel."""
     if image.data is None:
         return "its file is not stored"
     try:
-        with Image.open(io.BytesIO(image.data)) as opened:
-            num_pixels = opened.width * opened.height
+        with open_image(io.BytesIO(image.data)) as opened:
+            return find_size_problem(opened.width, opened.height, aspect_ratio)
     except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever the first bytes lead them to
         return f"its file cannot be opened ({error})"
-    return f"has {num_pixels:,} pixels, the limit is {MAX_PIXELS:,}" if num_pixels > MAX_PIXELS else None

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor
 
 from common.data.images import AspectRatio, ImageSpec, load_image
 from common.data.samples import ImageRef
+from common.errors import DataError
 from common.storage.files import Location
 
 # Limit of each process that makes batches. Holds 190 images of 336 x 336 pixels, or 6,800 of 56 x 56.
@@ -61,7 +62,7 @@ class ImageCache:
         """Returns the pixels of I images, float32 [I, 3, height, width].
 
         Raises:
-            DataError: an image cannot be opened; the message names the sample.
+            DataError: an image cannot be opened, or takes too much memory; the message names the sample.
         """
         keys = [(ref, root) for ref, root, _ in requests]
         new = {(ref, root): where for ref, root, where in requests if (ref, root) not in self._cached}
@@ -70,7 +71,14 @@ class ImageCache:
                 load_image(ref, root, self._aspect_ratio, self._spec.mean_rgb, where)
                 for (ref, root), where in new.items()
             ]
-            for key, pixels in zip(new, self._process(opened), strict=True):
+            try:
+                processed = self._process(opened)
+            except MemoryError as error:
+                raise DataError(
+                    f"{', '.join(new.values())}: the image processor takes more memory than there is; free some, or "
+                    "use a smaller micro_batch_size"
+                ) from error
+            for key, pixels in zip(new, processed, strict=True):
                 # A copy, because a view would keep the memory of the whole batch.
                 self._cached[key] = pixels.clone()
                 self._cached_bytes += _num_bytes(key[0], pixels)

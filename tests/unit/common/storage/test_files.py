@@ -20,6 +20,7 @@ from common.storage.files import (
     LocationField,
     directory_lock,
     file_size,
+    find_special_kind,
     is_file,
     list_files,
     move,
@@ -253,6 +254,44 @@ def test_a_local_file_is_read_whole_and_by_ranges(tmp_path: Path) -> None:
     for call in (read_bytes, file_size, open_ranged):
         with pytest.raises(FileNotFoundError):
             call(tmp_path / "y")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENAMETOOLONG, errno.EIO, errno.ELOOP])
+def test_a_look_up_that_fails_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fail(path: Path, **_: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    (tmp_path / ".x.1-0.partial").write_bytes(b"")
+    monkeypatch.setattr(Path, "stat", fail)
+    message = rf"{tmp_path}/x: cannot be looked up \({os.strerror(code)}\)"
+    for call in (is_file, file_size, read_bytes, open_ranged, lambda path: publish_new(path, b"")):
+        with pytest.raises(StorageError, match=message):
+            call(tmp_path / "x")
+    remove_partials(tmp_path)
+
+
+def test_a_path_that_no_file_can_have_is_a_storage_error(tmp_path: Path) -> None:
+    for call in (is_file, file_size, read_bytes, open_ranged, lambda path: publish_new(path, b"")):
+        with pytest.raises(StorageError, match=r"a\\x00b': is no path \(embedded null byte\)"):
+            call(tmp_path / "a\0b")
+    (tmp_path / "file").write_bytes(b"")
+    assert not is_file(tmp_path / "file" / "x")
+    for path_call in (file_size, read_bytes, open_ranged):
+        with pytest.raises(FileNotFoundError):
+            path_call(tmp_path / "file" / "x")
+
+
+def test_a_special_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    for path, kind in ((tmp_path / "manifest.json", "a FIFO"), (Path("/dev/zero"), "a device")):
+        assert not is_file(path)
+        assert find_special_kind(path) == kind
+        for call in (read_bytes, open_ranged):
+            with pytest.raises(StorageError, match=f"{path}: is {kind}; expected a regular file"):
+                call(path)
+    assert find_special_kind(tmp_path) == "a directory"
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
 
 
 def test_a_directory_is_locked_for_one_holder_at_a_time(tmp_path: Path) -> None:

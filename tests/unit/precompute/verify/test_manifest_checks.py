@@ -177,7 +177,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(None, "its file is not stored"), (b"", "cannot be opened"), (b"\x89PNG\r\n\x1a\n\0\0", "cannot be opened")],
+    [
+        (None, "its file is not stored"),
+        (b"", r"cannot be opened \(it is none of JPEG, PNG, .*, or its header is damaged\)"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "cannot be opened"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot be opened .it is none of JPEG"),
+    ],
 )
 def test_a_stored_file_that_is_not_an_image_is_found(stored: Path, data: bytes | None, message: str) -> None:
     rows = read_rows(stored, 0)
@@ -192,5 +197,6 @@ def test_a_stored_file_that_is_not_an_image_is_found(stored: Path, data: bytes |
 
 
 def test_stored_images_of_too_many_pixels_are_found(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("precompute.verify.sample_checks.MAX_PIXELS", 50)
-    assert "pixels, the limit is 50" in first_problems(verify_logits(stored, progress=False))["images"]
+    monkeypatch.setattr("common.data.images.MAX_PIXELS", 700)
+    found = first_problems(verify_logits(stored, progress=False))["images"]
+    assert "is 24 x 28, padded to a square 28 x 28, the limit is 700 pixels" in found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.data.images import load_image
 from common.data.samples import ImageRef
+from common.errors import DataError
 from tests.support.models import tiny_causal_lm, tiny_llava
 from train.data.image_cache import ImageCache, ImageRequest
 
@@ -58,6 +59,17 @@ def test_a_dummy_image_has_the_shape_of_a_real_one(root: Path) -> None:
     images = load(root)
     assert images.dummy().shape == pixels(images, root, 0).shape == (1, 3, 56, 56)
     assert images.tokens_per_image == 16
+
+
+def test_a_processor_that_runs_out_of_memory_names_the_samples(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load(root)
+
+    def fail(_: list[Image.Image]) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "_process", fail)
+    with pytest.raises(DataError, match=r"^sample 's': the image processor takes more memory than there is"):
+        pixels(images, root, 0)
 
 
 def test_a_text_model_has_no_image_processor(tmp_path: Path) -> None:
