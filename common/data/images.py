@@ -166,8 +166,8 @@ def read_image(ref: ImageRef, image_root: Location | None, where: str) -> ImageR
         return ImageRef(ref.path, read_bytes(path))
     except FileNotFoundError as error:
         raise DataError(f"{where}: image {path} does not exist; check image_root") from error
-    except OSError as error:
-        raise DataError(f"{where}: image {path} cannot be read ({error.strerror})") from error
+    except (OSError, MemoryError) as error:
+        raise DataError(f"{where}: image {path} {_describe_failure(error)}") from error
 
 
 def read_image_and_digest(path: str, image_root: Location | None, where: str) -> tuple[str, bytes]:
@@ -297,7 +297,7 @@ def _tiff_tag(opened: Image.Image, tag: int) -> int | None:
 
 
 def _describe_failure(error: Exception) -> str:
-    """Returns what an error of Pillow means for an image, and what to do."""
+    """Returns what an error of reading or decoding means for an image, and what to do."""
     if isinstance(error, MemoryError):
         return "takes more memory than there is; free some, make the image smaller or drop the sample"
     if isinstance(error, Image.DecompressionBombError):

@@ -31,6 +31,7 @@ from common.data.images import (
 )
 from common.data.samples import ImageRef
 from common.errors import DataError, ModelError
+from common.storage.files import Location
 
 MEAN = (122, 116, 104)
 
@@ -45,7 +46,7 @@ def load_pixels(data: bytes) -> np.ndarray:
     return np.asarray(load_image(ImageRef(None, data), None, "keep", MEAN, "here"))
 
 
-def error_message(ref: ImageRef, root: Path | None = None) -> str:
+def error_message(ref: ImageRef, root: Location | None = None) -> str:
     with pytest.raises(DataError) as caught:
         load_image(ref, root, "pad", MEAN, "sample 'x'")
     assert str(caught.value).startswith("sample 'x': ")
@@ -331,6 +332,17 @@ def test_a_name_that_no_file_can_have_names_the_sample(tmp_path: Path) -> None:
     for call in (check_image_exists, read_image):
         with pytest.raises(DataError, match=r"^here: image "):
             call(ImageRef("x.png"), Path("a\0b"), "here")
+
+
+def test_a_file_that_does_not_fit_into_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.png").write_bytes(b"")
+
+    def fail(_: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(DataError, match=r"here: image .*x\.png takes more memory than there is"):
+        read_image(ImageRef("x.png"), tmp_path, "here")
 
 
 def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
