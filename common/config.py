@@ -201,9 +201,9 @@ def _written_key(location: tuple[str | int, ...], raw: Any, *, missing: bool) ->
 
 def _describe_key(key: tuple[str | int, ...], errors: Sequence[Any], schema: type[BaseModel], raw: Any) -> str:
     first = errors[0]
-    if first["type"] == "missing" and isinstance(key[-1], int):
-        *parents, index = key
-        return f"{_key_name(parents)}: expected a value at position {index + 1}, found {_describe_value(parents, raw)}"
+    if first["type"] == "missing" and isinstance(index := key[-1], int):
+        found = _describe_value(key[:-1], raw)
+        return f"{_key_name(key[:-1])}: expected a value at position {index + 1}, found {found}"
     name = _key_name(key)
     if first["type"] == "extra_forbidden":
         return f"{name}: unknown key; {_suggest_key(key, schema)}"

@@ -147,14 +147,14 @@ def _moe_settings(experts: int, top_k: int, layers: str, noise: float) -> "MoECo
     from common.errors import ConfigError
     from train.config import MoEConfig
 
-    # What is no pattern is a list of indices, of which a part that is no number is refused with its position.
+    # What begins with a digit is a list of indices; validation refuses a part of it that is no number.
     pattern = [_parse_index(part) for part in layers.split(",")] if layers[:1].isdecimal() else layers
     raw = {"num_experts": experts, "top_k": top_k, "layers": pattern, "noise": noise}
     try:
         return MoEConfig.model_validate(raw)
     except ValidationError as error:
         wrong = "; ".join(describe_errors(error, MoEConfig, raw))
-        raise ConfigError(f"--layers {layers} --experts {experts} --top-k {top_k}: {wrong}") from error
+        raise ConfigError(f"--layers {layers[:200]} --experts {experts} --top-k {top_k}: {wrong}") from error
 
 
 def _parse_index(text: str) -> int | str:

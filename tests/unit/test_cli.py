@@ -258,6 +258,28 @@ def expert_pairs(student: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(weights[name], weights[name.replace(".experts.0.", ".experts.1.")]) for name in names]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "1,x"], "or a whole number, found [1, 'x']"),
+        (["--layers", "1," + "9" * 5000], "or a whole number, found [1, '999"),
+        (["--layers", "1,,2"], "or a whole number, found [1, '', 2]"),
+        (["--layers", ""], "layers: expected 'every-second', "),
+    ],
+)
+def test_wrong_layers_are_named(decant: Run, root: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    code, shown = decant("init-student", str(tmp_path / "out"), "--dense", str(root / "model"), *options)
+    assert code == 1
+    assert message in shown
+
+
+@pytest.mark.parametrize("option", ["--noise=nan", "--seed=-1", "--seed=4294967296", "--experts=2.5", "--top-k=0"])
+def test_a_number_that_init_student_cannot_use_is_wrong_usage(
+    decant: Run, root: Path, tmp_path: Path, option: str
+) -> None:
+    assert decant("init-student", str(tmp_path / "out"), "--dense", str(root / "model"), option)[0] == 2
+
+
 def test_init_student_composes_or_upcycles_and_refuses_both(decant: Run, root: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert decant("init-student", out)[0] == 2

@@ -101,6 +101,7 @@ def test_overrides_and_gpu_counts_are_applied(plan: Plan, root: Path) -> None:
         ("teacher=nowhere", "nowhere"),
         ("dataset=nowhere.jsonl", "nowhere.jsonl: the dataset cannot be read"),
         ("outptu=x", "outptu: unknown key"),
+        ("top_k=500000", "top_k = 500000 exceeds the"),
     ],
 )
 def test_a_wrong_setting_is_named(plan: Plan, root: Path, option: str, message: str) -> None:
@@ -120,7 +121,7 @@ def test_missing_files_are_named(plan: Plan, root: Path) -> None:
     assert "no-stage.toml: cannot be read" in shown
 
 
-@pytest.mark.parametrize("gpus", ["0", "two", "1,,2", ""])
+@pytest.mark.parametrize("gpus", ["0", "two", "1,,2", "", "1" * 5000])
 def test_invalid_gpu_counts_are_wrong_usage(plan: Plan, root: Path, gpus: str) -> None:
     code, shown = plan("--config", str(root / "capture.toml"), "--gpus", gpus)
     assert code == 2
