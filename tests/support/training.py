@@ -103,9 +103,11 @@ class LiveTeacher:
     ) -> Path:
         """Writes an output like that of precompute-logits, with the `top_k` best entries or `num_draws` draws."""
         dataset = Dataset.open(dataset_path, kind)
-        image = self._spec and ImageIdentity(
-            processor_sha256=self._spec.sha256, aspect_ratio="pad", tokens_per_image=self._spec.tokens_per_image
-        )
+        image = None
+        if self._spec is not None:
+            image = ImageIdentity(
+                processor_sha256=self._spec.sha256, aspect_ratio="pad", tokens_per_image=self._spec.tokens_per_image
+            )
         manifest = Manifest(
             kind=kind,
             teacher=TeacherIdentity(
