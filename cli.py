@@ -1,14 +1,15 @@
 """Command line of Decant: assembles the commands of both halves, sets up logging, turns errors into exit codes.
 
-Exit codes: 0 done, 1 an error that the message explains or a failed verification, 2 wrong usage, 130 interrupted,
-143 stopped by SIGTERM.
+Exit codes: 0 done, 1 an error or a failed verification, 2 wrong usage, 130 interrupted, 143 stopped by SIGTERM.
 Every heavy import stands inside its command, so that `--help` answers at once.
 """
 
+import io
 import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +19,22 @@ import typer
 import precompute.commands
 import train.commands
 from common.config import MAX_SEED
-from common.console import ConfigOption, JsonOption, SetOption, check_local_path, report_interrupt, show
+from common.console import (
+    DEBUG_VARIABLE,
+    ConfigOption,
+    JsonOption,
+    LogFormatter,
+    SetOption,
+    check_local_path,
+    echo,
+    is_debugging,
+    report_interrupt,
+    show,
+)
 from common.errors import DecantError
+
+# An error of a library may hold a whole tensor or document.
+_MAX_MESSAGE_CHARS = 500
 
 app = typer.Typer(
     name="decant",
@@ -33,19 +48,44 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line; the entry point of the console script `decant`."""
-    _set_up_logging()
+    _set_up_output()
     _silence_libraries()
     try:
         app()
-    except DecantError as error:
-        typer.echo(f"error: {error}", err=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - a panic of a library in Rust is no Exception, and has to be named too
+        if is_debugging():
+            echo("".join(traceback.format_exception(error)), err=True)
+        echo(_describe_error(error), err=True)
         sys.exit(1)
+
+
+def _describe_error(error: BaseException) -> str:
+    """Returns the message for whatever ended a command; one that is not a DecantError gets a single line."""
+    if isinstance(error, DecantError):
+        return f"error: {error}"
+    message = " ".join(str(error).split())
+    if len(message) > _MAX_MESSAGE_CHARS:
+        message = f"{message[:_MAX_MESSAGE_CHARS]} …"
+    where = "are above" if is_debugging() else "--debug shows"
+    kind = type(error).__name__
+    # Of torch, which is slow to import.
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return f"error: out of memory: {message or kind}"
+    return f"unexpected error: {kind}: {message}; this is a bug: please report it with the details that {where}"
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"decant {_find_version()}")
         raise typer.Exit
+
+
+def _set_debugging(wanted: bool) -> None:
+    if wanted:
+        # A variable, so that the commands that this one starts, such as the demo's, show their tracebacks too.
+        os.environ[DEBUG_VARIABLE] = "1"
 
 
 def _find_version() -> str:
@@ -66,6 +106,15 @@ def _common_options(
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            callback=_set_debugging,
+            envvar=DEBUG_VARIABLE,
+            help="Show the traceback of an error, for a report.",
+        ),
     ] = False,
 ) -> None:
     """Declares the options before a command. The deepspeed launcher adds its rank, which the environment has too."""
@@ -147,12 +196,18 @@ def _parse_counts(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     # Nobody has 10^9 GPUs; Python refuses to read thousands of digits.
     if not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"--gpus {text[:200]}: expected numbers such as 1,2,4,8")
+        raise typer.BadParameter(f"--gpus {text[:200]!r}: expected numbers such as 1,2,4,8")
     return tuple(map(int, parts))
 
 
-def _set_up_logging() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+def _set_up_output() -> None:
+    """Sets the form and the levels of log lines; a character that stdout cannot encode is spelled out."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As Python does for stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Only rank 0 logs, because all ranks would write the same lines.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for package in ("precompute", "train", "demo", "common"):

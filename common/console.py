@@ -1,12 +1,24 @@
-"""Options that the commands share, and functions that show results and interrupts."""
+"""Options that the commands share, and functions that show results, errors, log lines and interrupts.
 
+Paths, ids, roles, names and error texts come from files that others wrote. Whatever is shown passes through
+`escape_control`: in a table or a text of rich as `plain_text`, on a line by `echo`, in a log by `LogFormatter`.
+"""
+
+import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+# The environment variable of the option --debug.
+DEBUG_VARIABLE = "DECANT_DEBUG"
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file of the run.", show_default=False)]
 SetOption = Annotated[
@@ -36,9 +48,14 @@ def report_interrupt() -> Iterator[None]:
         message = str(interrupt) or (
             "interrupted; what was published is whole, and the same command continues from there"
         )
-        typer.echo(message, err=True)
+        echo(message, err=True)
         # A stage that was stopped by another signal names its own exit code.
         raise typer.Exit(getattr(interrupt, "exit_code", 130)) from None
+
+
+def is_debugging() -> bool:
+    """Returns True if the traceback of an error is to be shown."""
+    return os.environ.get(DEBUG_VARIABLE) == "1"
 
 
 def hide_loading_bars() -> None:
@@ -48,10 +65,43 @@ def hide_loading_bars() -> None:
     disable_progress_bar()
 
 
+def escape_control(text: str) -> str:
+    """Returns text with control characters spelled out as \\x.. or \\u....; line breaks stay.
+
+    So are characters that reverse the direction of what follows, and the lone surrogates of a path that is not UTF-8,
+    which no stream can write.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else _spell_out(ord(c)) for c in text)
+
+
+def plain_text(text: object, style: str = "") -> "Text":
+    """Returns text that rich shows as it is, without markup, emoji codes and control characters."""
+    from rich.text import Text
+
+    return Text(escape_control(str(text)), style)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Prints a line with control characters spelled out."""
+    typer.echo(escape_control(text), err=err)
+
+
 def show(*renderables: Any) -> None:
-    """Prints tables and texts as wide as the terminal."""
+    """Prints tables and texts as wide as the terminal; a string, in a cell too, is no markup."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     for renderable in renderables:
         console.print(renderable)
+
+
+class LogFormatter(logging.Formatter):
+    """Formatter of log lines that spells out control characters, in messages and tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the message, and below it the traceback if there is one."""
+        return escape_control(super().format(record))
+
+
+def _spell_out(code: int) -> str:
+    return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

@@ -7,6 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.console import plain_text
+
 Unit = Literal["", "bytes", "FLOP", "hours"]
 
 _BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -50,13 +52,13 @@ class EstimateTable:
 
     def render(self) -> RenderableType:
         """Returns a table of names, values and arithmetic, with the notes below it."""
-        table = Table(title=self.title, title_justify="left", title_style="bold", expand=False)
+        table = Table(title=plain_text(self.title, "bold"), title_justify="left", expand=False)
         table.add_column("what")
         table.add_column("value", justify="right")
         table.add_column("arithmetic")
         for estimate in self.estimates:
-            table.add_row(estimate.name, estimate.format(), Text(estimate.how))
-        return Group(table, *(Text(f"- {note}") for note in self.notes), Text())
+            table.add_row(plain_text(estimate.name), estimate.format(), plain_text(estimate.how))
+        return Group(table, *(plain_text(f"- {note}") for note in self.notes), Text())
 
 
 def format_value(value: float, unit: Unit = "") -> str:

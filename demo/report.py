@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from common.console import echo, plain_text
 from common.errors import DecantError
 from demo.evaluate import Evaluation, evaluate
 
@@ -55,7 +56,7 @@ def report(directory: Path) -> dict[str, Evaluation]:
     same = sum(a == b for a, b in zip(under_vllm, under_transformers, strict=True))
     console.print(f"exported student: {same} of {len(under_vllm)} greedy answers are the same in vLLM and transformers")
     plot_losses(directory, directory / "losses.png")
-    console.print(f"loss curves: {directory / 'losses.png'}")
+    console.print(plain_text(f"loss curves: {directory / 'losses.png'}"))
     body = {
         "rows": {name: {k: v for k, v in asdict(row).items() if k != "answers"} for name, row in rows.items()},
         "same_answers_in_vllm": same,
@@ -131,5 +132,5 @@ if __name__ == "__main__":
     try:
         report(Path(sys.argv[1]))
     except DecantError as error:
-        Console(stderr=True).print(f"error: {error}")
+        echo(f"error: {error}", err=True)
         raise SystemExit(1) from error

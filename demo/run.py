@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from common.console import plain_text
 from common.errors import DecantError
 from demo.data import write_dataset
 
@@ -90,7 +91,8 @@ def run_demo(out: Path, *, seed: int) -> None:
     chain.module("demo.report", ".")
     minutes = (time.monotonic() - started) / 60
     _add_to_report(out, {"minutes": round(minutes, 2), "seconds": chain.seconds})
-    console.print(f"{out}: finished in {minutes:.1f} minutes; the exported student is {out / 'student'}")
+    done = f"{out}: finished in {minutes:.1f} minutes; the exported student is {out / 'student'}"
+    console.print(plain_text(done))
 
 
 class _Chain:
@@ -124,9 +126,9 @@ class _Chain:
         """Runs Python with a command and these environment variables, and prints `shown` with the arguments."""
         line = f"{shown} {shlex.join(_shorten_config_path(a) for a in arguments)}"
         if unless is not None and (self._directory / unless).exists():
-            self._console.print(f"[dim]$ {line}   (done before)[/dim]")
+            self._console.print(plain_text(f"$ {line}   (done before)", "dim"))
             return
-        self._console.print(f"\n[bold]$ {line}[/bold]")
+        self._console.print(plain_text(f"\n$ {line}", "bold"))
         started = time.monotonic()
         environment = {
             **os.environ,
@@ -144,7 +146,7 @@ class _Chain:
         self.seconds[line] = round(time.monotonic() - started, 1)
         if code:
             raise DemoError(f"{line}: exit code {code}; see its message above. Run the demo again to continue here")
-        self._console.print(f"[dim]{self.seconds[line]:.0f} s[/dim]")
+        self._console.print(plain_text(f"{self.seconds[line]:.0f} s", "dim"))
 
 
 def _shorten_config_path(argument: str) -> str:

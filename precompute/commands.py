@@ -16,6 +16,7 @@ from common.console import (
     JsonOption,
     SetOption,
     check_local_path,
+    echo,
     hide_loading_bars,
     report_interrupt,
     show,
@@ -169,7 +170,7 @@ def verify_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the
 
         results["against"] = diff_dataset(output, parse_location(against), progress=not as_json)
     elif against:
-        typer.echo(f"{against} was not compared with the output, which is not what was written", err=True)
+        echo(f"{against} was not compared with the output, which is not what was written", err=True)
     if recompute and report.ok:
         assert teacher is not None
         recompute_rows = _load_recompute(has_features)
@@ -230,9 +231,9 @@ def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of th
     else:
         show(terminal.render_terminal(found, max_tokens=tokens))
     if html is not None:
-        typer.echo(f"{html}: {len(found.samples):,} samples as a page", err=True)
+        echo(f"{html}: {len(found.samples):,} samples as a page", err=True)
     if exported is not None:
-        typer.echo(exported.summary, err=True)
+        echo(exported.summary, err=True)
     if not found.ok or (exported is not None and not exported.ok):
         raise typer.Exit(1)
 

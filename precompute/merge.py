@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from common.console import plain_text
 from common.errors import ConfigError, ProvenanceError, ShardError
 from common.shards.manifest import (
     MANIFEST_NAME,
@@ -56,7 +57,7 @@ class MergeResult:
         """Returns totals, notes, and what is missing."""
         table = Table(show_header=False, box=None)
         num_present = self.num_shards - len(self.missing)
-        table.add_row("output", str(self.out))
+        table.add_row("output", plain_text(self.out))
         table.add_row("shards", f"{num_present:,} of {self.num_shards:,}, {self.num_new_shards:,} new")
         table.add_row("rows", f"{self.num_rows:,}")
         table.add_row("scored tokens", f"{self.num_scored_tokens:,} in {self.num_bytes:,} bytes")
@@ -67,7 +68,7 @@ class MergeResult:
                 "this output writes them, or merge again with the outputs that have them",
                 style="bold red",
             )
-        return Group(table, *map(Text, self.notes), verdict)
+        return Group(table, *map(plain_text, self.notes), verdict)
 
 
 @dataclass(frozen=True)

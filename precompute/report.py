@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.console import plain_text
 from common.shards.manifest import Manifest, ShardedManifest
 from common.storage.files import Location
 
@@ -100,7 +101,7 @@ class Report:
 
     def render(self) -> RenderableType:
         """Returns a table of the checks with the problems and the totals below it."""
-        table = Table(title=f"{self.output}", title_justify="left", show_lines=False)
+        table = Table(title=plain_text(self.output, "table.title"), title_justify="left", show_lines=False)
         table.add_column("check")
         table.add_column("what holds")
         table.add_column("checked", justify="right")
@@ -117,7 +118,7 @@ class Report:
     def _problem_lines(self) -> Iterator[Text]:
         for check in self.checks:
             for problem in check.problems:
-                yield Text(f"{check.name}: {problem.path}: {problem.what}", style="red")
+                yield plain_text(f"{check.name}: {problem.path}: {problem.what}", "red")
             if more := check.num_problems - len(check.problems):
                 yield Text(f"{check.name}: and {more:,} more", style="red")
 

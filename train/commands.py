@@ -4,13 +4,25 @@ Every heavy import stands inside its command, so that `--help` answers at once.
 """
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from common.config import MAX_SEED
-from common.console import ConfigOption, SetOption, check_local_path, hide_loading_bars, report_interrupt
+from common.console import (
+    ConfigOption,
+    SetOption,
+    check_local_path,
+    echo,
+    hide_loading_bars,
+    is_debugging,
+    report_interrupt,
+)
+from common.errors import DecantError
 
 if TYPE_CHECKING:
     from train.config import MoEConfig
@@ -47,7 +59,7 @@ def train(
     from train.run.stage import train_stage
 
     hide_loading_bars()
-    with report_interrupt():
+    with report_interrupt(), _log_traceback():
         result = train_stage(settings)
     _log.info("%s: trained to step %d", result.final, result.steps)
 
@@ -122,14 +134,31 @@ def export(
 
     hide_loading_bars()
     export_student(source, out)
-    typer.echo(f"{out}: exported")
+    echo(f"{out}: exported")
+
+
+@contextmanager
+def _log_traceback() -> Iterator[None]:
+    """Logs the traceback of an unexpected error with the rank that it happened on.
+
+    Other commands show it under --debug alone. Training always does, because such an error may come after days on one
+    of many ranks, and is not found again by starting the run once more; a launcher keeps what the ranks wrote.
+    """
+    try:
+        yield
+    except DecantError:
+        raise
+    except Exception:
+        if not is_debugging():
+            _log.exception("rank %s:", os.environ.get("RANK", "0"))
+        raise
 
 
 def _compose(vision: Path, language: Path, out: Path, seed: int) -> None:
     from train.model.compose import compose_student
 
     student = compose_student(vision, language, out, seed=seed)
-    typer.echo(
+    echo(
         f"{out}: {student.num_parameters / 1e6:,.1f}M parameters; <image> is token {student.image_token_id} "
         f"({student.image_token_row})"
     )
@@ -168,6 +197,4 @@ def _upcycle(dense: Path, out: Path, moe: "MoEConfig", seed: int) -> None:
 
     num_parameters = upcycle_directory(dense, out, moe, seed=seed)
     layers = moe.layers if isinstance(moe.layers, str) else ",".join(map(str, moe.layers))
-    typer.echo(
-        f"{out}: {num_parameters / 1e6:,.1f}M parameters, {moe.num_experts} experts, top {moe.top_k}, layers {layers}"
-    )
+    echo(f"{out}: {num_parameters / 1e6:,.1f}M parameters, {moe.num_experts} experts, top {moe.top_k}, layers {layers}")

@@ -21,9 +21,9 @@ from typing import Any, assert_never, get_args
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from common.console import plain_text
 from common.errors import ModelError
 from common.estimates import Estimate, EstimateTable, format_value
 from train.choices import ParameterGroup, Precision, ZeroStage
@@ -104,8 +104,8 @@ class TrainerEstimate:
         for row in self.memory:
             numbers = format_value(row.num_bytes, "bytes"), format_value(row.with_teacher, "bytes"), f"{row.ratio:.1f}"
             style = "bold" if row.chosen else ""
-            table.add_row(str(row.stage), str(row.num_gpus), *numbers, Text(row.how), style=style)
-        return Group(self.parameters.render(), table, *(Text(f"- {note}") for note in self.notes))
+            table.add_row(str(row.stage), str(row.num_gpus), *numbers, plain_text(row.how), style=style)
+        return Group(self.parameters.render(), table, *(plain_text(f"- {note}") for note in self.notes))
 
 
 def memory_bytes(stage: int, num_gpus: int, counts: ParameterCounts, precision: Precision) -> float:

@@ -27,6 +27,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from common.concurrency import prefetch_map
+from common.console import plain_text
 from common.data.images import AspectRatio, ImageSpec, load_image, read_image_and_digest
 from common.data.samples import Dataset, ImageRef
 from common.errors import DataError, ModelError, ShardError
@@ -98,7 +99,7 @@ class FeatureSummary:
         """Returns the totals and the outcome for the terminal."""
         table = Table(show_header=False, box=None)
         encoder, num_shards = self.manifest.encoder, self.manifest.num_shards
-        table.add_row("output", str(self.output))
+        table.add_row("output", plain_text(self.output))
         table.add_row("images", f"{self.manifest.num_images:,} distinct, {self.num_new_images:,} new")
         shape = f"{encoder.tokens_per_image:,} x {encoder.num_channels:,}"
         table.add_row("features", f"{shape} an image, {self.manifest.form}, {self.num_bytes:,} bytes in all")

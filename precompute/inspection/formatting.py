@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 from typing import Any
 
+from common.console import escape_control
 from precompute.inspection.collect import FOOTERS, ColumnBytes, Inspection
 from precompute.inspection.sample_view import SampleView, Token
 from precompute.inspection.statistics import Distribution, Metric
@@ -170,11 +171,6 @@ def format_percent(probability: float) -> str:
         return "0%" if value == 0 else "<0.001%"
     decimals = 0 if value >= 99.95 else 1 if value >= 1 else 2 if value >= 0.1 else 3
     return f"{value:.{decimals}f}%"
-
-
-def escape_control(text: str) -> str:
-    """Returns text with control characters spelled out as \\x..; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 def show_whitespace(text: str) -> str:

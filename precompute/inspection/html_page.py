@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Iterator
 
+from common.console import escape_control
 from common.data.images import load_image
 from common.data.samples import ImageRef
 from common.errors import DataError
@@ -146,7 +147,7 @@ def _sample_section(sample: SampleView, number: int, scales: dict[str, float]) -
         for turn in conversation.turns:
             num_more = len(turn.content) - _MAX_TURN_CHARS
             cut = f" <em>… {num_more:,} more characters</em>" if num_more > 0 else ""
-            yield f'<p class="turn"><b>{turn.role}</b> {_escape(turn.content[:_MAX_TURN_CHARS])}{cut}</p>'
+            yield f'<p class="turn"><b>{_escape(turn.role)}</b> {_escape(turn.content[:_MAX_TURN_CHARS])}{cut}</p>'
         yield "</details>"
         yield from _heat_map(conversation, f"s{number}-{which}", scales)
     yield "</article>"
@@ -218,7 +219,7 @@ def _level_rules() -> str:
 
 def _escape(text: str) -> str:
     """Returns text escaped for any place in the page, with control characters spelled out."""
-    return html.escape(formatting.escape_control(text))
+    return html.escape(escape_control(text))
 
 
 def _escape_token(text: str) -> str:

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from common.console import escape_control, plain_text
 from precompute.inspection import formatting
 from precompute.inspection.collect import Inspection
 from precompute.inspection.sample_view import Conversation, SampleView, Token
@@ -40,7 +41,7 @@ def histogram(counts: Sequence[int]) -> list[str]:
 
 
 def _sections(inspection: Inspection, max_tokens: int) -> Iterator[RenderableType]:
-    yield Text(f"{inspection.path}", style="bold")
+    yield plain_text(inspection.path, "bold")
     yield Text()
     yield _fields_table(
         [(name, _shorten_fingerprints(text)) for name, text in formatting.provenance_fields(inspection)]
@@ -50,7 +51,7 @@ def _sections(inspection: Inspection, max_tokens: int) -> Iterator[RenderableTyp
     if inspection.columns:
         yield _title("Bytes by column, compressed")
         yield _columns_table(inspection)
-        yield Text(formatting.describe_columns(inspection), style="dim")
+        yield plain_text(formatting.describe_columns(inspection), "dim")
     if inspection.distributions:
         yield _title(f"Distributions, of {formatting.describe_reading(inspection)}")
         yield _quantiles_table(inspection.distributions)
@@ -61,17 +62,17 @@ def _sections(inspection: Inspection, max_tokens: int) -> Iterator[RenderableTyp
     if inspection.samples:
         yield from _render_sample(inspection.samples[0], max_tokens)
     for problem in inspection.problems:
-        yield Text(f"{problem.path}: {problem.what}", style="red")
+        yield plain_text(f"{problem.path}: {problem.what}", "red")
 
 
 def _title(text: str) -> RenderableType:
-    return Padding(Text(text, style="bold"), (1, 0, 0, 0))
+    return Padding(plain_text(text, "bold"), (1, 0, 0, 0))
 
 
 def _fields_table(rows: formatting.Fields) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, text in rows:
-        table.add_row(Text(name, style="dim"), Text(text))
+        table.add_row(plain_text(name, "dim"), plain_text(text))
     return table
 
 
@@ -99,7 +100,8 @@ def _columns_table(inspection: Inspection) -> Table:
     rows = formatting.column_rows(inspection)
     max_share = max(share for *_, share in rows)
     for name, num_bytes, bytes_per_token, share in rows:
-        table.add_row(name, f"{num_bytes:,}", f"{bytes_per_token:,.2f}", f"{share:.1%}", _bar(share / max_share))
+        numbers = f"{num_bytes:,}", f"{bytes_per_token:,.2f}", f"{share:.1%}"
+        table.add_row(plain_text(name), *numbers, _bar(share / max_share))
     return table
 
 
@@ -137,17 +139,17 @@ def _histogram(distribution: Distribution) -> RenderableType:
 
 
 def _render_sample(sample: SampleView, max_tokens: int) -> Iterator[RenderableType]:
-    yield _title(formatting.escape_control(formatting.describe_sample(sample)))
+    yield _title(formatting.describe_sample(sample))
     for image in sample.images:
         stored = "" if image.data is None else f" ({len(image.data):,} bytes stored)"
-        yield Text(f"image {formatting.escape_control(image.path or 'without a path')}{stored}", style="dim")
+        yield plain_text(f"image {image.path or 'without a path'}{stored}", "dim")
     for conversation in sample.conversations:
         if conversation.name:
             yield _title(conversation.name)
         for turn in conversation.turns:
-            text = formatting.escape_control(turn.content)
+            text = escape_control(turn.content)
             cut = "" if len(text) <= _MAX_TURN_CHARS else f" … ({len(text) - _MAX_TURN_CHARS:,} more characters)"
-            yield Text.assemble((f"{turn.role}: ", "bold"), text[:_MAX_TURN_CHARS], (cut, "dim"))
+            yield Text.assemble((f"{escape_control(turn.role)}: ", "bold"), text[:_MAX_TURN_CHARS], (cut, "dim"))
         yield Text()
         yield _tokens_table(conversation, max_tokens)
         if (more := conversation.num_scored - min(max_tokens, conversation.num_shown)) > 0:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
 
 from common.config import digest
+from common.console import plain_text
 from common.errors import ConfigError, DataError
 from common.shards.manifest import SkippedSample, open_output, read_receipts
 from common.storage.files import Location, directory_lock, publish, remove_partials
@@ -90,17 +90,17 @@ class CaptureSummary:
     def render(self) -> RenderableType:
         """Returns the totals, the samples that were left out and the outcome for the terminal."""
         table = Table(show_header=False, box=None)
-        table.add_row("output", str(self.output))
+        table.add_row("output", plain_text(self.output))
         table.add_row("shards", f"{self.num_complete_shards:,} of {self.num_shards:,}, {self.num_new_shards:,} new")
         table.add_row("rows", f"{self.num_rows:,}, {self.num_new_rows:,} new")
         table.add_row("scored tokens", f"{self.num_scored_tokens:,} in {self.num_bytes:,} bytes")
         if self.num_new_tokens:
             speed = f"{self.num_new_tokens:,} tokens in {self.scoring_s:,.0f} s, {self.new_tokens_per_s:,.0f} tokens/s"
             table.add_row("teacher read", speed)
-        lines = [Text(f"skipped {skipped.id!r}: {skipped.reason}") for skipped in self.skipped[:_SHOWN_SKIPPED]]
+        lines = [plain_text(f"skipped {skipped.id!r}: {skipped.reason}") for skipped in self.skipped[:_SHOWN_SKIPPED]]
         if more := len(self.skipped) - len(lines):
-            lines.append(Text(f"and {more:,} more, listed in the receipts beside the shards"))
-        return Group(table, *lines, Text(self.message))
+            lines.append(plain_text(f"and {more:,} more, listed in the receipts beside the shards"))
+        return Group(table, *lines, plain_text(self.message))
 
 
 def run_capture(

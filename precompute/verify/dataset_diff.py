@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from common.console import plain_text
 from common.data.samples import Dataset, Turn, without_last_response
 from common.errors import DataError
 from common.shards.manifest import Manifest, read_manifest, read_receipts, shard_path
@@ -70,7 +71,7 @@ class DatasetDiff:
             if self.ok
             else Text("the scores of changed and removed samples are out of date", style="bold red")
         )
-        return Group(Text(f"{self.output} against {self.dataset}"), table, *map(Text, lines), verdict)
+        return Group(plain_text(f"{self.output} against {self.dataset}"), table, *map(plain_text, lines), verdict)
 
 
 def diff_dataset(output: Location, dataset: Location, *, progress: bool = True) -> DatasetDiff:

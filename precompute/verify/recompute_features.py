@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from tqdm import tqdm
 
+from common.console import plain_text
 from common.data.images import ImageSpec, load_image, read_image_and_digest
 from common.data.samples import ImageRef
 from common.errors import DataError
@@ -56,7 +57,8 @@ class RecomputedFeatures:
         table.add_row("images with the very same values", f"{self.num_exact:,}", "")
         table.add_row("relative difference, mean", f"{self.mean_difference:.2e}", "")
         style = "" if self.ok else "red"
-        table.add_row(f"largest ({self.worst})", f"{self.max_difference:.2e}", f"{self.tolerance}", style=style)
+        worst = plain_text(f"largest ({self.worst})")
+        table.add_row(worst, f"{self.max_difference:.2e}", f"{self.tolerance}", style=style)
         return table
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
+from common.console import plain_text
 from common.shards.feature_shard import INDEX_NAME
 from common.shards.manifest import (
     MANIFEST_NAME,
@@ -63,22 +63,22 @@ class RepairResult:
         """Returns what was moved, and what to run next."""
         lines = []
         if self.refusal:
-            lines.append(Text(f"not repaired: {self.refusal}", style="bold red"))
+            lines.append(plain_text(f"not repaired: {self.refusal}", "bold red"))
         if self.moved:
             numbers = sorted({number for name in self.moved if (number := shard_number(name)) is not None})
             others = [name for name in self.moved if shard_number(name) is None]
             what = [f"shards {format_ranges(numbers)}", *others] if numbers else others
-            lines.append(Text(f"moved {' and '.join(what)} ({len(self.moved)} files) to {self.destination}"))
+            lines.append(plain_text(f"moved {' and '.join(what)} ({len(self.moved)} files) to {self.destination}"))
         if self.restored:
-            lines.append(Text(f"{MANIFEST_NAME} was restored from the shards"))
-        lines += [Text(note) for note in self.notes]
+            lines.append(plain_text(f"{MANIFEST_NAME} was restored from the shards"))
+        lines += [plain_text(note) for note in self.notes]
         if self.missing or INDEX_NAME in self.moved:
             options = " --config FILE" if self.command == Manifest.command else ""
             what_next = f"shards {format_ranges(self.missing)} and no others" if self.missing else INDEX_NAME
             lines.append(
-                Text(f"run the same {self.command} again (decant {self.command}{options}): it writes {what_next}")
+                plain_text(f"run the same {self.command} again (decant {self.command}{options}): it writes {what_next}")
             )
-        return Group(*(lines or [Text("nothing was broken, nothing was moved")]))
+        return Group(*(lines or [plain_text("nothing was broken, nothing was moved")]))
 
 
 def repair_output(report: Report) -> RepairResult:

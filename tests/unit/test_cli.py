@@ -1,21 +1,26 @@
 """The command line as a user meets it: exit codes, messages, help."""
 
 import importlib.metadata
+import io
 import json
+import logging
 import os
 import resource
 import subprocess
 import sys
 import tomllib
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import cli
+from common.console import show
+from common.errors import ShardError
 from common.shards.manifest import shard_path
 from tests.support.models import tiny_llava, tiny_tokenizer
 from tests.support.training import LiveTeacher, environment, write_mixed_dataset
@@ -116,6 +121,102 @@ def test_help_is_not_folded_within_a_sentence_at_80_columns(decant: Run, command
     )
     # Usage, the first paragraph, then what has to be the same; an empty line stands before each.
     assert narrow[narrow.index("", 3) :] == wide[wide.index("", 3) :]
+
+
+class _Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+def _raise_from_verification(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def verify(*_: object, **__: object) -> None:
+        raise error.with_traceback(None)
+
+    monkeypatch.setattr("precompute.verify.logits.verify_logits", verify)
+    # So that what --debug sets is undone.
+    monkeypatch.setenv("DECANT_DEBUG", "0")
+
+
+@pytest.mark.parametrize("error", [KeyError("first\x1b[31m\nsecond"), _Panic("first\x1b[31m\nsecond")])
+def test_an_unexpected_error_is_one_line_that_asks_for_a_report(
+    decant: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
+    _raise_from_verification(monkeypatch, error)
+    code, shown = decant("verify-shards", str(tmp_path))
+    assert code == 1
+    assert shown.startswith(f"unexpected error: {type(error).__name__}: ")
+    assert shown.endswith("; this is a bug: please report it with the details that --debug shows\n")
+    assert shown.count("\n") == 1
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("error", [KeyError("first\x1b[31m"), ShardError("first\x1b[31m")])
+def test_debugging_shows_the_traceback_of_any_error(
+    decant: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
+    _raise_from_verification(monkeypatch, error)
+    assert "Traceback" not in decant("verify-shards", str(tmp_path))[1]
+    code, shown = decant("--debug", "verify-shards", str(tmp_path))
+    assert code == 1
+    assert shown.startswith("Traceback")
+    assert "in verify\n" in shown
+    assert "error: " in shown.splitlines()[-1]
+    assert "\x1b" not in shown
+    monkeypatch.setenv("DECANT_DEBUG", "true")
+    assert decant("verify-shards", str(tmp_path)) == (code, shown)
+
+
+def test_a_long_message_of_an_unexpected_error_is_cut(
+    decant: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _raise_from_verification(monkeypatch, ValueError("x" * 10**6))
+    assert len(decant("verify-shards", str(tmp_path))[1]) < 1000
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("tried to allocate 80 GiB")])
+def test_memory_that_does_not_suffice_is_no_bug(
+    decant: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
+    _raise_from_verification(monkeypatch, error)
+    code, shown = decant("verify-shards", str(tmp_path))
+    assert code == 1
+    assert shown.startswith("error: out of memory: ")
+
+
+def test_training_logs_the_traceback_and_its_rank(decant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_stage(_: object) -> None:
+        raise KeyError("first\x1b[31m")
+
+    monkeypatch.setitem(sys.modules, "train.run.stage", types.SimpleNamespace(train_stage=train_stage))
+    monkeypatch.setenv("DECANT_DEBUG", "0")
+    monkeypatch.setenv("RANK", "3")
+    # Without those of pytest, so that the command line adds its own.
+    monkeypatch.setattr(logging.root, "handlers", [])
+    code, shown = decant("train", "--config", str(Path(cli.__file__).parent / "configs/llava/pretrain.toml"))
+    assert code == 1
+    assert shown.startswith("rank 3:\nTraceback")
+    assert "in train_stage\n" in shown
+    assert shown.splitlines()[-1].startswith("unexpected error: KeyError: ")
+    assert "\x1b" not in shown
+
+
+def test_log_lines_have_no_control_characters(
+    decant: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    decant("--version")
+    logging.getLogger("precompute").warning("%s: not read", "a\x1b[31m\rb [red]\u202e")
+    assert capsys.readouterr().err == "a\\x1b[31m\\x0db [red]\\u202e: not read\n"
+
+
+def test_stdout_that_cannot_encode_a_character_gets_it_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["decant", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    show("a café")
+    stdout.flush()
+    assert cast(io.BytesIO, stdout.buffer).getvalue().splitlines()[-1].rstrip() == b"a caf\\xe9"
 
 
 def test_warnings_for_developers_are_hidden_and_errors_are_not() -> None:

@@ -221,7 +221,7 @@ def test_what_a_terminal_would_obey_is_spelled_out(tmp_path: Path) -> None:
     write_known_output(tmp_path, sample_id="\x1b[2Jx", answer="a\x1b]0;b\x07\u202ec [bold]d[/bold]")
     text = render_inspection(inspect(tmp_path))
     assert "\\x1b[2Jx" in text
-    assert "a\\x1b]0;b\\x07\\x202ec [bold]d[/bold]" in text
+    assert "a\\x1b]0;b\\x07\\u202ec [bold]d[/bold]" in text
     assert "\x1b" not in text
 
 
