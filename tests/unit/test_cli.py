@@ -31,6 +31,7 @@ COMMANDS = (
     "init-student",
     "export",
     "demo",
+    "doctor",
 )
 
 Run = Callable[..., tuple[int, str]]
