@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -189,6 +189,35 @@ def demo(
 
     with report_interrupt():
         run_demo(out, seed=seed)
+
+
+@app.command()
+def doctor(
+    half: Annotated[
+        Literal["precompute", "train"] | None,
+        typer.Option("--for", help="Look at one half alone, and fail if it cannot run.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine has for each half, what it lacks, and the command that brings it.
+
+    Starts no engine and changes nothing.
+    The exit code is 1 if the half after --for cannot run.
+    Without --for it is 1 if neither half can.
+    """
+    from doctor.diagnosis import HALVES, PACKAGES, diagnose
+    from doctor.facts import collect_facts
+
+    halves = HALVES if half is None else (half,)
+    typer.echo("importing what is installed, which takes up to a minute ...", err=True)
+    with report_interrupt():
+        found = diagnose(collect_facts(dict.fromkeys(name for each in halves for name in PACKAGES[each])), halves)
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        show(found.render())
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 def _parse_counts(text: str) -> tuple[int, ...]:

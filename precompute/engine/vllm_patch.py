@@ -58,6 +58,15 @@ def start_capture(collective_rpc: Callable[[str], list[str]]) -> str:
     return next(filter(None, answers), "")
 
 
+def find_patch_problems() -> dict[str, str]:
+    """Patches all that can be patched in this process, and returns for each part "" or why it cannot be."""
+    return {
+        "front end": try_patch(patch_front_end),
+        "first model runner": try_patch(patch_v1_runner),
+        "second model runner": try_patch(patch_v2_runner),
+    }
+
+
 def _patch_model_runner(worker: Any) -> str:
     """Patches the class of a worker's model runner once; returns "" or why it cannot be."""
     runner = type(worker.model_runner)

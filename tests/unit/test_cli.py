@@ -36,6 +36,7 @@ COMMANDS = (
     "init-student",
     "export",
     "demo",
+    "doctor",
 )
 
 Run = Callable[..., tuple[int, str]]

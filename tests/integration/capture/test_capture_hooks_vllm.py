@@ -206,6 +206,13 @@ def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "remove_request" in try_patch(patch_v2_runner)
 
 
+def test_each_part_that_cannot_be_patched_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(PromptLogprobsWorker, "remove_request")
+    problems = vllm_patch.find_patch_problems()
+    assert {part for part, problem in problems.items() if problem} == {"second model runner"}
+    assert "remove_request" in problems["second model runner"]
+
+
 def test_workers_answer_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_patch, "_front_end_problem", "")
     assert start_capture(lambda _: ["", ""]) == ""
