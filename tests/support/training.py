@@ -103,8 +103,11 @@ class LiveTeacher:
     ) -> Path:
         """Writes an output like that of precompute-logits, with the `top_k` best entries or `num_draws` draws."""
         dataset = Dataset.open(dataset_path, kind)
-        image = self._spec and ImageIdentity(
-            processor_sha256=self._spec.sha256, aspect_ratio="pad", tokens_per_image=self._spec.tokens_per_image
+        spec = self._spec
+        image = (
+            None
+            if spec is None
+            else ImageIdentity(processor_sha256=spec.sha256, aspect_ratio="pad", tokens_per_image=spec.tokens_per_image)
         )
         manifest = Manifest(
             kind=kind,
