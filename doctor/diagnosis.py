@@ -144,6 +144,8 @@ def _judge_package(name: str, probe: Probe, users: tuple[Half, ...]) -> Finding:
     if probe.absent:
         return Finding(_TITLES[name], "not installed", "failed", to_do, users)
     if probe.error:
+        # pip leaves an installed package as it is.
+        to_do = f"pip uninstall {_TITLES[name].lower()}, then {to_do}"
         return Finding(_TITLES[name], f"cannot be imported: {probe.error}", "failed", to_do, users)
     found = str(probe.values["version"])
     if name == "torch":

