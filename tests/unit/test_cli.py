@@ -12,7 +12,7 @@ import tomllib
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -217,7 +217,7 @@ def test_stdout_that_cannot_encode_a_character_gets_it_spelled_out(monkeypatch: 
         cli.main()
     show("a café")
     stdout.flush()
-    assert cast(io.BytesIO, stdout.buffer).getvalue().splitlines()[-1].rstrip() == b"a caf\\xe9"
+    assert stdout.buffer.getvalue().splitlines()[-1].rstrip() == b"a caf\\xe9"
 
 
 def test_warnings_for_developers_are_hidden_and_errors_are_not() -> None:
