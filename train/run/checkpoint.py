@@ -32,6 +32,9 @@ MARKER = "complete.json"
 # Each holds one piece of a file in memory. Disks are not faster than so many processor cores.
 _MAX_HASH_THREADS = 16
 
+# What `_open_checked` raises for a checkpoint that is not to be loaded.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ShardError)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -75,8 +78,11 @@ def find_latest_complete(output: Path) -> Checkpoint | None:
     paths = _list_checkpoints(output / "checkpoints")
     for step in sorted(paths, reverse=True):
         try:
-            return _open_checked(paths[step], step)
-        except (OSError, ValueError, ShardError) as error:
+            checkpoint = _open_checked(paths[step])
+            if checkpoint.step == step:
+                return checkpoint
+            raise ValueError(f"holds step {checkpoint.step}, not the one of its name")
+        except _DAMAGE as error:
             _log.warning("%s: %s; this checkpoint is passed over", paths[step], error)
     if paths:
         raise StorageError(
@@ -84,6 +90,19 @@ def find_latest_complete(output: Path) -> Checkpoint | None:
             f"the damaged files). Put a copy back; or remove {output / 'checkpoints'} to begin again from step 0"
         )
     return None
+
+
+def check_undamaged(directory: Path) -> None:
+    """Checks every byte of a directory if it is a complete checkpoint; does nothing if it is another one.
+
+    Raises:
+        StorageError: it is damaged; names the file.
+    """
+    try:
+        if (directory / MARKER).is_file():
+            _open_checked(directory)
+    except _DAMAGE as error:
+        raise StorageError(f"{directory}: {error}; take another checkpoint") from error
 
 
 def remove_old(checkpoints: Path, step: int, num_kept: int) -> None:
@@ -114,15 +133,14 @@ def _list_checkpoints(checkpoints: Path) -> dict[int, Path]:
     }
 
 
-def _open_checked(checkpoint: Path, step: int) -> Checkpoint:
+def _open_checked(checkpoint: Path) -> Checkpoint:
     """Returns a checkpoint of which every byte is as it was written.
 
     Raises:
         OSError, ShardError: a file is missing or cannot be read. ValueError: it is not what was written.
+        KeyError, TypeError, AttributeError: the marker is of another version.
     """
     marker = _read_marker(checkpoint / MARKER)
-    if marker["step"] != step:
-        raise ValueError(f"holds step {marker['step']}, not the one of its name")
     expected = marker["files"]
     sizes = {name: (checkpoint / name).stat().st_size for name in expected}
     for name, num_bytes in sizes.items():
@@ -132,7 +150,7 @@ def _open_checked(checkpoint: Path, step: int) -> Checkpoint:
     found = zip(expected, _hash_files([checkpoint / name for name in expected]), strict=True)
     if damaged := [name for name, sha256 in found if sha256 != expected[name]["sha256"]]:
         raise ValueError(f"{', '.join(damaged)}: damaged, the SHA-256 is not that of what was written")
-    return Checkpoint(checkpoint, step, marker["num_ranks"])
+    return Checkpoint(checkpoint, marker["step"], marker["num_ranks"])
 
 
 def _read_marker(path: Path) -> dict[str, Any]:

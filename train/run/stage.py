@@ -37,7 +37,7 @@ from train.moe.router_monitor import RouterMonitor
 from train.moe.upcycle import is_sparse, upcycle
 from train.run.arguments import build_deepspeed_config, build_training_arguments, check_metric_packages
 from train.run.callbacks import MetricsWriter, ProgressBar
-from train.run.checkpoint import Checkpoint, find_latest_complete
+from train.run.checkpoint import Checkpoint, check_undamaged, find_latest_complete
 from train.run.divergence import DivergenceDetector
 from train.run.output_lock import lock_output
 from train.run.run_record import append_start, check_continuation, device_name, write_config
@@ -215,6 +215,7 @@ def _join_process_group(config: TrainConfig) -> _Process:
 def _prepare_run(config: TrainConfig, process: _Process) -> _Run:
     """Opens the data, and checks the run that is in the output or writes the record of a new one."""
     accumulation = config.optim.accumulation_steps(process.num_ranks)
+    process.run_on_rank_0(lambda: check_undamaged(config.model.path))
     encoder = ChatEncoder.load(config.model.path, config.model.chat_template, config.data.score)
     splits = open_data_splits(config, encoder, process.num_ranks)
     loss = choose_tail(config, splits)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.errors import ShardError, StorageError
-from train.run.checkpoint import MARKER, Checkpoint, find_latest_complete, mark_complete, remove_old
+from train.run.checkpoint import MARKER, Checkpoint, check_undamaged, find_latest_complete, mark_complete, remove_old
 
 # Names as DeepSpeed and the Trainer choose them, and one directory deeper.
 FILES = {
@@ -86,7 +86,12 @@ def test_one_flipped_bit_of_the_marker_never_changes_what_is_chosen(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
-    [({"step": 3}, "holds step 3, not the one of its name"), ({"files": {"gone": {"num_bytes": 1}}}, "gone")],
+    [
+        ({"step": 3}, "holds step 3, not the one of its name"),
+        ({"files": {"gone": {"num_bytes": 1}}}, "gone"),
+        ({"files": {"latest": {}}}, "num_bytes"),
+        ({"files": None}, "NoneType"),
+    ],
 )
 def test_a_marker_that_does_not_fit_its_checkpoint_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], problem: str
@@ -148,3 +153,13 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path
     # The run continued from step 4, because 10 is damaged, and was stopped at 7.
     remove_old(tmp_path / "checkpoints", step=7, num_kept=1)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-7"]
+
+
+def test_a_damaged_checkpoint_is_not_taken_as_a_model(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 2).rename(tmp_path / "elsewhere")
+    check_undamaged(checkpoint)
+    check_undamaged(tmp_path)
+    check_undamaged(tmp_path / "none")
+    (checkpoint / "latest").write_bytes(b"global_step3")
+    with pytest.raises(StorageError, match=r"elsewhere: latest: damaged, .*; take another checkpoint"):
+        check_undamaged(checkpoint)
