@@ -136,7 +136,7 @@ class _Process:
                 failure = error
         if self.group is not None:
             outcome = [result, failure]
-            torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
+            torch.distributed.broadcast_object_list(outcome, src=0, group=self.group, device=torch.device("cpu"))
             result, failure = outcome
         if failure is not None:
             raise failure
