@@ -131,7 +131,9 @@ def export(
 ) -> None:
     """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed."""
     from train.model.export import export_student
+    from train.run.checkpoint import check_undamaged
 
+    check_undamaged(source)
     hide_loading_bars()
     export_student(source, out)
     echo(f"{out}: exported")

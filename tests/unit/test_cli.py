@@ -402,6 +402,12 @@ def test_init_student_composes_or_upcycles_and_refuses_both(decant: Run, root: P
     assert "not empty" in shown
     code, shown = decant("export", out, str(tmp_path / "exported"))
     assert code == 0, shown
+    # A checkpoint, whose digests do not fit.
+    (tmp_path / "out" / "complete.json").write_text('{"files": {}, "sha256": "0"}')
+    code, shown = decant("export", out, str(tmp_path / "again"))
+    assert code == 1
+    assert "complete.json is damaged" in shown
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.slow

@@ -55,6 +55,8 @@ def check_continuation(config: TrainConfig, source: ExampleSource) -> None:
             before["config"] = TrainConfig.model_validate(before["config"]).model_dump(mode="json")
         for side in (before, now):
             side.pop("config_sha256", None)
+            # An output may be moved or renamed.
+            side["config"].pop("output", None)
             for table, keys in _CHANGEABLE.items():
                 for key in keys:
                     side["config"][table].pop(key, None)

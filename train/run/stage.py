@@ -6,25 +6,28 @@
       checkpoints/checkpoint-<step>/   a complete checkpoint; for a sparse student with expert-load.json and .png
       expert-load.json, .png           the newest of these
       final/                           the student as a plain Hugging Face directory
+      .train.lock                      held while a process trains into the output
 
 The only module that starts DeepSpeed.
 """
 
+import contextlib
 import logging
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from common.data.chat_encoding import ChatEncoder
-from common.errors import ConfigError, StorageError
+from common.errors import ConfigError, DecantError
 from train.config import LossConfig, TrainConfig
 from train.data.feature_source import FeatureSource, open_feature_source
 from train.model.packing import check_packing_supported
@@ -34,8 +37,9 @@ from train.moe.router_monitor import RouterMonitor
 from train.moe.upcycle import is_sparse, upcycle
 from train.run.arguments import build_deepspeed_config, build_training_arguments, check_metric_packages
 from train.run.callbacks import MetricsWriter, ProgressBar
-from train.run.checkpoint import Checkpoint, find_latest_complete
+from train.run.checkpoint import Checkpoint, check_undamaged, find_latest_complete
 from train.run.divergence import DivergenceDetector
+from train.run.output_lock import lock_output
 from train.run.run_record import append_start, check_continuation, device_name, write_config
 from train.run.shutdown import GracefulShutdown
 from train.run.trainer import SaveSettings, StartState, StepSettings, StopConditions, StudentTrainer, TrainingData
@@ -43,6 +47,14 @@ from train.run.training_data import DataSplits, build_collator, choose_tail, ope
 from train.run.universal_checkpoint import to_universal
 
 _log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+# For work that rank 0 does while the others wait, such as hashing a checkpoint of hundreds of GB on a slow disk.
+_RANK_0_TIMEOUT = timedelta(days=1)
+
+# The default of TrainingArguments.ddp_timeout.
+_DEFAULT_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,15 @@ def train_stage(config: TrainConfig) -> StageResult:
         TrainingInterrupted: SIGTERM or Ctrl-C came, and a checkpoint of the step that was under way is saved.
     """
     check_metric_packages(config)
-    run = _prepare_run(config, _join_process_group())
+    process = _join_process_group(config)
+    with contextlib.ExitStack() as stack:
+        # Before anything else, because a second trainer of the output has to be refused before it reads for minutes.
+        process.run_on_rank_0(lambda: stack.enter_context(lock_output(config.output)))
+        return _train_locked(config, process)
+
+
+def _train_locked(config: TrainConfig, process: "_Process") -> StageResult:
+    run = _prepare_run(config, process)
     if run.is_complete:
         _log.info("%s is complete at step %d; nothing to do", config.output, run.start_step)
         return StageResult(run.final, run.start_step, {})
@@ -95,14 +115,32 @@ def train_stage(config: TrainConfig) -> StageResult:
 
 @dataclass(frozen=True)
 class _Process:
-    """This process's rank, and the number of ranks."""
+    """This process's rank, the number of ranks, and if there are several a gloo group of them for `run_on_rank_0`."""
 
     rank: int
     num_ranks: int
+    group: torch.distributed.ProcessGroup | None
 
     @property
     def is_rank_0(self) -> bool:
         return self.rank == 0
+
+    def run_on_rank_0(self, function: Callable[[], _Result]) -> _Result:
+        """Calls a function on rank 0 alone; every rank returns its result, or raises its DecantError."""
+        result: Any = None
+        failure: DecantError | None = None
+        if self.is_rank_0:
+            try:
+                result = function()
+            except DecantError as error:
+                failure = error
+        if self.group is not None:
+            outcome = [result, failure]
+            torch.distributed.broadcast_object_list(outcome, src=0, group=self.group, device=torch.device("cpu"))
+            result, failure = outcome
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -139,8 +177,8 @@ class _Run:
         return self.checkpoint is not None and self.checkpoint.num_ranks != self.process.num_ranks
 
 
-def _join_process_group() -> _Process:
-    """Makes a process group of one rank if no launcher made one, and keeps DeepSpeed from compiling for the CPU."""
+def _join_process_group(config: TrainConfig) -> _Process:
+    """Joins the launcher's ranks, or prepares a group of one, and keeps DeepSpeed from compiling for the CPU."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -159,16 +197,30 @@ def _join_process_group() -> _Process:
 
         # An optional shared-memory reduction, which would take most of a minute to compile on each new machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return _Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if num_ranks == 1:
+        return _Process(rank, num_ranks, None)
+    import deepspeed.comm
+
+    # The group that TrainingArguments would make, made before them: rank 0's decisions are needed for them.
+    timeout_s = config.run.training_arguments.get("ddp_timeout", _DEFAULT_TIMEOUT_S)
+    try:
+        timeout = timedelta(seconds=timeout_s)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"run.training_arguments: ddp_timeout = {timeout_s!r}, expected seconds ({error})") from error
+    deepspeed.comm.init_distributed(auto_mpi_discovery=False, timeout=timeout)
+    return _Process(rank, num_ranks, torch.distributed.new_group(backend="gloo", timeout=_RANK_0_TIMEOUT))
 
 
 def _prepare_run(config: TrainConfig, process: _Process) -> _Run:
     """Opens the data, and checks the run that is in the output or writes the record of a new one."""
     accumulation = config.optim.accumulation_steps(process.num_ranks)
+    process.run_on_rank_0(lambda: check_undamaged(config.model.path))
     encoder = ChatEncoder.load(config.model.path, config.model.chat_template, config.data.score)
     splits = open_data_splits(config, encoder, process.num_ranks)
     loss = choose_tail(config, splits)
-    checkpoint = find_latest_complete(config.output)
+    # All ranks have to take the same checkpoint, and its files are read once.
+    checkpoint = process.run_on_rank_0(lambda: find_latest_complete(config.output))
     if checkpoint:
         check_continuation(config, splits.train.source)
     elif process.is_rank_0:
@@ -221,17 +273,12 @@ def _convert_checkpoint(run: _Run, deepspeed: dict[str, Any]) -> str | None:
         return None
     if not (run.num_ranks_changed and deepspeed["zero_optimization"]["stage"] > 0):
         return str(checkpoint.path)
-    outcome: list[Any] = [None]
-    if run.process.is_rank_0:
+
+    def convert() -> str:
         _log.info("%s: converting from %d to %d rank(s)", checkpoint.path, checkpoint.num_ranks, run.process.num_ranks)
-        try:
-            outcome = [to_universal(checkpoint.path)]
-        except StorageError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], StorageError):
-        raise outcome[0]
-    return str(outcome[0])
+        return str(to_universal(checkpoint.path))
+
+    return run.process.run_on_rank_0(convert)
 
 
 def _build_trainer(

@@ -37,7 +37,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from common.errors import DataError, DecantError, StorageError
 from common.storage.files import publish
@@ -49,7 +48,7 @@ from train.loss.objective import Term, compute_terms, step_loss, unit_counts
 from train.model.student import save_student
 from train.moe.expert_parallel import gather_full_state_dict, split_experts
 from train.moe.router_monitor import RouterMonitor
-from train.run.checkpoint import mark_complete
+from train.run.checkpoint import mark_complete, remove_old
 from train.run.divergence import DivergedStep, DivergenceDetector, RankLoss
 from train.run.optimizer import repair_universal_state, weight_decay_groups
 from train.run.shutdown import GracefulShutdown, TrainingInterrupted
@@ -381,9 +380,7 @@ class StudentTrainer(Trainer):
             final = partial.parent / written.name
             shutil.rmtree(final, ignore_errors=True)
             written.rename(final)
-            rotate_checkpoints(
-                str(partial.parent), save_total_limit=self._save_settings.num_checkpoints, use_mtime=False
-            )
+            remove_old(partial.parent, self.state.global_step, self._save_settings.num_checkpoints)
             remove_universal(partial.parent)
         self._saved_step = self.state.global_step
         self.accelerator.wait_for_everyone()

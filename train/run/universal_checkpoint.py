@@ -1,7 +1,7 @@
 """Converts a checkpoint for another number of ranks, into the form that DeepSpeed calls universal.
 
     checkpoints/checkpoint-200              as its ranks wrote it; not changed
-    checkpoints/.universal/checkpoint-200   the converted one: written aside, then renamed; removed at the next save
+    checkpoints/.universal/checkpoint-200   the converted one: made anew at each start; removed at the next save
 
 The universal form holds each parameter and its optimiser state undivided, so that any number of ranks can load it.
 """
@@ -23,7 +23,7 @@ _TRAINER_FILES = ("trainer_state.json", "scheduler.pt")
 def to_universal(checkpoint: Path) -> Path:
     """Converts a complete checkpoint of ZeRO 1, 2 or 3 and returns the new directory; one rank calls this.
 
-    An earlier conversion is used again.
+    An earlier conversion is replaced, because nothing says whether its bytes are still those that were written.
 
     Raises:
         StorageError: the checkpoint cannot be converted, or the result cannot be written.
@@ -31,11 +31,11 @@ def to_universal(checkpoint: Path) -> Path:
     from deepspeed.checkpoint import ds_to_universal
 
     converted = checkpoint.parent / DIRECTORY / checkpoint.name
-    if converted.is_dir():
-        return converted
     partial = converted.with_name(f".{converted.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
+        for earlier in (converted, partial):
+            if earlier.exists():
+                shutil.rmtree(earlier)
         (state,) = checkpoint.glob("global_step*")
         partial.mkdir(parents=True)
         arguments = argparse.Namespace(

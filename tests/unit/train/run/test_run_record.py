@@ -55,6 +55,13 @@ def test_a_run_of_an_older_version_continues_if_newer_keys_have_their_defaults(t
         check_continuation(config, SOURCE)
 
 
+def test_a_moved_output_continues(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path)
+    write_config(TrainConfig.model_validate(settings), SOURCE)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    check_continuation(TrainConfig.model_validate({**settings, "output": str(tmp_path / "moved")}), SOURCE)
+
+
 def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     config = TrainConfig.model_validate(make_settings(tmp_path))
     write_config(config, SOURCE)
