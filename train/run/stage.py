@@ -203,7 +203,7 @@ def _join_process_group(config: TrainConfig) -> _Process:
     import deepspeed.comm
 
     # The group that TrainingArguments would make, made before them: rank 0's decisions are needed for them.
-    timeout_s = config.run.training_arguments.get("ddp_timeout", _DEFAULT_TIMEOUT_S)
+    timeout_s: Any = config.run.training_arguments.get("ddp_timeout", _DEFAULT_TIMEOUT_S)
     try:
         timeout = timedelta(seconds=timeout_s)
     except (TypeError, ValueError, OverflowError) as error:
