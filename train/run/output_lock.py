@@ -26,7 +26,7 @@ LOCK_NAME = ".train.lock"
 
 @contextlib.contextmanager
 def lock_output(output: Path) -> Iterator[None]:
-    """Locks an output for this process, and makes the directory.
+    """Locks an output for this process, and makes the directory; removes it again if nothing was written into it.
 
     A process must not lock an output twice at a time: the kernel would allow it, and drop both locks with the first.
 
@@ -34,18 +34,44 @@ def lock_output(output: Path) -> Iterator[None]:
         ConfigError: another process holds the lock; names it.
         StorageError: the directory cannot be written.
     """
-    path = output / LOCK_NAME
+    is_new = not output.exists()
+    descriptor, is_locked = _open_locked(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another output") from error
-    try:
-        if _lock(descriptor, output):
-            _write_holder(descriptor, path)
+        if is_locked:
+            _write_holder(descriptor, output / LOCK_NAME)
         yield
     finally:
+        if is_new:
+            _remove_unused(output)
         os.close(descriptor)
+
+
+def _open_locked(output: Path) -> tuple[int, bool]:
+    """Returns the open lock file, and False if the file system has no locks."""
+    path = output / LOCK_NAME
+    while True:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another output") from error
+        try:
+            is_locked = _lock(descriptor, output)
+            # A process that ended meanwhile may have removed the file that was opened.
+            if not is_locked or (path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))):
+                return descriptor, is_locked
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _remove_unused(output: Path) -> None:
+    """Removes a directory that holds the lock file alone, so that a refused run leaves nothing behind."""
+    with contextlib.suppress(OSError):
+        if os.listdir(output) == [LOCK_NAME]:  # noqa: PTH208 - names are all that is needed
+            (output / LOCK_NAME).unlink()
+            output.rmdir()
 
 
 def _lock(descriptor: int, output: Path) -> bool:
