@@ -34,14 +34,15 @@ def lock_output(output: Path) -> Iterator[None]:
         ConfigError: another process holds the lock; names it.
         StorageError: the directory cannot be written.
     """
-    is_new = not output.exists()
+    # A path that cannot be looked up is not new, and opening it says why.
+    is_new = not os.path.lexists(output)
     descriptor, is_locked = _open_locked(output)
     try:
         if is_locked:
             _write_holder(descriptor, output / LOCK_NAME)
         yield
     finally:
-        if is_new:
+        if is_new and is_locked:
             _remove_unused(output)
         os.close(descriptor)
 
@@ -58,12 +59,19 @@ def _open_locked(output: Path) -> tuple[int, bool]:
         try:
             is_locked = _lock(descriptor, output)
             # A process that ended meanwhile may have removed the file that was opened.
-            if not is_locked or (path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))):
+            if not is_locked or _is_same_file(path, descriptor):
                 return descriptor, is_locked
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _remove_unused(output: Path) -> None:

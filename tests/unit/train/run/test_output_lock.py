@@ -101,3 +101,37 @@ def test_an_output_below_a_file_is_an_error(tmp_path: Path) -> None:
         lock_output(tmp_path / "file" / "x"),
     ):
         pytest.fail("not reached")
+
+
+def test_a_block_that_writes_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with lock_output(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK_NAME).is_file()
+    assert not (tmp_path / "run").exists()
+    with lock_output(tmp_path / "run"):
+        (tmp_path / "run" / "config.json").touch()
+    assert (tmp_path / "run" / LOCK_NAME).is_file()
+
+
+def test_a_directory_that_was_there_stays(tmp_path: Path) -> None:
+    with lock_output(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run" / LOCK_NAME
+    lock = fcntl.lockf
+    calls: list[int] = []
+
+    def remove_first(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            path.unlink()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", remove_first)
+    with lock_output(tmp_path / "run"):
+        assert len(calls) == 2
+        assert f'"pid": {os.getpid()}' in path.read_text()
