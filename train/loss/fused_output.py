@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.errors import ModelError
 from train.loss.functional import NEGLIGIBLE_LOGIT, RowLogits, accumulation_dtype
+from train.model.logit_transform import NO_TRANSFORM, LogitTransform, find_logit_transform
 
 if TYPE_CHECKING:
     # Imported for types only, so that the functions below can be used with torch alone.
@@ -42,6 +44,9 @@ _CHUNK_ENTRIES_ELSEWHERE = 2**26
 # With fewer ids the products are no longer bound by arithmetic.
 _MIN_CHUNK_IDS = 256
 
+# Tokens of the comparison with the model's own logits at the start.
+_NUM_CHECKED_TOKENS = 8
+
 
 class FusedOutput:
     """Makes a model's output layer return only the values that the losses need of the scored rows.
@@ -52,31 +57,56 @@ class FusedOutput:
     """
 
     def __init__(self, model: "PreTrainedModel", vocab_size: int) -> None:
-        """Replaces the forward; `vocab_size` is the tokenizer's, and the layer's ids from there on are padding."""
+        """Replaces the forward, and runs the model on a few tokens where its weights are.
+
+        Args:
+            model: a causal language model or one with images, whole, with an attention that runs where its weights are.
+            vocab_size: the tokenizer's; the layer's ids from there on are padding.
+
+        Raises:
+            ModelError: the model changes its logits in a way that is not supported, or the rows computed here are not
+                the model's own.
+        """
+        self.vocab_size = vocab_size
         self._layer: Any = model.get_output_embeddings()
         self._original_forward = self._layer.forward
-        self._vocab_size = vocab_size
-        # Rows, ids to gather and their mask while `scoring`.
+        self._transform = find_logit_transform(model)
+        # Rows, ids to gather and their mask while `scoring`, and what the layer returned.
         self._scored: tuple[Tensor, Tensor, Tensor] | None = None
+        self._gathered: Tensor | None = None
         self._layer.forward = self._forward
+        self._check_against(model)
 
     @contextmanager
     def scoring(self, batch: "Batch", *, kept: bool) -> Iterator[None]:
-        """Sets the batch of the model's forward passes within the block, whose `logits` are then for `read`.
+        """Sets the batch of the model's forward pass within the block, after which `read` has its rows.
 
         Args:
             kept: True to gather the logits of the teacher's kept entries too.
         """
-        self._scored = batch.rows, *ids_to_gather(batch, kept=kept)
+        with self._scoring(batch.rows, *ids_to_gather(batch, kept=kept)):
+            yield
+
+    @contextmanager
+    def _scoring(self, rows_R: Tensor, ids_RJ: Tensor, masked_RJ: Tensor) -> Iterator[None]:
+        self._scored = rows_R, ids_RJ, masked_RJ
+        # Registered now, so that it comes after DeepSpeed's hooks: their outputs gather a weight for the backward pass.
+        # The model's own output is not used, because it may have scaled or capped sums of exponentials.
+        hook = self._layer.register_forward_hook(self._keep_output)
         try:
             yield
         finally:
-            self._scored = None
+            hook.remove()
+            self._scored = self._gathered = None
 
-    def read(self, logits: Tensor) -> RowLogits:
-        """Converts what the model returned as its logits within `scoring`."""
+    def _keep_output(self, _layer: Any, _inputs: Any, output: Tensor) -> None:
+        self._gathered = output
+
+    def read(self) -> RowLogits:
+        """Returns the rows of the forward pass within `scoring`."""
         assert self._scored is not None
-        return to_row_logits(logits, self._scored[2])
+        assert self._gathered is not None
+        return to_row_logits(self._gathered, self._scored[2])
 
     def _forward(self, hidden_BTH: Tensor) -> Tensor:
         if self._scored is None:
@@ -84,8 +114,31 @@ class FusedOutput:
             return logits_BTV
         rows_R, ids_RJ, masked_RJ = self._scored
         hidden_RH = hidden_BTH.flatten(0, 1)[rows_R]
-        layer = self._layer
-        return gather_logits(hidden_RH, layer.weight, layer.bias, ids_RJ, masked_RJ, vocab_size=self._vocab_size)
+        weight_VH, bias_V = self._layer.weight, getattr(self._layer, "bias", None)
+        return gather_logits(
+            hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, vocab_size=self.vocab_size, transform=self._transform
+        )
+
+    def _check_against(self, model: "PreTrainedModel") -> None:
+        """Raises ModelError if the rows of a few tokens are not those of the model's own logits."""
+        num_tokens = min(_NUM_CHECKED_TOKENS, self.vocab_size)
+        ids_T = torch.arange(num_tokens, device=self._layer.weight.device) * (self.vocab_size // num_tokens)
+        every_TJ = ids_T.expand(num_tokens, -1)
+        with torch.no_grad():
+            whole_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :, : self.vocab_size].float()
+            with self._scoring(torch.arange(num_tokens), every_TJ, torch.zeros_like(every_TJ, dtype=torch.bool)):
+                model(input_ids=ids_T[None], use_cache=False)
+                assert self._gathered is not None
+                gathered_TJ1 = self._gathered
+        expected_TJ1 = torch.cat([whole_TV[:, ids_T], whole_TV.logsumexp(1, keepdim=True)], 1)
+        # Rounding of the model's own logits to its dtype.
+        allowed = 8 * torch.finfo(model.dtype).eps * max(1.0, float(expected_TJ1.abs().max()))
+        difference = float((gathered_TJ1 - expected_TJ1).abs().max())
+        if not difference <= allowed:
+            raise ModelError(
+                f"{type(model).__name__}: the logits computed for training differ by {difference:.3g} from the model's "
+                f"own, expected at most {allowed:.3g}; students of this class cannot be trained"
+            )
 
 
 def ids_to_gather(batch: "Batch", *, kept: bool) -> tuple[Tensor, Tensor]:
@@ -117,10 +170,11 @@ def gather_logits(  # noqa: PLR0913 - a pure function of its mathematical argume
     *,
     vocab_size: int,
     chunk_ids: int | None = None,
+    transform: LogitTransform = NO_TRANSFORM,
 ) -> Tensor:
     """Returns the logits of the given ids of each row, and the logsumexp of the logits of all ids that are not masked.
 
-        z_r = W h_r + b;    z_rj for j in ids_r;    log sum_v exp z_rv over v < vocab_size without masked ids of r
+        z_r = f(W h_r + b);    z_rj for j in ids_r;    log sum_v exp z_rv over v < vocab_size without masked ids of r
 
     Products are accumulated in float32, or in float64 for float64 input. On a CPU the operands are converted to that
     dtype, chunk by chunk, because without bfloat16 instructions its own products are many times slower. On a GPU they
@@ -133,6 +187,7 @@ def gather_logits(  # noqa: PLR0913 - a pure function of its mathematical argume
         masked_RJ: [R, J] bool, True for ids that the logsumexp leaves out; these are distinct within a row.
         vocab_size: at most V; ids from here on are padding and take no part.
         chunk_ids: C; by default a number that keeps a chunk at 4 MiB on a CPU and at 256 MiB elsewhere.
+        transform: f, what the model does to its logits after the layer.
 
     Returns:
         [R, J + 1] float32 (float64 for float64 input), the logsumexp in the last column; about -1e30 where all ids are
@@ -149,7 +204,9 @@ def gather_logits(  # noqa: PLR0913 - a pure function of its mathematical argume
     if chunk_ids is None:
         chunk_entries = _CHUNK_ENTRIES.get(hidden_RH.device.type, _CHUNK_ENTRIES_ELSEWHERE)
         chunk_ids = max(chunk_entries // max(1, *hidden_RH.shape), _MIN_CHUNK_IDS)
-    gathered_RJ1: Tensor = _GatherLogits.apply(hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, vocab_size, chunk_ids)
+    gathered_RJ1: Tensor = _GatherLogits.apply(
+        hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, vocab_size, chunk_ids, transform
+    )
     return gathered_RJ1
 
 
@@ -169,6 +226,7 @@ class _GatherLogits(torch.autograd.Function):
         masked_RJ: Tensor,
         vocab_size: int,
         chunk_ids: int,
+        transform: LogitTransform,
     ) -> Tensor:
         gathered_N = hidden_RH.new_zeros(ids_RJ.numel(), dtype=accumulation_dtype(hidden_RH))
         lse_R1 = gathered_N.new_full((len(ids_RJ), 1), -torch.inf)
@@ -176,21 +234,21 @@ class _GatherLogits(torch.autograd.Function):
             chunks = _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids)
             cells_by_chunk = _cells_by_chunk(ids_RJ, vocab_size, chunk_ids)
             for (_, _, logits_RC), (n, cells) in zip(chunks, cells_by_chunk, strict=True):
-                gathered_N[n] = logits_RC[cells]
+                gathered_N[n] = transform.apply_(logits_RC)[cells]
                 _mask_logits(logits_RC, cells, masked_RJ.flatten()[n])
                 # Written out because on a CPU torch.logsumexp takes longer than the product.
                 max_R1 = logits_RC.amax(1, keepdim=True)
                 sum_R1 = logits_RC.sub_(max_R1).exp_().sum(1, keepdim=True)
                 lse_R1 = torch.logaddexp(lse_R1, max_R1 + sum_R1.log())
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, lse_R1)
-        ctx.sizes = vocab_size, chunk_ids
+        ctx.settings = vocab_size, chunk_ids, transform
         return torch.cat([gathered_N.view(ids_RJ.shape), lse_R1], 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_RJ1: Tensor) -> tuple[Tensor | None, ...]:
         hidden_RH, weight_VH, bias_V, ids_RJ, masked_RJ, lse_R1 = ctx.saved_tensors
-        vocab_size, chunk_ids = ctx.sizes
+        vocab_size, chunk_ids, transform = ctx.settings
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         gathered_gradient_N, lse_gradient_R1 = gradient_RJ1[:, :-1].flatten(), gradient_RJ1[:, -1:]
         dtype = lse_R1.dtype
@@ -203,9 +261,12 @@ class _GatherLogits(torch.autograd.Function):
             chunks = _chunks(hidden_RH, weight_VH, bias_V, vocab_size, chunk_ids)
             cells_by_chunk = _cells_by_chunk(ids_RJ, vocab_size, chunk_ids)
             for (start, weight_CH, logits_RC), (n, cells) in zip(chunks, cells_by_chunk, strict=True):
+                slope_RC = transform.slope(transform.apply_(logits_RC))
                 _mask_logits(logits_RC, cells, masked_RJ.flatten()[n])
                 gradient_RC = logits_RC.sub_(lse_R1).exp_().mul_(lse_gradient_R1)
                 gradient_RC.index_put_(cells, gathered_gradient_N[n], accumulate=True)
+                if not transform.is_identity:
+                    gradient_RC.mul_(slope_RC)
                 chunk = slice(start, start + len(weight_CH))
                 if bias_gradient_V is not None:
                     bias_gradient_V[chunk] = gradient_RC.sum(0)
@@ -216,7 +277,7 @@ class _GatherLogits(torch.autograd.Function):
                     weight_gradient_VH[chunk] = _product(gradient_RC.T, operand_RH, dtype)
         if hidden_gradient_RH is not None:
             hidden_gradient_RH = hidden_gradient_RH.to(hidden_RH.dtype)
-        return hidden_gradient_RH, weight_gradient_VH, bias_gradient_V, None, None, None, None
+        return hidden_gradient_RH, weight_gradient_VH, bias_gradient_V, None, None, None, None, None
 
 
 def _chunks(

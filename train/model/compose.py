@@ -19,6 +19,7 @@ from transformers import (
 
 from common.data.samples import IMAGE_MARKER
 from common.errors import ModelError
+from train.model.logit_transform import find_logit_transform
 from train.model.student import (
     LOAD_ERRORS,
     SAFE_WEIGHTS,
@@ -71,6 +72,7 @@ def compose_student(
     with atomic_directory(out) as staging:
         tower, processor = _load_vision(vision_from, dtype)
         source = load_student(language_from, dtype=dtype)
+        _check_logits_unchanged(source, language_from)
         tokenizer = load_component(AutoTokenizer, language_from, "tokenizer")
         had_image_token = IMAGE_MARKER in tokenizer.get_added_vocab()
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False)
@@ -100,6 +102,16 @@ def compose_student(
         ).to_json_file(staging / "processor_config.json")
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return ComposedStudent(image_token_id, row, num_parameters)
+
+
+def _check_logits_unchanged(source: PreTrainedModel, path: Path) -> None:
+    transform = find_logit_transform(source)
+    if not transform.is_identity:
+        raise ModelError(
+            f"{path}: {type(source).__name__} changes its logits after the output layer (scale {transform.scale:.6g}, "
+            f"cap {transform.cap}), which transformers' LLaVA leaves out and vLLM's does not; take a language model "
+            "whose logits are those of its output layer, such as Qwen, Llama or Mistral"
+        )
 
 
 def _join_models(tower: CLIPVisionModel, source: PreTrainedModel, image_token_id: int, seed: int) -> PreTrainedModel:

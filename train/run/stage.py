@@ -30,6 +30,7 @@ from common.data.chat_encoding import ChatEncoder
 from common.errors import ConfigError, DecantError
 from train.config import LossConfig, TrainConfig
 from train.data.feature_source import FeatureSource, open_feature_source
+from train.loss.fused_output import FusedOutput
 from train.model.packing import check_packing_supported
 from train.model.student import load_student, set_trainable, text_config
 from train.moe.expert_parallel import check_expert_parallel_supported, check_same_num_ranks, expert_parallel_settings
@@ -95,6 +96,10 @@ def _train_locked(config: TrainConfig, process: "_Process") -> StageResult:
     # and upcycling needs whole weights.
     features = open_feature_source(config)
     model = prepare_student(config)
+    output = FusedOutput(model, run.encoder.vocab_size)
+    # Only now, because the output is compared with the model's logits on the CPU, where flash-attn does not run.
+    if torch.cuda.is_available() and is_flash_attn_2_available() and config.run.precision == "bf16":
+        model.set_attn_implementation("flash_attention_2")
     num_trainable = set_trainable(model, config.groups)
     deepspeed = _configure_deepspeed(run, model)
     args = build_training_arguments(config, deepspeed, accumulation=run.accumulation, max_steps=run.max_steps)
@@ -102,7 +107,7 @@ def _train_locked(config: TrainConfig, process: "_Process") -> StageResult:
     set_seed(config.seed)
 
     shutdown = GracefulShutdown()
-    trainer = _build_trainer(run, model, args, features, shutdown)
+    trainer = _build_trainer(run, _Student(model, output, features), args, shutdown)
     if run.process.is_rank_0:
         _record_start(run, model, args, num_trainable)
     with shutdown:
@@ -177,6 +182,15 @@ class _Run:
         return self.checkpoint is not None and self.checkpoint.num_ranks != self.process.num_ranks
 
 
+@dataclass(frozen=True)
+class _Student:
+    """The student, its output layer as the losses use it, and the cached features that it takes instead of images."""
+
+    model: PreTrainedModel
+    output: FusedOutput
+    features: FeatureSource | None
+
+
 def _join_process_group(config: TrainConfig) -> _Process:
     """Joins the launcher's ranks, or prepares a group of one, and keeps DeepSpeed from compiling for the CPU."""
     if "RANK" not in os.environ:
@@ -240,8 +254,6 @@ def prepare_student(config: TrainConfig) -> PreTrainedModel:
         model = upcycle(model, config.moe, seed=config.seed)
     if (weight := config.loss.router_term) and not is_sparse(model):
         raise ConfigError(f"loss.{weight} needs a sparse student, {config.model.path} is dense; add a [moe] table")
-    if torch.cuda.is_available() and is_flash_attn_2_available() and config.run.precision == "bf16":
-        model.set_attn_implementation("flash_attention_2")
     if config.data.batching == "packed":
         check_packing_supported(model)
     return model
@@ -283,13 +295,12 @@ def _convert_checkpoint(run: _Run, deepspeed: dict[str, Any]) -> str | None:
 
 def _build_trainer(
     run: _Run,
-    model: PreTrainedModel,
+    student: _Student,
     args: TrainingArguments,
-    features: FeatureSource | None,
     shutdown: GracefulShutdown,
 ) -> StudentTrainer:
-    config = run.config
-    collator = build_collator(config, run.encoder, features)
+    config, model = run.config, student.model
+    collator = build_collator(config, run.encoder, student.features)
     trainer = StudentTrainer(
         model,
         args,
@@ -297,7 +308,7 @@ def _build_trainer(
         step=StepSettings(
             loss=run.loss,
             optim=config.optim,
-            vocab_size=run.encoder.vocab_size,
+            output=student.output,
             router=RouterMonitor(model) if is_sparse(model) else None,
             expert_parallel_size=config.run.expert_parallel_size,
         ),

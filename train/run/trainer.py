@@ -71,13 +71,13 @@ class TrainingData:
 class StepSettings:
     """Objective and optimiser of a step.
 
-    `vocab_size` is the tokenizer's, `router` the monitor of a sparse student. The experts are divided among
-    `expert_parallel_size` ranks.
+    `output` computes the scored rows of the student, `router` is the monitor of a sparse one. The experts are divided
+    among `expert_parallel_size` ranks.
     """
 
     loss: LossConfig
     optim: OptimConfig
-    vocab_size: int
+    output: FusedOutput
     router: RouterMonitor | None
     expert_parallel_size: int
 
@@ -135,7 +135,6 @@ class StudentTrainer(Trainer):
         self._save_settings = save
         self._stop = stop
         self._saved_step = start.step
-        self._output = FusedOutput(model, step.vocab_size)
         self._weight_decays: list[float] = []
         self._step_counts: Mapping[str, float] = {}
         self._outcome = StepOutcome()
@@ -260,14 +259,14 @@ class StudentTrainer(Trainer):
         """Runs the model forward and returns the terms of the objective, each a sum over the micro-batch."""
         loss, router = self._step.loss, self._step.router
         images = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
-        with self._output.scoring(batch, kept=loss.distillation > 0):
-            output = model(**batch.sequence_inputs, **images)
-            logits = self._output.read(output.logits)
+        with self._step.output.scoring(batch, kept=loss.distillation > 0):
+            model(**batch.sequence_inputs, **images)
+            logits = self._step.output.read()
         return compute_terms(
             logits,
             batch,
             loss,
-            vocab_size=self._step.vocab_size,
+            vocab_size=self._step.output.vocab_size,
             router_logits=router.pop_router_logits() if router else (),
             router_top_k=router.top_k if router else 1,
         )

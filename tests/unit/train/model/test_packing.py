@@ -286,7 +286,8 @@ def terms_and_gradient(model: PreTrainedModel, batch: Batch, config: LossConfig)
     output = FusedOutput(model, vocab_size=293)
     router = RouterMonitor(model) if is_sparse(model) else None
     with output.scoring(batch, kept=config.distillation > 0):
-        rows = output.read(model(**batch.sequence_inputs, pixel_values=batch.pixel_values).logits)
+        model(**batch.sequence_inputs, pixel_values=batch.pixel_values)
+        rows = output.read()
     router_logits = router.pop_router_logits() if router else ()
     terms = compute_terms(rows, batch, config, vocab_size=293, router_logits=router_logits, router_top_k=2)
     loss = step_loss(terms, unit_counts(batch))
