@@ -13,7 +13,7 @@ ParameterGroup = Literal["vision_tower", "adapter", "language_model", "experts",
 PARAMETER_GROUPS: frozenset[ParameterGroup] = frozenset(get_args(ParameterGroup))
 
 # Layers of a dense student that become sparse.
-SparsePattern = Literal["every-second", "first-half", "second-half", "all"]
+SparsePattern = Literal["every-second", "sparse", "first-half", "second-half", "all"]
 
 # The distillation loss: how two distributions are compared, and what becomes of the teacher's mass outside its kept
 # entries.

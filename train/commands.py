@@ -91,7 +91,7 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
     experts: Annotated[int, typer.Option(min=2, help="Experts in each sparse layer, with --dense.")] = 4,
     top_k: Annotated[int, typer.Option(min=1, help="Experts a token is sent to, with --dense.")] = 2,
     layers: Annotated[
-        str, typer.Option(help="Sparse layers: every-second, first-half, second-half, all or indices such as 1,3.")
+        str, typer.Option(help="Sparse layers: every-second, sparse, first-half, second-half, all, or as 1,3.")
     ] = "every-second",
     noise: Annotated[
         float, typer.Option(min=0.0, help="Gaussian noise on each expert, in standard deviations of its dense weight.")

@@ -37,7 +37,7 @@ def test_the_stages_of_the_paper_have_its_settings(stage: str) -> None:
     assert config.data.image_aspect_ratio == "pad"
     if stage == "dense-to-sparse":
         assert config.moe is not None
-        assert (config.moe.num_experts, config.moe.top_k, config.moe.layers) == (4, 2, "every-second")
+        assert (config.moe.num_experts, config.moe.top_k, config.moe.layers) == (4, 2, "sparse")
         assert (config.loss.distillation, config.loss.cross_entropy, config.loss.balance) == (1.0, 1.0, 0.01)
 
 
@@ -64,7 +64,7 @@ def test_the_recipes_without_a_teacher_have_the_published_settings(name: str) ->
     assert config.loss.balance == (0.01 if name == "moe-llava/stage3" else 0.0)
     if name == "moe-llava/stage3":
         assert config.moe is not None
-        assert (config.moe.num_experts, config.moe.top_k, config.moe.layers) == (4, 2, "every-second")
+        assert (config.moe.num_experts, config.moe.top_k, config.moe.layers) == (4, 2, "sparse")
     else:
         assert config.moe is None
 

@@ -91,8 +91,8 @@ _QKV_WEIGHT = re.compile(r"(?P<linear>.*\.self_attn\.[qkv]_proj)\.weight")
 def sparse_layers(pattern: SparsePattern | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     """Returns the indices of the sparse layers among `num_layers`, ascending.
 
-    "every-second" is 1, 3, 5, ..., as `decoder_sparse_step=2` means in Qwen2-MoE; the halves split at
-    num_layers // 2.
+    "every-second" is 1, 3, 5, ..., as `decoder_sparse_step=2` means in Qwen2-MoE. "sparse" is 0, 2, 4, ..., the mode of
+    that name in the code of MoE-LLaVA and LLaVA-MoD. The halves split at num_layers // 2.
 
     Raises:
         ConfigError: an index is out of range or given twice, or no layer is chosen.
@@ -100,6 +100,8 @@ def sparse_layers(pattern: SparsePattern | tuple[int, ...], num_layers: int) -> 
     match pattern:
         case "every-second":
             layers = tuple(range(1, num_layers, 2))
+        case "sparse":
+            layers = tuple(range(0, num_layers, 2))
         case "first-half":
             layers = tuple(range(num_layers // 2))
         case "second-half":

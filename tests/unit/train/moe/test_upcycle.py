@@ -199,6 +199,9 @@ def test_experts_run_on_the_grouped_kernel(dense_llava: Path) -> None:
     [
         ("every-second", 4, (1, 3)),
         ("every-second", 5, (1, 3)),
+        # `list(range(num_layers))[::2]` in MoE-LLaVA's and LLaVA-MoD's initialize_moe_modules.
+        ("sparse", 4, (0, 2)),
+        ("sparse", 5, (0, 2, 4)),
         ("first-half", 5, (0, 1)),
         ("second-half", 5, (2, 3, 4)),
         ("all", 3, (0, 1, 2)),
