@@ -177,6 +177,7 @@ def plan(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
 app.command("train")(train.commands.train)
 app.command("init-student")(train.commands.init_student)
 app.command("export")(train.commands.export)
+app.command("import-checkpoint")(train.commands.import_checkpoint)
 
 
 @app.command()

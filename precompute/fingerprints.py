@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.errors import ModelError
+from common.model_layout import check_not_original_layout
 from common.shards.manifest import EngineIdentity, TeacherIdentity, file_sha256
 
 # Packages of the engine: for machines with a GPU, and the CPU build.
@@ -34,6 +35,7 @@ class ModelFacts:
 
         if not (model_dir / "config.json").is_file():
             raise ModelError(f"{model_dir}: holds no config.json; expected a local Hugging Face model directory")
+        check_not_original_layout(model_dir)
         try:
             config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
             text = config.get_text_config()

@@ -139,6 +139,59 @@ def export(
     echo(f"{out}: exported")
 
 
+def import_checkpoint(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Original checkpoint directory.", show_default=False, callback=check_local_path
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Directory to make.", show_default=False, callback=check_local_path)
+    ],
+    vision: Annotated[
+        Path | None,
+        typer.Option(
+            help="CLIP directory of the vision tower, which original checkpoints only name.",
+            show_default=False,
+            callback=check_local_path,
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Conversation style: v1, mistral, phi, stablelm or qwen.", show_default="by the model type"),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Language model of a checkpoint that holds only a projector or LoRA weights.",
+            show_default=False,
+            callback=check_local_path,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of a fast tokenizer, in place of the checkpoint's.",
+            show_default=False,
+            callback=check_local_path,
+        ),
+    ] = None,
+) -> None:
+    """Convert a checkpoint of LLaVA, BakLLaVA, MoE-LLaVA or LLaVA-MoD's own code to one of transformers and vLLM."""
+    from train.importing.conversation_templates import TEMPLATE_NAMES
+    from train.importing.run import import_checkpoint as convert
+
+    name = next((each for each in TEMPLATE_NAMES if each == template), None)
+    if template is not None and name is None:
+        raise typer.BadParameter(f"--template: expected one of {', '.join(TEMPLATE_NAMES)}")
+    hide_loading_bars()
+    imported = convert(source, out, vision=vision, template=name, base=base, tokenizer=tokenizer)
+    for note in imported.notes:
+        echo(note)
+    echo(f"{out}: {imported.num_parameters / 1e6:,.1f}M parameters")
+
+
 @contextmanager
 def _log_traceback() -> Iterator[None]:
     """Logs the traceback of an unexpected error with the rank that it happened on.

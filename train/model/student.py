@@ -28,6 +28,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.errors import ModelError, StorageError
+from common.model_layout import check_not_original_layout
 from train.choices import PARAMETER_GROUPS
 from train.model.cached_tower import cached_tower_config, full_config, full_state_dict
 
@@ -79,10 +80,7 @@ def load_student(path: Path, *, dtype: torch.dtype, tower: bool = True) -> PreTr
     elif config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "vision_config"):
         model_class = AutoModelForCausalLM
     else:
-        raise ModelError(
-            f"{path}: found model type '{config.model_type}', expected 'llava' or a causal language model. "
-            "Convert an original LLaVA checkpoint to the llava-hf layout first"
-        )
+        raise ModelError(f"{path}: found model type '{config.model_type}', expected 'llava' or a causal language model")
     options = {**SAFE_WEIGHTS, "config": config if tower else cached_tower_config(config)}
     try:
         model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
@@ -229,6 +227,7 @@ def load_config(path: Path) -> PreTrainedConfig:
     """
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: has no config.json; expected a local Hugging Face model directory")
+    check_not_original_layout(path)
     return load_component(AutoConfig, path, "config")
 
 

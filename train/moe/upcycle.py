@@ -138,29 +138,23 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
             counterpart there.
         ConfigError: `moe.layers` does not fit the number of layers, or `moe.top_k` the number of experts.
     """
-    if moe.top_k > moe.num_experts:
-        raise ConfigError(f"moe.top_k: found {moe.top_k}, expected at most num_experts = {moe.num_experts}")
     dense = text_config(model)
-    _check_exact_upcycling(dense)
+    sparse = sparse_config(dense, moe)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ModelError(
             f"{type(model).__name__}: is partitioned by ZeRO-3; upcycle and save it before the distributed start"
         )
-    layers = sparse_layers(moe.layers, dense.num_hidden_layers)
-    sparse = _sparse_config(dense, moe, layers)
-    with no_init_weights():
-        if is_multimodal(model):
-            config = copy.deepcopy(model.config)
-            config.text_config = sparse
+    if is_multimodal(model):
+        config = copy.deepcopy(model.config)
+        config.text_config = sparse
+        with no_init_weights():
             upcycled: PreTrainedModel = type(model)(config)
-        else:
-            upcycled = {"qwen2_moe": Qwen2MoeForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}[sparse.model_type](sparse)
+    else:
+        upcycled = sparse_model(sparse)
     upcycled.to(model.dtype)
     upcycled.tie_weights()
-    weights = _sparse_weights(model.state_dict(), frozenset(layers), moe, seed)
-    if sparse.model_type == "qwen2_moe":
-        weights |= _zero_weights(upcycled.state_dict(), weights)
-    upcycled.load_state_dict(weights, strict=True)
+    layers = frozenset(sparse_layers(moe.layers, dense.num_hidden_layers))
+    load_sparse_weights(upcycled, _sparse_weights(model.state_dict(), layers, moe, seed))
     upcycled.generation_config = copy.deepcopy(model.generation_config)
     return upcycled.train(model.training)
 
@@ -183,13 +177,27 @@ def is_sparse(model: PreTrainedModel) -> bool:
     return getattr(text_config(model), "num_experts", None) is not None
 
 
-def _sparse_config(dense: PreTrainedConfig, moe: MoEConfig, layers: tuple[int, ...]) -> PreTrainedConfig:
+def sparse_config(dense: PreTrainedConfig, moe: MoEConfig, *, normalise: bool = True) -> PreTrainedConfig:
+    """Returns the configuration of a dense text model's sparse counterpart.
+
+    Args:
+        normalise: True if the weights of a token's experts are divided by their sum.
+
+    Raises:
+        ModelError: the text model's architecture is not in this module's table, or a setting of it has no exact
+            counterpart there.
+        ConfigError: `moe.layers` does not fit the number of layers, or `moe.top_k` the number of experts.
+    """
+    if moe.top_k > moe.num_experts:
+        raise ConfigError(f"moe.top_k: found {moe.top_k}, expected at most num_experts = {moe.num_experts}")
+    _check_exact_upcycling(dense)
+    layers = sparse_layers(moe.layers, dense.num_hidden_layers)
     settings = {name: copy.deepcopy(getattr(dense, name)) for name in _COPIED_SETTINGS}
     settings |= {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": dense.intermediate_size,
-        "norm_topk_prob": True,
+        "norm_topk_prob": normalise,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(dense.num_hidden_layers) if i not in layers],
         "use_sliding_window": False,
@@ -202,6 +210,25 @@ def _sparse_config(dense: PreTrainedConfig, moe: MoEConfig, layers: tuple[int, .
         shared_expert_intermediate_size=_SHARED_EXPERT_WIDTH,
         **{ZERO_SHARED_EXPERT: True},
     )
+
+
+def sparse_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Returns the causal language model of a configuration that `sparse_config` made, without weights."""
+    model_class = {"qwen2_moe": Qwen2MoeForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}[config.model_type]
+    with no_init_weights():
+        model: PreTrainedModel = model_class(config)
+    return model
+
+
+def load_sparse_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Loads the weights of a sparse model; shared experts, and q, k and v biases that the dense model lacks, are zeros.
+
+    Raises:
+        RuntimeError: other weights are missing, unknown, or of another shape.
+    """
+    # Of a LLaVA, the text model is Qwen2-MoE or Qwen3-MoE, and only the first has a shared expert and biases.
+    zeros = _zero_weights(model.state_dict(), weights) if text_config(model).model_type == "qwen2_moe" else {}
+    model.load_state_dict({**weights, **zeros}, strict=True)
 
 
 def _sparse_weights(
