@@ -91,7 +91,8 @@ def _nll_and_kl(loaded: _LoadedModel, scores: Path, image_root: Path) -> tuple[f
         batch = collator([source[i] for i in range(start, min(start + BATCH_SIZE, len(source)))])
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         with output.scoring(batch, kept=True):
-            logits = output.read(loaded.model(**inputs, pixel_values=batch.pixel_values).logits)
+            loaded.model(**inputs, pixel_values=batch.pixel_values)
+            logits = output.read()
         assert batch.topk_logprobs is not None
         assert batch.rest_mass is not None
         kl_R = distillation_loss(logits, batch.topk_logprobs, batch.rest_mass, vocab_size=encoder.vocab_size)

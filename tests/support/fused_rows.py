@@ -11,7 +11,7 @@ from train.loss.fused_output import gather_logits, to_row_logits
 
 
 def row_logits(
-    logits_RV: Tensor, targets_R: Tensor, ids_RK: Tensor | None = None, filled_RK: Tensor | None = None, **sizes: int
+    logits_RV: Tensor, targets_R: Tensor, ids_RK: Tensor | None = None, filled_RK: Tensor | None = None, **sizes: Any
 ) -> RowLogits:
     """Returns the inputs of the losses for given logits; `sizes` are `vocab_size` and `chunk_ids` of `gather_logits`.
 
