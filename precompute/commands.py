@@ -198,6 +198,9 @@ def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of th
     unpack: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Write the shards with list columns into a new directory too.")
     ] = None,
+    check: Annotated[
+        Literal["sha256", "size"], typer.Option(help="Compare all bytes of each shard with its receipt, or its size.")
+    ] = "sha256",
     as_json: JsonOption = False,
 ) -> None:
     """Show what shards hold: provenance, counts, bytes by column, distributions, and one sample token by token.
@@ -212,7 +215,7 @@ def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of th
 
     location = parse_location(path)
     if unpack is not None:
-        check_unpack_destination(open_target(location), unpack)
+        check_unpack_destination(open_target(location, check), unpack)
     found = inspect_output(
         location,
         sample=sample,
@@ -222,10 +225,11 @@ def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of th
         max_groups=None if read_all else max_groups,
         tokenizer=tokenizer,
         progress=not as_json,
+        check=check,
     )
     if html is not None:
         publish(parse_location(html), html_page.render_page(found).encode())
-    exported = None if unpack is None else unpack_output(open_target(location), unpack, progress=not as_json)
+    exported = None if unpack is None else unpack_output(open_target(location, check), unpack, progress=not as_json)
     if as_json:
         typer.echo(json.dumps(formatting.to_dict(found), indent=1))
     else:

@@ -37,7 +37,7 @@ from common.shards.manifest import (
 )
 from common.shards.score_shard import ShardFile, ShardRow, write_shard
 from common.storage.files import LOCK_NAME, Location, directory_lock, list_files, publish, read_bytes, remove_partials
-from precompute.report import format_ranges
+from precompute.report import format_runs
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MergeResult:
     out: Location
     num_shards: int
     num_new_shards: int
-    missing: tuple[int, ...]
+    missing: tuple[range, ...]
     num_rows: int
     num_scored_tokens: int
     num_bytes: int
@@ -56,7 +56,7 @@ class MergeResult:
     def render(self) -> RenderableType:
         """Returns totals, notes, and what is missing."""
         table = Table(show_header=False, box=None)
-        num_present = self.num_shards - len(self.missing)
+        num_present = self.num_shards - sum(map(len, self.missing))
         table.add_row("output", plain_text(self.out))
         table.add_row("shards", f"{num_present:,} of {self.num_shards:,}, {self.num_new_shards:,} new")
         table.add_row("rows", f"{self.num_rows:,}")
@@ -64,7 +64,7 @@ class MergeResult:
         verdict = Text("complete", style="green")
         if self.missing:
             verdict = Text(
-                f"incomplete: shards {format_ranges(self.missing)} are in none of the outputs; precompute-logits with "
+                f"incomplete: shards {format_runs(self.missing)} are in none of the outputs; precompute-logits with "
                 "this output writes them, or merge again with the outputs that have them",
                 style="bold red",
             )
@@ -109,10 +109,11 @@ def merge_outputs(
         manifest = source.model_copy(update={"samples_per_shard": samples_per_shard})
     _check_destination(outputs, out)
     copies, notes = _find_copies(outputs, source)
-    missing = sorted(set(range(source.num_shards)) - copies.keys())
+    missing = source.missing_shards(sorted(copies))
     if missing and manifest != source:
+        num_missing = sum(map(len, missing))
         raise ShardError(
-            f"{len(missing)} of {source.num_shards} shards are in none of the outputs: {format_ranges(missing)}; "
+            f"{num_missing} of {source.num_shards} shards are in none of the outputs: {format_runs(missing)}; "
             "shards of another size need all of them: write them with precompute-logits, or merge without "
             "--samples-per-shard"
         )
@@ -132,7 +133,7 @@ def merge_outputs(
         out=out,
         num_shards=manifest.num_shards,
         num_new_shards=len(pending),
-        missing=tuple(sorted(set(range(manifest.num_shards)) - {receipt.shard for receipt in receipts})),
+        missing=manifest.missing_shards(receipt.shard for receipt in receipts),
         num_rows=sum(receipt.num_rows for receipt in receipts),
         num_scored_tokens=sum(receipt.num_scored_tokens for receipt in receipts),
         num_bytes=sum(receipt.num_bytes for receipt in receipts),

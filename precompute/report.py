@@ -1,7 +1,7 @@
 """Report of an output's verification: named checks with counts and problems, as a table and as JSON."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Group, RenderableType
@@ -125,10 +125,15 @@ class Report:
 
 def format_ranges(numbers: Sequence[int]) -> str:
     """Returns ascending numbers with their runs joined: "0-3, 7"."""
-    runs: list[list[int]] = []
+    runs: list[range] = []
     for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+        if runs and number == runs[-1].stop:
+            runs[-1] = range(runs[-1].start, number + 1)
         else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+            runs.append(range(number, number + 1))
+    return format_runs(runs)
+
+
+def format_runs(runs: Iterable[range]) -> str:
+    """Returns runs of numbers: "0-3, 7"."""
+    return ", ".join(str(run.start) if len(run) == 1 else f"{run.start}-{run[-1]}" for run in runs)

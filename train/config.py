@@ -11,6 +11,7 @@ from common.data.chat_encoding import ScoredTokens
 from common.data.images import AspectRatio
 from common.data.samples import Kind
 from common.errors import ConfigError
+from common.shards.manifest import ShardCheck
 from common.storage.files import NOT_HERE, LocalPath, Location, LocationField
 from train.choices import (
     Divergence,
@@ -110,6 +111,8 @@ class DataConfig(StrictModel):
     little padding, and ranks process similar lengths at the same time. A step keeps its samples and its loss, except
     for losses that are defined within a micro-batch: the balance loss and kto_pair. Each worker then reads and keeps
     whole windows.
+    `check` says how a shard is compared with its receipt before it is read: "sha256" reads all of its bytes once in
+    each process that reads it, "size" trusts a shard that has the right size.
     """
 
     shards: LocationField | None = None
@@ -126,6 +129,7 @@ class DataConfig(StrictModel):
     num_workers: int = Field(2, ge=0)
     batching: Literal["padded", "packed"] = "padded"
     group_by_length: bool = False
+    check: ShardCheck = "sha256"
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":

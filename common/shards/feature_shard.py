@@ -36,6 +36,7 @@ from common.shards.manifest import (
     FeatureForm,
     FeatureManifest,
     Receipt,
+    ShardCheck,
     published_shards,
     read_feature_manifest,
     shard_path,
@@ -199,8 +200,9 @@ class FeatureFile(ParquetShard):
         ShardError: on opening or reading, if the file is damaged or not this shard of the manifest; names the file.
     """
 
-    def __init__(self, path: Location, manifest: FeatureManifest, number: int) -> None:
-        super().__init__(path, manifest, number, feature_schema(manifest), f"feature shard of the form {manifest.form}")
+    def __init__(self, path: Location, manifest: FeatureManifest, number: int, check: ShardCheck = "sha256") -> None:
+        what = f"feature shard of the form {manifest.form}"
+        super().__init__(path, manifest, number, feature_schema(manifest), what, check)
         self._names = _PACKED_COLUMNS[manifest.form]
 
     def read_group(self, group: int) -> list[FeatureRow]:
@@ -254,14 +256,15 @@ class FeatureCache:
         ShardError: the output is no feature cache, or an incomplete or damaged one.
     """
 
-    def __init__(self, output: Location) -> None:
+    def __init__(self, output: Location, check: ShardCheck = "sha256") -> None:
         self.output = output
+        self._check: ShardCheck = check
         self.manifest = read_feature_manifest(output)
-        missing = sorted(set(range(self.manifest.num_shards)) - set(published_shards(output)))
+        missing = self.manifest.missing_shards(published_shards(output))
         if missing:
             raise ShardError(
-                f"{output}: {len(missing)} of {self.manifest.num_shards} shards are missing, the first is "
-                f"{missing[0]:05d}; run precompute-features again to complete the cache"
+                f"{output}: {sum(map(len, missing))} of {self.manifest.num_shards} shards are missing, the first is "
+                f"{missing[0].start:05d}; run precompute-features again to complete the cache"
             )
         self.images = read_index(output, self.manifest)
         self._files: OrderedDict[int, FeatureFile] = OrderedDict()
@@ -302,7 +305,7 @@ class FeatureCache:
 
     def _open_shard(self, number: int) -> FeatureFile:
         if number not in self._files:
-            self._files[number] = FeatureFile(shard_path(self.output, number), self.manifest, number)
+            self._files[number] = FeatureFile(shard_path(self.output, number), self.manifest, number, self._check)
             if len(self._files) > _MAX_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(number)

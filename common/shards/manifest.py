@@ -15,10 +15,11 @@ of their own content, so that a changed bit in them is found too.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from common.config import FROM_LIST, StrictModel, digest
 from common.data.chat_encoding import ScoredTokens
@@ -39,6 +40,13 @@ NUM_RECEIPT_READERS = 16
 _HASH_CHUNK_BYTES = 2**24
 
 FeatureForm = Literal["bf16", "q8"]
+
+# How a shard is compared with its receipt before it is parsed: "sha256" reads all of its bytes, "size" none.
+ShardCheck = Literal["sha256", "size"]
+
+# Numbers of a manifest or receipt: what is counted, and what is divided by.
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Size = Annotated[int, Field(ge=1, le=2**62)]
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.(parquet|json)")
 
@@ -73,7 +81,7 @@ class DatasetIdentity(StrictModel):
 
     name: str
     sha256: str
-    num_samples: int
+    num_samples: Count
 
 
 class GenerateSettings(StrictModel):
@@ -173,6 +181,23 @@ class ShardedManifest(StrictModel):
         """Digest of this manifest, which every shard and receipt of the output holds."""
         return digest(self)
 
+    def missing_shards(self, published: Iterable[int]) -> tuple[range, ...]:
+        """Returns the gaps between the ascending numbers of the published shards.
+
+        The missing shards are not listed one by one, because a hostile manifest may name 10^12 of them.
+        """
+        gaps: list[range] = []
+        start = 0
+        for number in published:
+            if number >= self.num_shards:
+                break
+            if number > start:
+                gaps.append(range(start, number))
+            start = number + 1
+        if start < self.num_shards:
+            gaps.append(range(start, self.num_shards))
+        return tuple(gaps)
+
     def shard_range(self, number: int) -> range:
         """Returns the positions of the items of shard `number`."""
         start = number * self.items_per_shard
@@ -192,7 +217,7 @@ class Manifest(ShardedManifest):
     dataset: DatasetIdentity
     capture: CaptureSettings
     engine: EngineIdentity
-    samples_per_shard: int
+    samples_per_shard: Size
 
     @property
     def num_items(self) -> int:
@@ -219,11 +244,11 @@ class FeatureManifest(ShardedManifest):
     encoder: EncoderIdentity
     dataset: DatasetIdentity
     engine: EngineIdentity
-    num_images: int
+    num_images: Count
     images_sha256: str
     form: FeatureForm
-    images_per_shard: int
-    images_per_group: int
+    images_per_shard: Size
+    images_per_group: Size
 
     @property
     def num_items(self) -> int:
@@ -239,7 +264,7 @@ class FeatureManifest(ShardedManifest):
 class SkippedSample(StrictModel):
     """Sample that was left out, because the configuration says to skip bad samples."""
 
-    index: int
+    index: Count
     id: str
     reason: str
 
@@ -247,11 +272,11 @@ class SkippedSample(StrictModel):
 class Receipt(StrictModel):
     """Receipt of the published shard `shard`: what it holds, and the size and SHA-256 of its file."""
 
-    shard: int
+    shard: Count
     manifest_sha256: str
-    num_rows: int
-    num_scored_tokens: int
-    num_bytes: int
+    num_rows: Count
+    num_scored_tokens: Count
+    num_bytes: Count
     sha256: str
     skipped: Annotated[tuple[SkippedSample, ...], FROM_LIST] = ()
 

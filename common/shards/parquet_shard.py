@@ -12,8 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import ShardError
-from common.shards.manifest import Receipt, ShardedManifest, SkippedSample, receipt_path, shard_path, write_with_digest
-from common.storage.files import Location, open_ranged, publish
+from common.shards.manifest import (
+    Receipt,
+    ShardCheck,
+    ShardedManifest,
+    SkippedSample,
+    file_sha256,
+    read_receipt,
+    read_with_digest,
+    receipt_path,
+    shard_path,
+    write_with_digest,
+)
+from common.storage.files import Location, file_size, modified_ns, open_ranged, publish
 
 # The lowest level, because the columns' numbers hardly repeat: the few matches that higher levels find cost more bytes.
 ZSTD_LEVEL = 1
@@ -25,12 +36,24 @@ _KEY_PREFIX = b"decant."
 class ParquetShard:
     """Open shard, read by row group. `footer` has this program's metadata in the file's footer, by key.
 
+    Before a byte of the file is parsed, it is compared with its receipt as `check` says.
+
     Raises:
         ShardError: on opening or reading, if the file is damaged or not this shard of the manifest; names the file.
+        ProvenanceError: the receipt belongs to an output with another manifest.
     """
 
-    def __init__(self, path: Location, manifest: ShardedManifest, number: int, schema: pa.Schema, what: str) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - the subclasses give the last three
+        self,
+        path: Location,
+        manifest: ShardedManifest,
+        number: int,
+        schema: pa.Schema,
+        what: str,
+        check: ShardCheck,
+    ) -> None:
         self.path = path
+        check_shard_bytes(path, read_receipt(path.parent, number, manifest), check)
         # pyarrow's reader may crash if threads use it at the same time.
         self._lock = threading.Lock()
         with self.shard_errors():
@@ -78,6 +101,41 @@ class ParquetShard:
         return _shard_errors(self.path)
 
 
+# Shards of this process whose bytes are known to be those of their receipts: path, SHA-256, time of the last change.
+_intact: set[tuple[str, str, int | None]] = set()
+
+
+def check_shard_bytes(path: Location, receipt: Receipt, check: ShardCheck = "sha256") -> None:
+    """Checks that a shard's file has the bytes that its receipt names. A file is hashed once a process.
+
+    Parsers of C++ may end the whole process over a damaged footer, so this comes before they see it.
+
+    Raises:
+        ShardError: the file is gone, or has another size or SHA-256. StorageError: the store failed.
+    """
+    with _shard_errors(path):
+        size, key = file_size(path), (str(path), receipt.sha256, modified_ns(path))
+    if size != receipt.num_bytes:
+        raise _damaged(path, f"has {size:,} bytes, its receipt says {receipt.num_bytes:,}")
+    if check == "size" or key in _intact:
+        return
+    if (sha256 := file_sha256(path)) != receipt.sha256:
+        raise _damaged(path, f"has SHA-256 {sha256}, its receipt says {receipt.sha256}")
+    _intact.add(key)
+
+
+def remember_intact(path: Location, receipt: Receipt) -> None:
+    """Saves `check_shard_bytes` from hashing a file whose SHA-256 the caller has just found to be the receipt's."""
+    _intact.add((str(path), receipt.sha256, modified_ns(path)))
+
+
+def _damaged(path: Location, what: str) -> ShardError:
+    return ShardError(
+        f"{path}: {what}; the shard is damaged: run verify-shards with --repair, then the command that wrote it again: "
+        "it fills the gap"
+    )
+
+
 def footer_metadata(manifest: ShardedManifest, number: int, **others: str | bytes) -> dict[bytes, str | bytes]:
     """Returns the metadata of a shard's file, for `ParquetWriter.add_key_value_metadata`."""
     return {
@@ -123,11 +181,12 @@ def publish_shard(output: Location, number: int, manifest: ShardedManifest, cont
 
 
 def read_footer(path: Location) -> dict[str, str]:
-    """Reads this program's metadata in the footer of a shard of any output.
+    """Reads this program's metadata in the footer of a shard of any output, after a check against its receipt.
 
     Raises:
-        ShardError: the file is missing, damaged, or no Parquet file. StorageError: the store failed.
+        ShardError: the file or its receipt is missing, damaged, or no Parquet file. StorageError: the store failed.
     """
+    check_shard_bytes(path, read_with_digest(path.with_suffix(".json"), Receipt))
     with _shard_errors(path), open_ranged(path) as file:
         return _own_metadata(pq.read_metadata(file))
 

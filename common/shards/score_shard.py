@@ -21,8 +21,14 @@ from common.data.chat_encoding import EncodedChat
 from common.data.samples import ImageRef, Kind, Sample, Turn
 from common.errors import ShardError
 from common.shards.codec import BinaryColumn, CodecSettings, RowColumns, column_names, pack, unpack
-from common.shards.manifest import CaptureSettings, Manifest, Receipt, SkippedSample
-from common.shards.parquet_shard import ZSTD_LEVEL, ParquetShard, ShardContents, footer_metadata, publish_shard
+from common.shards.manifest import CaptureSettings, Manifest, Receipt, ShardCheck, SkippedSample
+from common.shards.parquet_shard import (
+    ZSTD_LEVEL,
+    ParquetShard,
+    ShardContents,
+    footer_metadata,
+    publish_shard,
+)
 from common.shards.scores import TeacherScores
 from common.shards.token_order import TokenOrder, classes_from_text, classes_to_text, find_classes
 from common.storage.files import Location
@@ -142,9 +148,17 @@ class ShardFile(ParquetShard):
         ShardError: on opening or reading, if the file is damaged or not this shard of the manifest; names the file.
     """
 
-    def __init__(self, path: Location, manifest: Manifest, number: int, *, keep_codes: bool = False) -> None:
+    def __init__(
+        self,
+        path: Location,
+        manifest: Manifest,
+        number: int,
+        *,
+        keep_codes: bool = False,
+        check: ShardCheck = "sha256",
+    ) -> None:
         what = f"{manifest.kind} shard with {manifest.capture.precision or 'drawn'} entries"
-        super().__init__(path, manifest, number, score_schema(manifest.kind, manifest.capture), what)
+        super().__init__(path, manifest, number, score_schema(manifest.kind, manifest.capture), what, check)
         self._kind = manifest.kind
         self._capture = manifest.capture
         with self.shard_errors():

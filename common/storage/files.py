@@ -233,6 +233,15 @@ def file_size(location: Location) -> int:
     return _look_up(location).st_size if isinstance(location, Path) else object_store.size(location)
 
 
+def modified_ns(location: Location) -> int | None:
+    """Returns the time of a local file's last change in ns since 1970; None for an object, which never changes.
+
+    Raises:
+        FileNotFoundError: there is no such file. StorageError: the disk failed.
+    """
+    return _look_up(location).st_mtime_ns if isinstance(location, Path) else None
+
+
 def list_files(directory: Location) -> dict[str, int]:
     """Returns the names and sizes (bytes) of the files directly in a directory; none if there is no such directory.
 

@@ -8,7 +8,6 @@ result, and the rest is shown.
 """
 
 import itertools
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
@@ -25,15 +24,23 @@ from tqdm import tqdm
 
 from common.concurrency import prefetch_map
 from common.errors import ConfigError, DecantError, ShardError
-from common.shards.manifest import Manifest, published_shards, read_manifest, read_receipt, shard_path
+from common.shards.manifest import (
+    Manifest,
+    ShardCheck,
+    published_shards,
+    read_manifest,
+    read_receipt,
+    shard_number,
+    shard_path,
+)
 from common.shards.output_files import list_output_files
+from common.shards.parquet_shard import check_shard_bytes
 from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
-from common.storage.files import Location, file_size, open_ranged
+from common.storage.files import Location, open_ranged
 from precompute.inspection import statistics
 from precompute.inspection.sample_view import SampleView, TokenText, load_token_text, make_sample_view
 from precompute.report import Problem
 
-_SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
 # Name under which the bytes outside all columns are counted.
 FOOTERS = "(footers)"
 
@@ -89,31 +96,32 @@ class Inspection:
 
 @dataclass(frozen=True)
 class InspectionTarget:
-    """The shards that a path names: all published ones of an output, or one of them."""
+    """The shards that a path names: all published ones of an output, or one of them; `check` as for `ShardFile`."""
 
     output: Location
     manifest: Manifest
     shards: tuple[int, ...]
     num_expected: int
+    check: ShardCheck = "sha256"
 
 
-def open_target(path: Location) -> InspectionTarget:
+def open_target(path: Location, check: ShardCheck = "sha256") -> InspectionTarget:
     """Finds the shards of `path`, which is the directory of an output or a shard file in one.
 
     Raises:
         ShardError: there is no output, its manifest is damaged, or the file is not a published shard.
         StorageError: the disk or the store refused.
     """
-    match = _SHARD_NAME.fullmatch(path.name)
-    list_output_files(path if match is None else path.parent, "precompute-logits")
-    if match is None:
+    number = shard_number(path.name) if path.name.endswith(".parquet") else None
+    list_output_files(path if number is None else path.parent, "precompute-logits")
+    if number is None:
         manifest = read_manifest(path)
-        return InspectionTarget(path, manifest, published_shards(path), manifest.num_shards)
-    output, number = path.parent, int(match[1])
+        return InspectionTarget(path, manifest, published_shards(path), manifest.num_shards, check)
+    output = path.parent
     manifest = read_manifest(output)
     if number not in published_shards(output):
         raise ShardError(f"{path}: has no receipt beside it, so it was never finished; expected a published shard")
-    return InspectionTarget(output, manifest, (number,), 1)
+    return InspectionTarget(output, manifest, (number,), 1, check)
 
 
 def inspect_output(  # noqa: PLR0913 - its arguments are the options of inspect-shards
@@ -126,6 +134,7 @@ def inspect_output(  # noqa: PLR0913 - its arguments are the options of inspect-
     max_groups: int | None = 64,
     tokenizer: Path | None = None,
     progress: bool = True,
+    check: ShardCheck = "sha256",
 ) -> Inspection:
     """Reads an output, or one of its shards, and returns what it holds.
 
@@ -137,13 +146,14 @@ def inspect_output(  # noqa: PLR0913 - its arguments are the options of inspect-
         max_tokens: maximum number of scored tokens shown of a conversation.
         max_groups: row groups to read, evenly spread; None for all.
         tokenizer: directory of the teacher or its tokenizer, for token texts.
+        check: how a shard is compared with its receipt before it is parsed.
 
     Raises:
         ShardError: as `open_target`. Damaged shards are problems of the result instead.
         ConfigError: there is no such sample.
         ModelError, ProvenanceError: the tokenizer is missing, or is not that of the shards.
     """
-    target = open_target(path)
+    target = open_target(path, check)
     token_text = str if tokenizer is None else load_token_text(tokenizer, target.manifest)
     return _Collector(target, token_text, num_alternatives, max_tokens, progress).collect(
         path, sample, num_samples, max_groups
@@ -245,11 +255,7 @@ class _Collector:
         path = shard_path(self._target.output, number)
         try:
             receipt = read_receipt(self._target.output, number, self._target.manifest)
-            num_bytes = file_size(path)
-            if num_bytes != receipt.num_bytes:
-                return Problem(
-                    str(path), f"has {num_bytes:,} bytes, {receipt.num_bytes:,} were written; the shard is damaged"
-                )
+            check_shard_bytes(path, receipt, self._target.check)
             with open_ranged(path) as file:
                 metadata = pq.read_metadata(file)
         except (DecantError, OSError, pa.ArrowException) as error:
@@ -260,12 +266,12 @@ class _Collector:
             for i in range(group.num_columns):
                 column = group.column(i)
                 column_bytes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
-        column_bytes[FOOTERS] = num_bytes - column_bytes.total()
+        column_bytes[FOOTERS] = receipt.num_bytes - column_bytes.total()
         return _Footer(
             number=number,
             num_rows=receipt.num_rows,
             num_scored_tokens=receipt.num_scored_tokens,
-            num_bytes=num_bytes,
+            num_bytes=receipt.num_bytes,
             num_skipped=len(receipt.skipped),
             group_rows=tuple(int(group.num_rows) for group in groups),
             column_bytes=column_bytes,
@@ -283,12 +289,15 @@ class _Collector:
                 continue
             path = shard_path(self._target.output, number)
             try:
-                with closing(ShardFile(path, self._target.manifest, number)) as shard:
+                with closing(self._open(path, number)) as shard:
                     for group in by_shard[number]:
                         yield number, shard.read_group(group)
             except ShardError as error:
                 self._damaged.add(number)
                 self._problems.append(Problem(str(path), _describe_error(error, path)))
+
+    def _open(self, path: Location, number: int) -> ShardFile:
+        return ShardFile(path, self._target.manifest, number, check=self._target.check)
 
     def _read_row(self, groups: Iterable[_RowGroup], position: int = 0) -> _NumberedRow | None:
         """Returns the row at `position` in the first of `groups` that can be read; None if none can."""
@@ -318,7 +327,7 @@ class _Collector:
         for footer in footers:
             path = shard_path(self._target.output, footer.number)
             # A damaged shard becomes a problem when its rows are read.
-            with suppress(ShardError), closing(ShardFile(path, self._target.manifest, footer.number)) as shard:
+            with suppress(ShardError), closing(self._open(path, footer.number)) as shard:
                 values = shard.read_column(column)
                 if wanted in values:
                     ends = list(itertools.accumulate(footer.group_rows))

@@ -20,7 +20,7 @@ from common.errors import ConfigError, ShardError, StorageError
 from common.shards.manifest import Manifest, shard_path
 from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
 from common.shards.scores import TeacherScores
-from common.storage.files import Location, open_ranged, partial_path
+from common.storage.files import open_ranged, partial_path
 from precompute.inspection.collect import InspectionTarget
 from precompute.report import Problem
 
@@ -87,7 +87,7 @@ def unpack_output(target: InspectionTarget, out: Path, *, progress: bool = True)
         partial = partial_path(destination)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            num_rows += _unpack_shard(source, target.manifest, number, partial)
+            num_rows += _unpack_shard(target, number, partial)
             partial.replace(destination)
             num_files += 1
             num_bytes += destination.stat().st_size
@@ -102,10 +102,11 @@ def unpack_output(target: InspectionTarget, out: Path, *, progress: bool = True)
     return UnpackResult(out, num_files, num_rows, num_bytes, tuple(problems))
 
 
-def _unpack_shard(source: Location, manifest: Manifest, number: int, partial: Path) -> int:
+def _unpack_shard(target: InspectionTarget, number: int, partial: Path) -> int:
     """Writes one shard to `partial`, flushes it to the disk, and returns its number of rows."""
+    source, manifest = shard_path(target.output, number), target.manifest
     with (
-        closing(ShardFile(source, manifest, number)) as shard,
+        closing(ShardFile(source, manifest, number, check=target.check)) as shard,
         open_ranged(source) as native,
         partial.open("wb") as file,
     ):

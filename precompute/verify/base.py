@@ -23,9 +23,9 @@ from common.shards.manifest import (
     shard_path,
 )
 from common.shards.output_files import list_output_files
-from common.shards.parquet_shard import ParquetShard
+from common.shards.parquet_shard import ParquetShard, remember_intact
 from common.storage.files import Location
-from precompute.report import Check, Report, format_ranges
+from precompute.report import Check, Report, format_runs
 from precompute.verify.manifest_checks import restore_manifest
 
 # The checks of every output, each with what holds if it passes.
@@ -137,15 +137,15 @@ class OutputVerifier(Generic[ManifestT]):
                 files.failed(shard_path(self.output, number), "has no receipt, so it was never finished")
             elif number not in stored:
                 files.failed(receipt_path(self.output, number), "is the receipt of a shard that is not there")
-        missing = [number for number in range(manifest.num_shards) if number not in published]
+        missing = manifest.missing_shards(sorted(published))
         coverage.passed(manifest.num_shards)
         if missing:
             coverage.failed(
                 self.output,
-                f"{len(missing)} of {manifest.num_shards} shards are missing: {format_ranges(missing)}; "
+                f"{sum(map(len, missing))} of {manifest.num_shards} shards are missing: {format_runs(missing)}; "
                 f"run {self._schema.command} again, it writes these alone",
             )
-        return [number for number in range(manifest.num_shards) if number in published]
+        return [number for number in sorted(published) if number < manifest.num_shards]
 
     def _verify_receipt(self, number: int, manifest: ManifestT) -> Receipt | None:
         """Returns a shard's receipt if it is undamaged and the shard has the bytes that it names."""
@@ -170,6 +170,7 @@ class OutputVerifier(Generic[ManifestT]):
             check.failed(path, str(error))
             return False
         if (size, sha256) == (receipt.num_bytes, receipt.sha256):
+            remember_intact(path, receipt)
             return True
         check.failed(
             path,

@@ -27,7 +27,7 @@ from common.shards.manifest import (
     write_with_digest,
 )
 from common.storage.files import Location, directory_lock, list_files, move
-from precompute.report import Report, format_ranges
+from precompute.report import Report, format_ranges, format_runs
 
 # Checks of the whole output or of its source, for whose problems no shard is moved.
 _CHECKS_WITHOUT_SHARD = frozenset({"manifest", "dataset", "sources"})
@@ -44,7 +44,7 @@ class RepairResult:
     destination: Location | None
     moved: tuple[str, ...]
     restored: bool
-    missing: tuple[int, ...]
+    missing: tuple[range, ...]
     notes: tuple[str, ...]
     refusal: str | None = None
     command: str = Manifest.command
@@ -74,7 +74,7 @@ class RepairResult:
         lines += [plain_text(note) for note in self.notes]
         if self.missing or INDEX_NAME in self.moved:
             options = " --config FILE" if self.command == Manifest.command else ""
-            what_next = f"shards {format_ranges(self.missing)} and no others" if self.missing else INDEX_NAME
+            what_next = f"shards {format_runs(self.missing)} and no others" if self.missing else INDEX_NAME
             lines.append(
                 plain_text(f"run the same {self.command} again (decant {self.command}{options}): it writes {what_next}")
             )
@@ -125,13 +125,12 @@ def repair_output(report: Report) -> RepairResult:
             for path in receipt_and_shard:
                 move_aside(path)
     manifest = read_with_digest(output / MANIFEST_NAME, report.schema)
-    missing = set(range(manifest.num_shards)) - set(published_shards(output))
     return RepairResult(
         output,
         destination if moved else None,
         tuple(moved),
         broken_manifest,
-        tuple(sorted(missing)),
+        manifest.missing_shards(published_shards(output)),
         tuple(notes),
         command=report.schema.command,
     )

@@ -116,7 +116,7 @@ def open_feature_source(config: TrainConfig) -> FeatureSource | None:
     for root, outputs in config.data.feature_caches:
         for output in outputs:
             if output not in opened:
-                opened[output] = FeatureCache(output)
+                opened[output] = FeatureCache(output, config.data.check)
                 check_encoder(opened[output].manifest, output, model, config.data.image_aspect_ratio)
             if opened[output] not in caches.setdefault(root, []):
                 caches[root].append(opened[output])

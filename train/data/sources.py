@@ -19,7 +19,7 @@ from common.data.chat_encoding import ChatEncoder, EncodedChat
 from common.data.images import AspectRatio
 from common.data.samples import Dataset, Kind, Sample
 from common.errors import ConfigError, ProvenanceError, ShardError
-from common.shards.manifest import Manifest, published_shards, read_manifest, read_receipts, shard_path
+from common.shards.manifest import Manifest, ShardCheck, published_shards, read_manifest, read_receipts, shard_path
 from common.shards.score_shard import ROWS_PER_GROUP, ShardFile, ShardRow
 from common.shards.scores import TeacherScores
 from common.storage.files import Location
@@ -107,9 +107,16 @@ class ShardSource:
     """
 
     def __init__(
-        self, output: Location, encoder: ChatEncoder, aspect_ratio: AspectRatio, cached_groups: int = 4
+        self,
+        output: Location,
+        encoder: ChatEncoder,
+        aspect_ratio: AspectRatio,
+        cached_groups: int = 4,
+        *,
+        check: ShardCheck = "sha256",
     ) -> None:
         self.output = output
+        self._check: ShardCheck = check
         self.manifest = read_manifest(output)
         self.sha256 = self.manifest.sha256
         self.sampled = self.manifest.capture.num_draws is not None
@@ -120,11 +127,11 @@ class ShardSource:
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
         # Sizes are never dropped, because they take only about 12 bytes a sample.
         self._sizes: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
-        missing = sorted(set(range(self.manifest.num_shards)) - set(published_shards(output)))
+        missing = self.manifest.missing_shards(published_shards(output))
         if missing:
             raise ShardError(
-                f"{output}: {len(missing)} of {self.manifest.num_shards} shards are missing, the first is "
-                f"{missing[0]:05d}; run precompute-logits again to complete the output"
+                f"{output}: {sum(map(len, missing))} of {self.manifest.num_shards} shards are missing, the first is "
+                f"{missing[0].start:05d}; run precompute-logits again to complete the output"
             )
         rows = [receipt.num_rows for receipt in read_receipts(output, self.manifest)]
         self._first_row = np.concatenate([[0], np.cumsum(rows)])
@@ -205,7 +212,7 @@ class ShardSource:
     def _file(self, shard: int) -> ShardFile:
         """Opens a shard at its first use, because a worker process may not share its parent's open files."""
         if shard not in self._files:
-            self._files[shard] = ShardFile(shard_path(self.output, shard), self.manifest, shard)
+            self._files[shard] = ShardFile(shard_path(self.output, shard), self.manifest, shard, check=self._check)
             if len(self._files) > _MAX_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(shard)
@@ -287,7 +294,9 @@ def _stored_encoding(row: ShardRow) -> tuple[EncodedChat, ...]:
     return tuple(scored.encoded for scored in row.conversations)
 
 
-def open_source(where: SetConfig, kind: Kind, encoder: ChatEncoder, aspect_ratio: AspectRatio) -> ExampleSource:
+def open_source(
+    where: SetConfig, kind: Kind, encoder: ChatEncoder, aspect_ratio: AspectRatio, check: ShardCheck = "sha256"
+) -> ExampleSource:
     """Opens the source that a configuration names; `kind` is the kind of samples that the objective needs.
 
     Raises:
@@ -295,7 +304,7 @@ def open_source(where: SetConfig, kind: Kind, encoder: ChatEncoder, aspect_ratio
     """
     if where.shards is None:
         return DatasetSource(where.location, kind, encoder)
-    source = ShardSource(where.shards, encoder, aspect_ratio)
+    source = ShardSource(where.shards, encoder, aspect_ratio, check=check)
     if source.manifest.kind != kind:
         raise ConfigError(
             f'{where.shards}: holds shards of kind "{source.manifest.kind}", this objective needs "{kind}"'

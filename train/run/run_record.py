@@ -29,7 +29,7 @@ _PACKAGES = ("decant", "torch", "transformers", "deepspeed", "accelerate", "nump
 # Settings that may differ between a run and its continuation, because they do not change the trained weights.
 _CHANGEABLE = {
     "run": ("save_steps", "keep_checkpoints", "eval_steps", "log_steps", "resume", "report_to", "max_loss_ratio"),
-    "data": ("num_workers",),
+    "data": ("num_workers", "check"),
 }
 
 

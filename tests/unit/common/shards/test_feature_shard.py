@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from common.errors import ShardError
+from common.errors import ProvenanceError, ShardError
 from common.shards.feature_shard import (
     CachedImage,
     FeatureCache,
@@ -224,7 +224,7 @@ def test_scores_and_features_are_told_apart(tmp_path: Path) -> None:
     # With a broken manifest the first shard's footer decides.
     (features / "manifest.json").write_bytes(b"\xff")
     assert is_feature_cache(features)
-    with pytest.raises(ShardError, match="its columns are not those of a feature shard of the form q8"):
+    with pytest.raises(ProvenanceError, match=r"shard-00000\.json: belongs to an output with another manifest"):
         FeatureFile(shard_path(features, 0), make_feature_manifest([], form="q8"), 0)
 
 

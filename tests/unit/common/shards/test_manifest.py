@@ -215,3 +215,19 @@ def test_receipts_are_read_in_order_and_only_of_shards_of_the_manifest(tmp_path:
 def test_the_largest_number_of_kept_entries_is_top_k_or_the_draws() -> None:
     assert make_manifest(top_k=50, top_p=0.9).capture.max_kept == 50
     assert make_manifest(top_k=0, num_draws=7).capture.max_kept == 7
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**63])
+def test_sizes_that_nothing_can_have_are_damage(tmp_path: Path, size: int) -> None:
+    write_with_digest(tmp_path / "manifest.json", make_manifest().model_copy(update={"samples_per_shard": size}))
+    with pytest.raises(ShardError, match=r"manifest\.json: is damaged or of another version"):
+        read_manifest(tmp_path)
+
+
+def test_missing_shards_are_runs_however_many_they_are() -> None:
+    manifest = make_manifest(num_samples=10**12).model_copy(update={"samples_per_shard": 1})
+    assert manifest.missing_shards([]) == (range(10**12),)
+    assert manifest.missing_shards([0, 1, 4, 10**12 - 1]) == (range(2, 4), range(5, 10**12 - 1))
+    small = make_manifest(num_samples=3).model_copy(update={"samples_per_shard": 1})
+    assert small.missing_shards([0, 1, 2]) == ()
+    assert small.missing_shards([1, 7]) == (range(1), range(2, 3))

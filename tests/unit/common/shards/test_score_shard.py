@@ -1,7 +1,9 @@
 import hashlib
 import math
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
 import duckdb
 import numpy as np
@@ -14,7 +16,15 @@ from common.data.chat_encoding import EncodedChat
 from common.data.samples import Kind, Sample, Turn
 from common.errors import ProvenanceError, ShardError, StorageError
 from common.shards.codec import ID_COLUMNS
-from common.shards.manifest import SkippedSample, file_sha256, published_shards, read_receipt, receipt_path, shard_path
+from common.shards.manifest import (
+    ShardCheck,
+    SkippedSample,
+    file_sha256,
+    published_shards,
+    read_receipt,
+    receipt_path,
+    shard_path,
+)
 from common.shards.score_shard import (
     ROWS_PER_GROUP,
     ScoredConversation,
@@ -25,6 +35,7 @@ from common.shards.score_shard import (
 )
 from common.shards.scores import TeacherScores, scores_from_topk
 from tests.support.builders import IMAGE_TOKEN_ID, make_manifest, make_rows, read_table
+from tests.support.outputs import rewrite_receipt
 
 # Settings of the capture and of `make_rows` for each kind of kept entries.
 CAPTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -236,6 +247,7 @@ def test_pages_are_zstd_with_checksums_and_roles_share_a_dictionary(tmp_path: Pa
     data = bytearray(shard_path(tmp_path, 0).read_bytes())
     data[offset] ^= 1
     shard_path(tmp_path, 0).write_bytes(bytes(data))
+    rewrite_receipt(tmp_path, 0)
     with pytest.raises(ShardError, match="CRC"):
         list(ShardFile(shard_path(tmp_path, 0), make_manifest("dpo"), 0))
 
@@ -252,21 +264,56 @@ def test_a_column_is_read_alone(tmp_path: Path) -> None:
 def test_a_renamed_shard_or_one_of_another_output_or_kind_is_refused(tmp_path: Path) -> None:
     manifest = make_manifest()
     write_shard(tmp_path, 0, manifest, make_rows("kd", 2), ())
-    path = shard_path(tmp_path, 0)
+    path, other = shard_path(tmp_path, 0), tmp_path / "other"
+    for expected in (make_manifest(num_samples=201), make_manifest("dpo"), make_manifest(top_k=0, num_draws=3)):
+        with pytest.raises(ProvenanceError, match=r"shard-00000\.json: belongs to an output with another manifest"):
+            ShardFile(path, expected, 0)
+    for suffix in (".parquet", ".json"):
+        shutil.copy(tmp_path / f"shard-00000{suffix}", tmp_path / f"shard-00001{suffix}")
+    with pytest.raises(ShardError, match=r"shard-00001\.json: is the receipt of shard 0; the file was renamed"):
+        ShardFile(shard_path(tmp_path, 1), manifest, 1)
+    # The file's own footer is checked too, behind a receipt that fits its bytes.
     for expected, number, found in (
-        (manifest, 1, "renamed"),
+        (manifest, 1, "holds shard '0'; the file was renamed"),
         (make_manifest(num_samples=201), 0, "another manifest"),
-        (make_manifest("dpo"), 0, "columns"),
+        (make_manifest("dpo"), 0, "columns are not those of a dpo shard"),
         (make_manifest(top_k=0, num_draws=3), 0, "kd shard with drawn entries"),
     ):
-        with pytest.raises((ShardError, ProvenanceError), match=f"{path}.*{found}"):
-            ShardFile(path, expected, number)
+        write_shard(other, number, expected, [], ())
+        shutil.copy(tmp_path / "shard-00000.parquet", other / f"shard-{number:05d}.parquet")
+        rewrite_receipt(other, number)
+        with pytest.raises(ShardError, match=f"{shard_path(other, number)}.*{found}"):
+            ShardFile(shard_path(other, number), expected, number)
+
+
+def test_a_shard_is_compared_with_its_receipt_before_it_is_parsed(tmp_path: Path) -> None:
+    manifest = make_manifest()
+    write_shard(tmp_path, 0, manifest, make_rows("kd", 2), ())
+    path = shard_path(tmp_path, 0)
+    whole = path.read_bytes()
+    # The reader is not even asked about bytes that are not those of the receipt.
+    with patch("common.shards.parquet_shard.pq.ParquetFile", side_effect=AssertionError):
+        path.write_bytes(whole[:-20] + bytes(20))
+        for check, found in (("sha256", "has SHA-256 .*, its receipt says"), ("size", None)):
+            error: type[Exception] = AssertionError if found is None else ShardError
+            with pytest.raises(error, match=found):
+                ShardFile(path, manifest, 0, check=cast(ShardCheck, check))
+        path.write_bytes(whole[:-20])
+        with pytest.raises(ShardError, match="bytes, its receipt says"):
+            ShardFile(path, manifest, 0, check="size")
+    path.write_bytes(whole)
+    with patch("common.shards.parquet_shard.file_sha256", wraps=file_sha256) as hashed:
+        for _ in range(3):
+            ShardFile(path, manifest, 0).close()
+    assert hashed.call_count == 1
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" * 9, b'{"a": 1}'])
 def test_a_file_that_is_no_parquet_is_a_shard_error(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "shard-00000.parquet"
+    write_shard(tmp_path, 0, make_manifest(), make_rows("kd", 1), ())
     path.write_bytes(data)
+    rewrite_receipt(tmp_path, 0)
     with pytest.raises(ShardError, match=str(path)):
         ShardFile(path, make_manifest(), 0)
     path.unlink()
@@ -300,6 +347,7 @@ def test_well_formed_parquet_with_wrong_values_is_refused(tmp_path: Path, column
     values[1] = value
     position, field = table.column_names.index(column), table.schema.field(column)
     pq.write_table(table.set_column(position, field, pa.array(values, field.type)), path)
+    rewrite_receipt(tmp_path, 0)
     with pytest.raises(ShardError, match=f"{path}.*(row|null)"):
         list(ShardFile(path, manifest, 0))
 
@@ -318,7 +366,7 @@ def test_flipped_bits_are_found_by_sha256_and_never_crash_the_reader(tmp_path: P
         path.write_bytes(bytes(data))
         assert file_sha256(path) != receipt.sha256
         try:
-            list(ShardFile(path, manifest, 0))
+            list(ShardFile(path, manifest, 0, check="size"))
         except ShardError as error:
             assert str(path) in str(error)
             num_refused += 1

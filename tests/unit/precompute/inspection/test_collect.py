@@ -30,7 +30,7 @@ from tests.support.builders import make_draws, make_scores
 from tests.support.inspect_outputs import run_sql, write_known_output, write_output
 from tests.support.models import tiny_tokenizer
 from tests.support.object_store import BUCKET, Store
-from tests.support.outputs import flip_bit, render_text
+from tests.support.outputs import flip_bit, render_text, rewrite_receipt
 
 
 def inspect(path: Location, **options: object) -> Inspection:
@@ -290,6 +290,7 @@ def test_no_other_sample_is_shown_in_place_of_one_that_cannot_be_read(tmp_path: 
     columns = {column["path_in_schema"]: column for column in row_group.to_dict()["columns"]}
     damaged = columns["rest_mass.list.element"]
     flip_bit(shard_path(tmp_path, 1), damaged["data_page_offset"] + damaged["total_compressed_size"] - 1)
+    rewrite_receipt(tmp_path, 1)
     found = inspect(tmp_path, sample="s4", num_samples=3)
     assert found.samples == ()
     assert [Path(problem.path) for problem in found.problems] == [shard_path(tmp_path, 1)]
@@ -318,6 +319,7 @@ def test_damaged_shards_are_named_and_the_rest_is_shown(
     data = bytearray(flipped.read_bytes())
     data[column.data_page_offset + column.total_compressed_size - 1] ^= 0x10
     flipped.write_bytes(bytes(data))
+    rewrite_receipt(tmp_path, 2)
     found = inspect(tmp_path, num_samples=3)
     assert [Path(problem.path) for problem in found.problems] == [cut, gone, flipped]
     assert {s.shard for s in found.samples} == {3}

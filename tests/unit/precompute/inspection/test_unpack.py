@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from common.storage.files import Location
 from precompute.inspection.collect import open_target
 from precompute.inspection.unpack import unpack_output
 from tests.support.inspect_outputs import run_sql, write_output
+from tests.support.outputs import rewrite_receipt
 
 
 def unpack(output: Location, out: Path) -> Any:
@@ -99,6 +101,8 @@ def test_duckdb_pandas_and_datasets_open_it(tmp_path: Path) -> None:
 def test_an_export_is_not_taken_for_a_shard(tmp_path: Path) -> None:
     manifest = write_output(tmp_path / "out")
     unpack(tmp_path / "out", tmp_path / "lists")
+    shutil.copy(tmp_path / "out/shard-00000.json", tmp_path / "lists")
+    rewrite_receipt(tmp_path / "lists", 0)
     with pytest.raises(ShardError, match="columns are not those"):
         ShardFile(shard_path(tmp_path / "lists", 0), manifest, 0)
 

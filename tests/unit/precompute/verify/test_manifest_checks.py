@@ -60,7 +60,7 @@ def test_a_shard_under_a_number_written_otherwise_is_missing(output: Path) -> No
 
 
 MANIFEST_DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
-    "no samples": ({"samples_per_shard": 0}, "shards of none"),
+    "no samples": ({"dataset": {"num_samples": 0}}, "has no samples"),
     "no precision": ({"capture": {"precision": None}}, "no precision"),
     "a precision of draws": ({"capture": {"num_draws": 5}}, "5 draws, top_k 8"),
     "a mass above 1": ({"capture": {"top_p": 1.5}}, "top_p 1.5"),

@@ -143,7 +143,7 @@ def test_a_damaged_shard_is_named(root: Path, tmp_path: Path) -> None:
     for position in range(4, damaged.stat().st_size // 2, 8):
         flip_bit(damaged, position)
     features = FeatureSource({None: [FeatureCache(output)]}, F32)
-    with pytest.raises(ShardError, match=r"shard-00000\.parquet: cannot be read"):
+    with pytest.raises(ShardError, match=r"shard-00000\.parquet: has SHA-256"):
         features.pixels(requests("0.png"))
     assert features.pixels(requests("8.png")).isfinite().all()
 
