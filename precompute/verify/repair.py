@@ -55,9 +55,14 @@ class RepairResult:
         return not (self.moved or self.restored or self.missing or self.notes or self.refusal)
 
     def to_json(self) -> str:
-        """Returns the result as one JSON object."""
-        place = None if self.destination is None else str(self.destination)
-        return json.dumps({**vars(self), "output": str(self.output), "destination": place, "ok": self.ok}, indent=1)
+        """Returns one JSON object; its `missing` holds the first and the last number of each run of missing shards."""
+        changed = {
+            "output": str(self.output),
+            "destination": None if self.destination is None else str(self.destination),
+            "missing": [(run.start, run[-1]) for run in self.missing],
+            "ok": self.ok,
+        }
+        return json.dumps({**vars(self), **changed}, indent=1)
 
     def render(self) -> RenderableType:
         """Returns what was moved, and what to run next."""

@@ -41,5 +41,6 @@ def test_a_fault_found_while_training_stops_all_ranks_and_names_the_file(
     for code, output in launch([config], tmp_path / "scratch", num_ranks, timeout_s=120):
         assert code == 1
         errors = [line for line in output.splitlines() if "common.errors." in line]
-        assert "shard-00002.parquet: cannot be read" in errors[-1], output[-3000:]
+        found = {"damaged": "has SHA-256", "removed": "cannot be read"}[fault]
+        assert f"shard-00002.parquet: {found}" in errors[-1], output[-3000:]
     assert (tmp_path / "run" / "metrics.jsonl").read_text(), "it was meant to train until then"
