@@ -23,7 +23,7 @@ DEBUG_VARIABLE = "DECANT_DEBUG"
 ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file of the run.", show_default=False)]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as engine.dtype=float32. Repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the file, such as seed=1. Repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 

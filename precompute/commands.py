@@ -61,6 +61,7 @@ def precompute_logits(
     show(summary.render())
     if summary.interrupted:
         raise typer.Exit(130)
+    summary.check_skipped(settings.max_skipped)
 
 
 def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
@@ -171,7 +172,9 @@ def verify_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the
         results["against"] = diff_dataset(output, parse_location(against), progress=not as_json)
     elif against:
         echo(f"{against} was not compared with the output, which is not what was written", err=True)
-    if recompute and report.ok:
+    if recompute and not report.ok:
+        echo("nothing was computed again, because the output is not what was written", err=True)
+    elif recompute:
         assert teacher is not None
         recompute_rows = _load_recompute(has_features)
         results["recompute"] = recompute_rows(

@@ -119,8 +119,9 @@ class PrecomputeConfig(StrictModel):
     that many draws from the distribution instead, with replacement. `precision` is the form of kept log-probs: q8 in
     127 to 255 steps of sqrt(p), by `top_k`, q6 in 63, fp16, or exactly as fp32; absent, q8.
     `store_images` puts the image files into the shards, so that training needs no image folder. `seed` is for draws and
-    `generate`. `max_tokens` counts an image by the tokens it expands to. Of `num_nodes` processes that share an output,
-    the one with number `node_rank` takes every num_nodes-th shard.
+    `generate`. `max_tokens` counts an image by the tokens it expands to. With `on_bad_sample` "skip" the run fails if a
+    larger share of the dataset than `max_skipped` is skipped. Of `num_nodes` processes that share an output, the one
+    with number `node_rank` takes every num_nodes-th shard.
     """
 
     kind: Kind = "kd"
@@ -142,6 +143,7 @@ class PrecomputeConfig(StrictModel):
     samples_per_shard: PositiveInt = 1024
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     on_bad_sample: Literal["stop", "skip"] = "stop"
+    max_skipped: Annotated[float, Field(ge=0, le=1)] = 0.05
     preflight: bool = True
     num_loader_threads: PositiveInt = 4
     num_nodes: PositiveInt = 1

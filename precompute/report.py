@@ -77,8 +77,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """True if every check passed."""
-        return all(check.ok for check in self.checks)
+        """True if every check passed, and there was a row to check."""
+        return self.num_rows > 0 and all(check.ok for check in self.checks)
 
     def to_json(self) -> str:
         """Returns the whole report as one JSON object."""
@@ -113,6 +113,8 @@ class Report:
         if self.schema is Manifest:
             totals += f", {self.num_scored_tokens:,} scored tokens, {self.num_skipped:,} samples skipped by choice"
         verdict = Text("verified", style="green") if self.ok else Text("NOT verified", style="bold red")
+        if not self.num_rows:
+            verdict.append(": there are no rows")
         return Group(table, *self._problem_lines(), Text(totals), verdict)
 
     def _problem_lines(self) -> Iterator[Text]:

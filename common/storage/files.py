@@ -70,7 +70,7 @@ def _open_address(address: str, protocol: str, host: str) -> UPath:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         extra = _EXTRA_BY_PROTOCOL.get(protocol)
-        wanted = f"'decant[{extra}]'" if extra else "the package that fsspec names"
+        wanted = f"'.[{extra}]'" if extra else "the package that fsspec names"
         raise ConfigError(f"{shown}: {protocol}:// needs a package ({error}); run: pip install {wanted}") from error
     except ValueError as error:
         raise ConfigError(

@@ -9,7 +9,7 @@ prepare_job ─> CaptureJob       the inputs, and the manifest, which also needs
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -32,15 +32,15 @@ from common.shards.manifest import (
     TokenizerIdentity,
     is_complete,
     published_shards,
+    read_receipts,
 )
 from common.shards.quantization import StoredPrecision
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints import ModelFacts, find_engine_identity, read_teacher_identity
+from precompute.logits.skipped import check_skipped_share, list_problems
 from precompute.scorer import ScorerSettings
 
 logger = logging.getLogger(__name__)
-
-_MAX_LISTED_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,8 @@ def check_samples(job: CaptureJob, indices: Iterable[int]) -> None:
     """Checks samples, so that a bad one is found before the teacher has worked for hours.
 
     Raises:
-        DataError: names the first samples that cannot be used, unless on_bad_sample is "skip".
+        DataError: names the first samples that cannot be used; if on_bad_sample is "skip", only if they and the samples
+            that complete shards skip are more than `max_skipped` allows.
     """
     problems: list[str] = []
     for index in indices:
@@ -262,16 +263,10 @@ def check_samples(job: CaptureJob, indices: Iterable[int]) -> None:
     if not problems:
         return
     if job.config.on_bad_sample == "skip":
+        skipped = [
+            entry.reason for receipt in read_receipts(job.config.output, job.manifest) for entry in receipt.skipped
+        ]
+        check_skipped_share([*problems, *skipped], len(job.dataset), job.config.max_skipped)
         logger.warning("%d sample(s) cannot be used and will be skipped", len(problems))
         return
-    raise DataError(_list_problems(problems))
-
-
-def _list_problems(problems: Sequence[str]) -> str:
-    """Returns one message for all problems; long lists are cut."""
-    if len(problems) == 1:
-        return problems[0]
-    lines = [f"  {problem}" for problem in problems[:_MAX_LISTED_PROBLEMS]]
-    if (more := len(problems) - _MAX_LISTED_PROBLEMS) > 0:
-        lines.append(f"  and {more} more")
-    return f"{len(problems)} samples cannot be used\n" + "\n".join(lines)
+    raise DataError(list_problems(problems))

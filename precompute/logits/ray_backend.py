@@ -42,9 +42,7 @@ try:
     import ray
     import ray.data
 except ImportError as error:
-    raise ConfigError(
-        f"--engine ray needs Ray, which is not installed ({error}); run: pip install 'decant[ray]'"
-    ) from error
+    raise ConfigError(f"--engine ray needs Ray, which is not installed ({error}); run: pip install '.[ray]'") from error
 
 # An actor that dies more often is assumed to be killed by its shard or its teacher, not by lost nodes.
 _MAX_DEATHS = 10

@@ -25,6 +25,7 @@ from common.storage.files import Location, directory_lock, publish, remove_parti
 from precompute.config import PrecomputeConfig
 from precompute.logits.job import CaptureJob, check_samples, missing_shards, prepare_job
 from precompute.logits.pipeline import CaptureCounter, score_shards
+from precompute.logits.skipped import check_skipped_share
 from precompute.scorer import Scorer, ScorerSettings
 
 CONFIG_NAME = "config.json"
@@ -38,13 +39,14 @@ EngineName = Literal["local", "ray"]
 class CaptureSummary:
     """Counts of an output after a run, and of what the run added.
 
-    The fields up to `skipped` count the whole output. `num_own_shards` are those that this node was to write,
-    `num_own_missing` those of them that are missing. `num_new_tokens` are those that the teacher read in this run,
-    image tokens included; `scoring_s` is the time from the teacher's first request (on Ray, from the start of the
-    actors) to the last shard.
+    The fields up to `skipped` count the whole output; `num_samples` is the size of the dataset. `num_own_shards` are
+    those that this node was to write, `num_own_missing` those of them that are missing. `num_new_tokens` are those that
+    the teacher read in this run, image tokens included; `scoring_s` is the time from the teacher's first request (on
+    Ray, from the start of the actors) to the last shard.
     """
 
     output: Location
+    num_samples: int
     num_shards: int
     num_complete_shards: int
     num_rows: int
@@ -63,6 +65,11 @@ class CaptureSummary:
     def complete(self) -> bool:
         """True if every shard is published."""
         return self.num_complete_shards == self.num_shards
+
+    def check_skipped(self, max_skipped: float) -> None:
+        """Raises DataError if the whole output skips a larger share of the samples than `max_skipped`."""
+        if self.complete:
+            check_skipped_share([entry.reason for entry in self.skipped], self.num_samples, max_skipped)
 
     @property
     def new_tokens_per_s(self) -> float:
@@ -210,6 +217,7 @@ def _summarise(job: CaptureJob, counter: CaptureCounter, interrupted: bool) -> C
     own = range(job.config.node_rank, job.manifest.num_shards, job.config.num_nodes)
     return CaptureSummary(
         output=output,
+        num_samples=len(job.dataset),
         num_shards=job.manifest.num_shards,
         num_complete_shards=len(receipts),
         num_rows=sum(receipt.num_rows for receipt in receipts),

@@ -111,6 +111,6 @@ def preference_records(root: Path, n: int) -> list[dict[str, Any]]:
 def make_config(root: Path, teacher: Path, records: list[dict[str, Any]], **settings: Any) -> PrecomputeConfig:
     """Makes a configuration with small shards for `records`, which it writes to `root`."""
     dataset = write_jsonl(root / "data.jsonl", records)
-    defaults = {"top_k": 8, "samples_per_shard": 4, "max_tokens": 512}
+    defaults = {"top_k": 8, "samples_per_shard": 4, "max_tokens": 512, "max_skipped": 1.0}
     own = {"teacher": teacher, "dataset": dataset, "image_root": root, "output": root / "out"}
     return PrecomputeConfig.model_validate({**defaults, **own, **settings})

@@ -77,6 +77,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory, llava_dir: Path) -> Path:
         "samples_per_shard": 4,
         "max_tokens": 512,
         "on_bad_sample": "skip",
+        "max_skipped": 1,
     }
     lines = [
         f"{key} = {json.dumps(value if isinstance(value, int) else str(value))}" for key, value in settings.items()

@@ -69,7 +69,7 @@ def test_paths_become_absolute_and_addresses_stay() -> None:
 def test_without_ray_the_extra_is_named(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "precompute.logits.ray_backend")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'decant\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"):
         run_capture(config, progress=False, start_teacher=FakeTeacher, engine="ray")
 
 

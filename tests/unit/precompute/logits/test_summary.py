@@ -9,6 +9,7 @@ from tests.support.captures import rendered
 
 COMPLETE = CaptureSummary(
     output=Path("out"),
+    num_samples=32,
     num_shards=8,
     num_complete_shards=8,
     num_rows=32,
