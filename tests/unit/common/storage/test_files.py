@@ -181,7 +181,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         raise ImportError(f"Install {protocol}fs")
 
     monkeypatch.setattr("fsspec.get_filesystem_class", absent)
-    with pytest.raises(ConfigError, match=r"gs://bucket/a: gs:// needs a package.*pip install 'decant\[gs\]'"):
+    with pytest.raises(ConfigError, match=r"gs://bucket/a: gs:// needs a package.*pip install '\.\[gs\]'"):
         parse_location("gs://bucket/a")
 
 
