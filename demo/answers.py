@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from common.data.samples import Dataset
+from common.data.dataset import Dataset
 from demo.data import MAX_NEW_TOKENS
 from precompute.config import EngineConfig
 from precompute.engine.generate import generate_answers

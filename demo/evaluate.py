@@ -13,8 +13,9 @@ import torch
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from common.data.chat_encoding import ChatEncoder, expand_placeholders
+from common.data.dataset import Dataset
 from common.data.images import ImageSpec, load_image
-from common.data.samples import Dataset, Sample
+from common.data.samples import Sample
 from demo.data import MAX_NEW_TOKENS, contradicts, named_digit, read_lines
 from train.data.collator import Collator, StudentInputs
 from train.data.image_cache import ImageCache

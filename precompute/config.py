@@ -7,6 +7,7 @@ from pydantic import Field, JsonValue, PositiveInt, field_validator, model_valid
 from common.config import StrictModel
 from common.data.chat_encoding import ScoredTokens
 from common.data.images import AspectRatio
+from common.data.sample_ids import IdPolicy
 from common.data.samples import Kind
 from common.shards.quantization import Precision
 from common.shards.scores import MAX_DRAWS, MAX_VOCAB_SIZE
@@ -118,10 +119,12 @@ class PrecomputeConfig(StrictModel):
     "dpo"); with `top_p`, only as many of them as hold that mass, but at least `min_k`; with `num_draws`, the ids of
     that many draws from the distribution instead, with replacement. `precision` is the form of kept log-probs: q8 in
     127 to 255 steps of sqrt(p), by `top_k`, q6 in 63, fp16, or exactly as fp32; absent, q8.
-    `store_images` puts the image files into the shards, so that training needs no image folder. `seed` is for draws and
-    `generate`. `max_tokens` counts an image by the tokens it expands to. With `on_bad_sample` "skip" the run fails if a
-    larger share of the dataset than `max_skipped` is skipped. Of `num_nodes` processes that share an output, the one
-    with number `node_rank` takes every num_nodes-th shard.
+    `store_images` puts the image files into the shards, so that training needs no image folder; those inside the
+    dataset are stored in any case. With `ids` "strict" every sample must have a unique `id`; "any" makes ids that are
+    missing or repeated from positions. `seed` is for draws and `generate`. `max_tokens` counts an image by the
+    tokens it expands to. With `on_bad_sample` "skip" the run fails if a larger share of the dataset than
+    `max_skipped` is skipped. Of `num_nodes` processes that share an output, the one with number `node_rank` takes
+    every num_nodes-th shard.
     """
 
     kind: Kind = "kd"
@@ -142,6 +145,7 @@ class PrecomputeConfig(StrictModel):
     generate: GenerateConfig | None = None
     samples_per_shard: PositiveInt = 1024
     max_tokens: Annotated[int, Field(ge=2)] = 2048
+    ids: IdPolicy = "any"
     on_bad_sample: Literal["stop", "skip"] = "stop"
     max_skipped: Annotated[float, Field(ge=0, le=1)] = 0.05
     preflight: bool = True

@@ -9,6 +9,7 @@ from upath import UPath
 from common.config import FROM_LIST, NOT_EMPTY_IF_WRITTEN, WHOLE_NUMBER, Seed, StrictModel
 from common.data.chat_encoding import ScoredTokens
 from common.data.images import AspectRatio
+from common.data.sample_ids import IdPolicy
 from common.data.samples import Kind
 from common.errors import ConfigError
 from common.shards.manifest import ShardCheck
@@ -111,6 +112,7 @@ class DataConfig(StrictModel):
     little padding, and ranks process similar lengths at the same time. A step keeps its samples and its loss, except
     for losses that are defined within a micro-batch: the balance loss and kto_pair. Each worker then reads and keeps
     whole windows.
+    With `ids` "strict" every sample of a dataset file must have a unique `id`.
     `check` says how a shard is compared with its receipt before it is read: "sha256" reads all of its bytes once in
     each process that reads it, "size" trusts a shard that has the right size.
     """
@@ -122,6 +124,7 @@ class DataConfig(StrictModel):
     features: Caches = ()
     image_aspect_ratio: AspectRatio = "pad"
     score: ScoredTokens = "response"
+    ids: IdPolicy = "any"
     max_tokens: int = Field(2048, ge=8)
     validation: LocationField | None = None
     validation_fraction: float = Field(0.0, ge=0.0, le=0.5)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.results.measures import mean_divergence, token_metrics
 from benchmarks.results.steps import CONFIGS, CROSS_ENTROPY_ALONE, SAVE_LAST_STEP, Steps
 from common.data.chat_encoding import ChatEncoder, EncodedChat, predicting_positions
-from common.data.samples import Dataset
+from common.data.dataset import Dataset
 from tests.support.real_weights import real_conversations, smollm2_dir, write_jsonl
 from train.model.student import load_student, save_student
 

@@ -166,16 +166,20 @@ class ChatEncoder:
                 "tokenization; the chat template drops or repeats some, or the text spells the token"
             )
         offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        is_scored = [turn.scored for turn in turns if turn.role == "assistant"]
+        if last_only:
+            char_spans, is_scored = char_spans[-1:], is_scored[-1:]
+        all_spans = [self._token_span(text, ids, offsets, span) for span in char_spans]
+        spans = [span for span, scored in zip(all_spans, is_scored, strict=True) if scored]
         if self.score == "all" and not last_only:
-            spans = self._spans_without_images(ids)
-        else:
-            scored = char_spans[-1:] if last_only else char_spans
-            spans = [self._token_span(text, ids, offsets, span) for span in scored]
+            unscored = [span for span, scored in zip(all_spans, is_scored, strict=True) if not scored]
+            spans = self._spans_without_images(ids, unscored)
         # The first token is never scored, because no position predicts it.
         spans = [(max(start, 1), stop) for start, stop in spans if stop > max(start, 1)]
         if not spans:
             raise DataError(
-                f"{where}: no assistant turn, or only empty ones, so that there is nothing to score; remove the sample"
+                f"{where}: no assistant turn, or only empty ones or ones flagged as not scored, so there is nothing to "
+                "score; remove the sample"
             )
         if self.image_token_id is not None and any((ids[a:b] == self.image_token_id).any() for a, b in spans):
             raise DataError(f"{where}: an assistant turn holds an {IMAGE_MARKER}; images belong to user turns")
@@ -263,9 +267,13 @@ class ChatEncoder:
             stop = special[-1] + 1
         return start, stop
 
-    def _spans_without_images(self, ids: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
-        """Returns the spans between the images, which together hold every other token."""
+    def _spans_without_images(
+        self, ids: npt.NDArray[np.int32], unscored: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Returns the spans between the images and the `unscored` spans, which together hold every other token."""
         scored = ids != (-1 if self.image_token_id is None else self.image_token_id)
+        for start, stop in unscored:
+            scored[start:stop] = False
         edges = np.flatnonzero(np.diff(np.concatenate([[0], scored.astype(np.int8), [0]])))
         return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 

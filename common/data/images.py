@@ -109,14 +109,14 @@ def load_image(
     try:
         with open_image(source) as opened:
             if problem := find_size_problem(opened.width, opened.height, aspect_ratio):
-                raise DataError(f"{where}: image {ref.path} {problem}")
+                raise DataError(f"{where}: image {ref} {problem}")
             image = _to_8_bit(opened) if opened.mode in _GREY_OF_MANY_LEVELS else opened
             image = image.convert("RGB")
         return pad_to_square(image, mean_rgb) if aspect_ratio == "pad" else image
     except DataError:
         raise
     except Exception as error:  # Pillow's readers raise whatever the bytes lead them to.
-        raise DataError(f"{where}: image {ref.path} {_describe_failure(error)}") from error
+        raise DataError(f"{where}: image {ref} {_describe_failure(error)}") from error
 
 
 def open_image(source: Path | BinaryIO) -> Image.Image:

@@ -1,8 +1,9 @@
-"""Keys of dataset records: alternatives, keys that are refused, and keys that are not used.
+"""Keys of dataset records: alternatives, ids, flags, keys that are refused, and keys that are not used.
 
 A key that changes what a sample means is used or refused, and never ignored.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ PROMPT_KEYS = ("prompt", "question")
 PAIR_KEYS = ("chosen", "rejected")
 ROLE_KEYS = ("from", "role")
 TEXT_KEYS = ("value", "content")
+# The first that is filled is the record's id.
+ID_KEYS = ("id", "idx", "uid", "uuid", "question_id", "sample_id")
 
 # Values that say the same as a missing key: `datasets` fills columns that a record does not have.
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
@@ -33,13 +36,16 @@ _REASONING_KEYS = frozenset(("reasoning_content", "reasoning", "thinking"))
 _RECORD_REASONING_KEYS = frozenset(("reasoning_content",))
 
 # Flags that say whether a turn is scored.
-_TURN_FLAGS = frozenset(("weight", "train", "loss", "training"))
+_TURN_FLAGS = ("weight", "train", "loss", "training", "mask")
+# Of a record, they would weight the whole sample.
+_RECORD_WEIGHTS = ("weight", "sample_weight", "loss_weight")
 
-_USED_KEYS = frozenset((*IMAGE_KEYS, *CHAT_KEYS, *PROMPT_KEYS, *PAIR_KEYS, "id", "system"))
-_USED_TURN_KEYS = frozenset((*ROLE_KEYS, *TEXT_KEYS, *_TURN_FLAGS, "mask"))
+_USED_KEYS = frozenset((*IMAGE_KEYS, *CHAT_KEYS, *PROMPT_KEYS, *PAIR_KEYS, *ID_KEYS, "system"))
+_USED_TURN_KEYS = frozenset((*ROLE_KEYS, *TEXT_KEYS, *_TURN_FLAGS))
 # Keys of public datasets that describe a sample, and change nothing of what is learned from it.
 _HARMLESS_KEYS = frozenset[str]().union(
-    ("idx", "index", "uid", "uuid", "question_id", "prompt_id", "image_id", "conversation_id", "source_id"),
+    ID_KEYS,
+    ("index", "prompt_id", "image_id", "conversation_id", "source_id"),
     ("source", "data_source", "dataset", "dataset_name", "ds_name", "origin_dataset", "origin_split", "split", "url"),
     ("metadata", "meta", "category", "task", "type", "language", "lang", "license", "model", "timestamp", "created"),
     ("width", "height", "size", "image_size", "image_width", "image_height", "num_tokens", "num_turns"),
@@ -74,22 +80,74 @@ def is_filled(record: dict[str, Any], key: str) -> bool:
     return record.get(key) not in (None, [])
 
 
+def is_relevant(key: str) -> bool:
+    """Returns True if a record's key is used, or refused if it is filled."""
+    refused = _MEDIA_KEYS | _TOOL_KEYS | _REASONING_KEYS | frozenset(_RECORD_WEIGHTS)
+    return key in _USED_KEYS or key.lower() in refused or _is_image_spelling(key)
+
+
+def is_unused_key(key: str) -> bool:
+    """Returns True if a record's key is neither used nor known to change nothing."""
+    return key not in _KNOWN_KEYS
+
+
+def is_unused_turn_key(key: str) -> bool:
+    """Returns True if a turn's key is neither used nor known to change nothing."""
+    return key not in _KNOWN_TURN_KEYS
+
+
+def find_source_id(record: dict[str, Any], where: str) -> tuple[str, str] | None:
+    """Returns the key and the text of a record's id: a text or a number, where 1.0 is 1; None if it has none.
+
+    Raises:
+        DataError: the id holds half of a surrogate pair.
+    """
+    for key in ID_KEYS:
+        value = record.get(key)
+        if isinstance(value, bool) or value == "":
+            continue
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+            return key, check_encodable(str(value), f"{where}: {key}")
+    return None
+
+
+def check_encodable(text: str, where: str) -> str:
+    """Returns `text`, and raises DataError if it has half of a surrogate pair.
+
+    JSON can spell one, but neither a tokenizer nor a shard can hold it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {text[error.start]!r} is half a character (a lone surrogate); correct it") from error
+    return text
+
+
 def find_other_image_keys(record: dict[str, Any]) -> list[str]:
     """Returns the filled keys that look like another spelling of `image` or `images`."""
     return _find_image_keys(record, _KNOWN_KEYS)
 
 
 def _find_image_keys(record: dict[str, Any], known: frozenset[str]) -> list[str]:
-    return [
-        key
-        for key in sorted(record.keys() - known)
-        if key.lower().replace("-", "_") in _IMAGE_SPELLINGS and record[key] not in _EMPTY
-    ]
+    return [key for key in sorted(record.keys() - known) if _is_image_spelling(key) and record[key] not in _EMPTY]
+
+
+def _is_image_spelling(key: str) -> bool:
+    return key.lower().replace("-", "_") in _IMAGE_SPELLINGS
 
 
 def check_record_keys(record: dict[str, Any], where: str) -> None:
     """Raises DataError if a key of the record changes what it means, and is not supported."""
     _check_keys(record, _KNOWN_KEYS, _RECORD_REASONING_KEYS, where)
+    for key in _RECORD_WEIGHTS:
+        value = record.get(key)
+        if isinstance(value, int | float) and value != 1:
+            raise DataError(
+                f'{where}: "{key}" is {describe_value(value)}, but every sample counts alike; remove the key, or '
+                "give the sets of data.mix weights"
+            )
 
 
 def check_turn_keys(message: dict[str, Any], where: str) -> None:
@@ -124,19 +182,27 @@ def _check_keys(record: dict[str, Any], known: frozenset[str], reasoning_keys: f
             )
 
 
-def check_turn_flags(message: dict[str, Any], where: str) -> None:
-    """Raises DataError if a flag says that an assistant turn is not scored, or scored in part."""
-    for key in sorted(message.keys() & _TURN_FLAGS):
-        if message[key] not in (None, 1):
+def is_scored(message: dict[str, Any], where: str) -> bool:
+    """Returns False if a flag of an assistant turn is 0 or false, so that the turn is read but not scored.
+
+    Raises:
+        DataError: a flag is neither 0 nor 1, two flags contradict each other, or `mask` is 1: some datasets mean a turn
+            that is scored by it, others one that is not.
+    """
+    values = {key: message[key] for key in _TURN_FLAGS if message.get(key) is not None}
+    for key, value in values.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
             raise DataError(
-                f'{where}: "{key}" is {describe_value(message[key])}, but every assistant turn is scored alike; end '
-                "the conversation before this turn, or remove the sample or the flag"
+                f'{where}: "{key}" is {describe_value(value)}; a turn is scored (1, true) or not (0, false)'
             )
-    if message.get("mask") is not None:
+    if values.get("mask"):
         raise DataError(
-            f'{where}: "mask" is {describe_value(message["mask"])}; some datasets mean a turn that is scored by it, '
-            "others one that is not; remove the key where the turn is to be scored, otherwise the turn or the sample"
+            f'{where}: "mask" is {describe_value(values["mask"])}; some datasets mean a turn that is scored by it, '
+            'others one that is not; replace it with "weight": 1 or "weight": 0'
         )
+    if len(set(map(bool, values.values()))) > 1:
+        raise DataError(f"{where}: its flags {describe_value(values)} contradict each other; remove one of them")
+    return all(values.values())
 
 
 def count_unused_keys(record: dict[str, Any], counts: Counter[str]) -> None:

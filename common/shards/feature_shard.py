@@ -75,10 +75,18 @@ _INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class CachedImage:
-    """Distinct image: SHA-256 (hex) of its encoded file, and the paths by which the dataset names it."""
+    """Distinct image: SHA-256 (hex) of its encoded file, and the paths by which the dataset names it.
+
+    One whose file only the dataset itself holds has no path.
+    """
 
     sha256: str
     paths: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Its first path, otherwise its digest, for messages."""
+        return self.paths[0] if self.paths else f"with SHA-256 {self.sha256}"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from common.errors import ProvenanceError, ShardError
 from common.shards.quantization import Quantizer, StoredPrecision
 from common.storage.files import Location, file_size, is_file, list_files, open_ranged, publish, publish_new, read_bytes
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 FEATURE_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -98,8 +98,8 @@ class CaptureSettings(StrictModel):
 
     `top_k` 0 keeps no best entries, the vocabulary's size keeps all. With `top_p` a row keeps from `min_k` to `top_k`
     of them, with `num_draws` the drawn ids and their counts. `seed` is null unless ids are drawn or responses
-    generated. `precision` is that of the kept log-probs, null if ids are drawn. `images` says if rows hold the encoded
-    image files or only their paths.
+    generated. `precision` is that of the kept log-probs, null if ids are drawn. `images` says if rows hold all encoded
+    image files, or only paths and those files that the dataset itself holds.
     """
 
     top_k: int

@@ -41,7 +41,7 @@ _DICTIONARY_COLUMNS = ("messages.list.element.role", "topk_counts.list.element")
 _BYTE_SPLIT_COLUMNS = ("input_ids.list.element", "own_logprobs.list.element", "rest_mass.list.element")
 
 _IMAGES = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-_MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+_MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string(), "scored": pa.bool_()}))
 _SPANS = pa.list_(pa.struct({"start": pa.int32(), "stop": pa.int32()}))
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -69,6 +69,7 @@ def score_schema(kind: Kind, capture: CaptureSettings) -> pa.Schema:
     """Returns the Arrow schema of a shard."""
     fields = [
         pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("source_id", pa.string()),
         pa.field("index", pa.int64(), nullable=False),
         pa.field("images", _IMAGES, nullable=False),
     ]
@@ -186,29 +187,33 @@ class ShardFile(ParquetShard):
         with self.shard_errors():
             return self._to_rows(self._read(group), sum(map(self.num_group_rows, range(group))))
 
+    def read_samples(self, group: int) -> list[tuple[int, Sample]]:
+        """Reads the position in the dataset and the sample of each row of a group, without its scores."""
+        names = ["sample_id", "source_id", "index", "images", *(f"{prefix}messages" for prefix in PREFIXES[self._kind])]
+        with self.shard_errors():
+            return list(self._to_samples(self._read(group, names)))
+
     def __iter__(self) -> Iterator[ShardRow]:
         for group in range(self.num_groups):
             yield from self.read_group(group)
 
     def _to_rows(self, table: pa.Table, first_row: int) -> list[ShardRow]:
-        prefixes = PREFIXES[self._kind]
+        scored = [self._to_conversations(table, prefix, first_row) for prefix in PREFIXES[self._kind]]
+        return [
+            ShardRow(index, sample, scores)
+            for (index, sample), scores in zip(self._to_samples(table), zip(*scored, strict=True), strict=True)
+        ]
+
+    def _to_samples(self, table: pa.Table) -> Iterator[tuple[int, Sample]]:
         images = [[ImageRef(i["path"], i["bytes"]) for i in cell] for cell in table.column("images").to_pylist()]
         turns = [
-            [tuple(Turn(m["role"], m["content"]) for m in cell) for cell in table.column(p + "messages").to_pylist()]
-            for p in prefixes
+            [tuple(Turn(**message) for message in cell) for cell in table.column(p + "messages").to_pylist()]
+            for p in PREFIXES[self._kind]
         ]
-        scored = [self._to_conversations(table, p, first_row) for p in prefixes]
-        return [
-            ShardRow(index, Sample(sample_id, self._kind, tuple(refs), conversations), scores)
-            for index, sample_id, refs, conversations, scores in zip(
-                table.column("index").to_pylist(),
-                table.column("sample_id").to_pylist(),
-                images,
-                zip(*turns, strict=True),
-                zip(*scored, strict=True),
-                strict=True,
-            )
-        ]
+        columns = (table.column(name).to_pylist() for name in ("index", "sample_id", "source_id"))
+        rows = zip(*columns, images, zip(*turns, strict=True), strict=True)
+        for index, sample_id, source_id, refs, conversations in rows:
+            yield index, Sample(sample_id, self._kind, tuple(refs), conversations, source_id)
 
     def _to_conversations(self, table: pa.Table, prefix: str, first_row: int) -> list[ScoredConversation]:
         spans, own, rest, counts, tables = (
@@ -245,11 +250,15 @@ def _to_columns(
     samples = [row.sample for row in rows]
     columns = [
         pa.array([sample.id for sample in samples], pa.string()),
+        pa.array([sample.source_id for sample in samples], pa.string()),
         pa.array([row.index for row in rows], pa.int64()),
         pa.array([[{"bytes": image.data, "path": image.path} for image in s.images] for s in samples], _IMAGES),
     ]
     for number in range(len(PREFIXES[kind])):
-        turns = [[{"role": t.role, "content": t.content} for t in s.conversations[number]] for s in samples]
+        turns = [
+            [{"role": t.role, "content": t.content, "scored": t.scored} for t in s.conversations[number]]
+            for s in samples
+        ]
         encoded = [row.conversations[number].encoded for row in rows]
         scores = [row.conversations[number].scores for row in rows]
         own_tables = tables[number :: len(PREFIXES[kind])]

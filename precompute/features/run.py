@@ -9,6 +9,7 @@ published a shard does not exist: a run that is stopped loses only the shards un
 Legend: I images, P tokens that the tower gives an image, D channels.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,8 +29,9 @@ from tqdm import tqdm
 
 from common.concurrency import prefetch_map
 from common.console import plain_text
+from common.data.dataset import Dataset
 from common.data.images import AspectRatio, ImageSpec, load_image, read_image_and_digest
-from common.data.samples import Dataset, ImageRef
+from common.data.samples import ImageRef
 from common.errors import DataError, ModelError, ShardError
 from common.shards.encoder_identity import compute_encoder_identity
 from common.shards.feature_shard import (
@@ -118,11 +120,16 @@ class FeatureSummary:
 
 @dataclass(frozen=True)
 class _FeatureJob:
-    """All that is known before the vision tower starts."""
+    """All that is known before the vision tower starts.
+
+    `embedded` says of the images inside the dataset, by SHA-256 (hex), in which sample they stand, and as which image.
+    """
 
     settings: FeatureSettings
     manifest: FeatureManifest
+    dataset: Dataset
     images: list[CachedImage]
+    embedded: dict[str, tuple[int, int]]
     mean_rgb: tuple[int, int, int]
 
 
@@ -185,7 +192,8 @@ def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
         images_per_shard=settings.images_per_shard,
         images_per_group=images_per_group(encoder.tokens_per_image, encoder.num_channels),
     )
-    return _FeatureJob(settings, manifest, images, spec.mean_rgb)
+    embedded = {} if all(image.paths for image in images) else _find_embedded(dataset)
+    return _FeatureJob(settings, manifest, dataset, images, embedded, spec.mean_rgb)
 
 
 def _known_images(output: Location) -> list[CachedImage] | None:
@@ -203,25 +211,41 @@ def distinct_images(dataset: Dataset, image_root: Location | None, *, progress: 
     Raises:
         DataError: an image is missing or unreadable; names the sample. StorageError: the store refused.
     """
-    first_index: dict[str, int] = {}
+    # By path, or for an image inside the dataset by its digest, which is no path.
+    first_index: dict[str | bytes, int] = {}
     for index in range(len(dataset)):
         for ref in dataset.images(index):
-            assert ref.path is not None
-            first_index.setdefault(ref.path, index)
+            key = hashlib.sha256(ref.data).digest() if ref.data is not None else ref.path
+            assert key is not None
+            first_index.setdefault(key, index)
 
-    def sha256(item: tuple[str, int]) -> str:
-        path, index = item
-        return read_image_and_digest(path, image_root, f"{dataset.path}: sample {dataset.ids[index]!r}")[0]
+    def sha256(item: tuple[str | bytes, int]) -> str:
+        key, index = item
+        if isinstance(key, bytes):
+            return key.hex()
+        return read_image_and_digest(key, image_root, dataset.where(index))[0]
 
     paths: dict[str, list[str]] = {}
     with (
         closing(prefetch_map(sha256, first_index.items(), num_threads=_READERS, ahead=8 * _READERS)) as found,
         tqdm(total=len(first_index), desc="reading", unit=" images", disable=not progress) as bar,
     ):
-        for path, digest in zip(first_index, found, strict=True):
-            paths.setdefault(digest, []).append(path)
+        for key, digest in zip(first_index, found, strict=True):
+            names = paths.setdefault(digest, [])
+            if isinstance(key, str):
+                names.append(key)
             bar.update()
     return [CachedImage(digest, tuple(names)) for digest, names in paths.items()]
+
+
+def _find_embedded(dataset: Dataset) -> dict[str, tuple[int, int]]:
+    """Returns where each image inside the dataset stands first: the sample's position, and the image's in it."""
+    found: dict[str, tuple[int, int]] = {}
+    for index in range(len(dataset)):
+        for position, ref in enumerate(dataset.images(index)):
+            if ref.data is not None:
+                found.setdefault(hashlib.sha256(ref.data).hexdigest(), (index, position))
+    return found
 
 
 def _compute_shards(job: _FeatureJob, missing: Sequence[int], counted: list[int], progress: bool) -> None:
@@ -283,7 +307,7 @@ def _make_rows(job: _FeatureJob, batch: range, features_IPD: npt.NDArray[np.floa
         if not np.isfinite(features_PD).all():
             raise ModelError(
                 f"{job.settings.model}: its vision tower gives values that are no numbers for the image "
-                f"{job.images[index].paths[0]}; it may be damaged, or too large for bfloat16"
+                f"{job.images[index].name}; it may be damaged, or too large for bfloat16"
             )
         rows.append(FeatureRow(index, job.images[index], pack_features(features_PD, job.settings.form)))
     return rows
@@ -296,8 +320,14 @@ def _open_image(job: _FeatureJob, index: int) -> Image:
         DataError: the file is missing or unreadable, or not the one that the cache was begun with.
     """
     known, root = job.images[index], job.settings.image_root
+    where = f"{job.settings.dataset}: image {known.name}"
+    if not known.paths:
+        if known.sha256 not in job.embedded:
+            raise DataError(f"{where}: is no longer in the dataset; begin another output")
+        sample, position = job.embedded[known.sha256]
+        ref = job.dataset.images(sample)[position]
+        return load_image(ref, root, job.settings.aspect_ratio, job.mean_rgb, where)
     path = known.paths[0]
-    where = f"{job.settings.dataset}: image {path}"
     digest, data = read_image_and_digest(path, root, where)
     if digest != known.sha256:
         raise DataError(

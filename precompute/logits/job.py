@@ -18,8 +18,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from common.data.chat_encoding import ChatEncoder, EncodedChat
+from common.data.dataset import Dataset
 from common.data.images import ImageSpec, check_image_exists, load_image, read_image
-from common.data.samples import Dataset, Sample, without_last_response
+from common.data.samples import Sample, without_last_response
 from common.errors import ConfigError, DataError, ModelError
 from common.shards.manifest import (
     NUM_RECEIPT_READERS,
@@ -61,7 +62,7 @@ class CaptureInputs:
 
     def where(self, index: int) -> str:
         """Returns the name of a sample for messages."""
-        return f"{self.dataset.path}: sample {self.dataset.ids[index]!r}"
+        return self.dataset.where(index)
 
     def load_encoded(self, index: int) -> tuple[Sample, tuple[EncodedChat, ...], int]:
         """Returns a sample, its encoded conversations, and the number of tokens that the teacher reads for them.
@@ -164,7 +165,7 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
         ModelError: one of the teacher's files is missing, or they contradict each other.
         ConfigError: `top_k` exceeds the teacher's output layer.
     """
-    dataset = Dataset.open(config.dataset, config.kind)
+    dataset = Dataset.open(config.dataset, config.kind, config.ids)
     encoder = ChatEncoder.load(config.teacher, config.chat_template, config.score)
     image_spec = ImageSpec.load(config.teacher)
     facts = ModelFacts.load(config.teacher)

@@ -8,7 +8,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
-from common.data.samples import Dataset, Kind
+from common.data.dataset import Dataset
+from common.data.samples import Kind
 from common.errors import DataError, DecantError, ShardError, StorageError
 from common.shards.manifest import (
     MANIFEST_NAME,

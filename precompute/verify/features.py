@@ -6,6 +6,7 @@ With --dataset, its images must be those of the cache; with --image-root, their 
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -136,7 +137,7 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
         if row.index not in expected:
             yield f"this shard holds images {expected.start} to {expected.stop - 1}"
         elif self._images is not None and row.image != self._images[row.index]:
-            yield f"is {row.image.sha256} ({row.image.paths[0]}), the list has {self._images[row.index].sha256} there"
+            yield f"is {row.image.sha256} ({row.image.name}), the list has {self._images[row.index].sha256} there"
 
     def _compare_with_dataset(self, path: Location, manifest: FeatureManifest) -> None:
         expected = manifest.dataset
@@ -145,7 +146,9 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
             return
         check = self.checks["dataset"]
         cached_paths = {name for image in self._images for name in image.paths}
-        dataset_paths: dict[str, None] = {}
+        cached_digests = {image.sha256 for image in self._images}
+        # By path, or for an image inside the dataset by its digest. No path is named by a pair.
+        found: dict[str | tuple[str], None] = {}
         for index in range(len(dataset)):
             check.passed()
             try:
@@ -154,14 +157,16 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
                 check.failed(path, str(error))
                 continue
             for ref in refs:
-                assert ref.path is not None
-                if ref.path not in cached_paths:
-                    check.failed(path, f"sample {dataset.ids[index]!r}: its image {ref.path} is not in the cache")
-                dataset_paths.setdefault(ref.path)
-        for name in sorted(cached_paths - dataset_paths.keys()):
+                digest = None if ref.data is None else hashlib.sha256(ref.data).hexdigest()
+                is_cached = ref.path in cached_paths if digest is None else digest in cached_digests
+                if not is_cached:
+                    check.failed(path, f"sample {dataset.ids[index]!r}: its image {ref} is not in the cache")
+                found.setdefault(str(ref.path) if digest is None else (digest,))
+        for name in sorted(cached_paths - found.keys()):
             check.failed(self.output / INDEX_NAME, f"has {name}, which no sample of the dataset names")
-        order = {name: position for position, name in enumerate(dataset_paths)}
-        positions = [min(order.get(name, 0) for name in image.paths) for image in self._images]
+        order = {name: position for position, name in enumerate(found)}
+        keys = [(*image.paths, (image.sha256,)) for image in self._images]
+        positions = [min((order[name] for name in names if name in order), default=0) for names in keys]
         if positions != sorted(positions):
             check.failed(self.output / INDEX_NAME, "is not in the order in which the dataset first names its images")
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from common.data.samples import Dataset, ImageRef, Sample, without_last_response
+from common.data.dataset import Dataset
+from common.data.samples import Sample, without_last_response
 from common.errors import DataError, ShardError
 from common.shards.manifest import Manifest, Receipt, receipt_path
 from common.shards.score_shard import PREFIXES, ShardFile, ShardRow
@@ -19,7 +20,7 @@ from common.storage.files import Location
 from precompute.report import Report
 from precompute.verify.base import MEANINGS, OutputVerifier
 from precompute.verify.manifest_checks import footer_problems, manifest_problems
-from precompute.verify.sample_checks import image_problems, message_problems
+from precompute.verify.sample_checks import image_problems, images_as_in_dataset, message_problems
 from precompute.verify.score_checks import kept_problems, mass_problems, own_problems, token_problems
 
 _MEANINGS = {
@@ -157,12 +158,11 @@ class _LogitsVerifier(OutputVerifier[Manifest]):
         except DataError as error:
             check.failed(path, f"{where}: {error}")
             return
-        # The dataset names images by their paths, also where shards hold the files.
-        found = replace(row.sample, images=tuple(ImageRef(ref.path) for ref in row.sample.images))
+        found = replace(row.sample, images=images_as_in_dataset(row.sample.images, sample.images))
         if manifest.capture.generate is not None:
             sample = _without_last_response(replace(sample, id=f"{sample.id}#{self._response_number}"))
             found = _without_last_response(found)
-        for name in ("id", "conversations", "images"):
+        for name in ("id", "source_id", "conversations", "images"):
             if getattr(sample, name) != getattr(found, name):
                 check.failed(path, f"{where}: its {name} differ from those of {sample.id!r} in the dataset")
 

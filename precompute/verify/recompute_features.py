@@ -83,7 +83,10 @@ def recompute_features(  # noqa: PLR0913 - its arguments are the options of veri
     check_encoder(cache.manifest, output, model_dir, aspect_ratio)
     spec, tower = ImageSpec.load(model_dir), VisionTower(model_dir, cache.manifest.encoder)
     assert spec is not None
-    chosen = np.random.default_rng(seed).choice(len(cache), min(num_images, len(cache)), replace=False)
+    with_path = [index for index, image in enumerate(cache.images) if image.paths]
+    if not with_path:
+        raise DataError(f"{output}: all its images are inside the dataset; --recompute needs image files")
+    chosen = np.random.default_rng(seed).choice(with_path, min(num_images, len(with_path)), replace=False)
     found: list[tuple[float, bool, str]] = []
     indices = np.sort(chosen).tolist()
     with single_threaded_torch():

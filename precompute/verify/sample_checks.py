@@ -25,7 +25,7 @@ def message_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
         # A response that the teacher wrote may contain the marker as text.
         if num_markers != len(row.sample.images) and capture.generate is None:
             yield f"{num_markers} {IMAGE_MARKER} markers for {len(row.sample.images)} images"
-        num_responses = sum(turn.role == "assistant" for turn in turns)
+        num_responses = sum(turn.role == "assistant" and turn.scored for turn in turns)
         num_spans, encoded = len(scored.encoded.spans), scored.encoded
         if ends_scored and (turns[-1].role != "assistant" or num_spans != 1):
             yield f"{num_spans} scored ranges and a last turn of {turns[-1].role}; expected the assistant's last alone"
@@ -38,17 +38,23 @@ def message_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
 
 
 def image_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
-    """Yields images without a usable file where files are stored, and images with a file where paths are stored."""
+    """Yields images whose stored file is not usable, and those without one that have no path or should have a file."""
     for number, image in enumerate(row.sample.images):
-        if manifest.capture.images == "bytes":
+        if manifest.capture.images == "bytes" or image.data is not None:
             if problem := _find_file_problem(image, "pad" if manifest.image is None else manifest.image.aspect_ratio):
-                yield f"image {number} ({image.path}): {problem}"
-        elif image.data is not None or not image.path:
-            yield f"image {number} ({image.path}): expected a path and no file"
+                yield f"image {number} ({image}): {problem}"
+        elif not image.path:
+            yield f"image {number}: expected a path or a file"
+
+
+def images_as_in_dataset(stored: tuple[ImageRef, ...], expected: tuple[ImageRef, ...]) -> tuple[ImageRef, ...]:
+    """Returns the images of a row without the files that the dataset only names by their paths."""
+    held = [ref.data is not None for ref in expected] + [False] * max(0, len(stored) - len(expected))
+    return tuple(ref if is_held else ImageRef(ref.path) for ref, is_held in zip(stored, held, strict=False))
 
 
 def _is_valid(turn: Turn) -> bool:
-    return turn.role in _ROLES and isinstance(turn.content, str)
+    return turn.role in _ROLES and isinstance(turn.content, str) and isinstance(turn.scored, bool)
 
 
 def _find_file_problem(image: ImageRef, aspect_ratio: AspectRatio) -> str | None:

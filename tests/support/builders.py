@@ -93,6 +93,6 @@ def make_rows(  # noqa: PLR0913 - a test names the one or two properties of rows
             num_scored = 3 + num_tokens - 7
             scores = make_draws(rng, num_scored, num_draws) if num_draws else make_scores(rng, num_scored, top_k)
             conversations.append(ScoredConversation(EncodedChat(input_ids, spans, IMAGE_TOKEN_ID), scores))
-        sample = Sample(f"s{index}", kind, images, tuple(turns[: len(conversations)]))
+        sample = Sample(f"s{index}", kind, images, tuple(turns[: len(conversations)]), f"s{index}")
         rows.append(ShardRow(index, sample, tuple(conversations)))
     return rows

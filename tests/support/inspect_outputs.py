@@ -54,7 +54,7 @@ def write_known_output(
     own = np.log([1 / 2, 1 / 2, 2.0**-20])
     scores = scores_from_topk(own, np.tile([7, 8, 5], (3, 1)), logprobs_RK)
     encoded = EncodedChat(np.array([1, 2, 7, 8, 9], np.int32), np.array([[2, 5]], np.int32), None)
-    sample = Sample(sample_id, "kd", images, ((Turn("user", "A question?"), Turn("assistant", answer)),))
+    sample = Sample(sample_id, "kd", images, ((Turn("user", "A question?"), Turn("assistant", answer)),), sample_id)
     skipped = [SkippedSample(index=i, id=f"bad{i}", reason="no image") for i in (1, 2)]
     open_output(out, manifest)
     write_shard(out, 0, manifest, [ShardRow(0, sample, (ScoredConversation(encoded, scores),))], skipped)

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.data.chat_encoding import ChatEncoder, expand_placeholders, predicting_positions
+from common.data.dataset import Dataset
 from common.data.images import ImageSpec, load_image
-from common.data.samples import Dataset, Kind, Sample
+from common.data.samples import Kind, Sample
 from common.shards.manifest import (
     CaptureSettings,
     DatasetIdentity,

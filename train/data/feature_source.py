@@ -67,7 +67,7 @@ class FeatureSource:
             index = cache.by_path.get(ref.path or "") if content is None else cache.by_content.get(content)
             if index is not None:
                 return cache, index
-        what = f"image {ref.path}" + ("" if content is None else f" (SHA-256 {content})")
+        what = f"image {ref}" + ("" if content is None else f" (SHA-256 {content})")
         changed = content is not None and any(ref.path in cache.by_path for cache in caches)
         raise DataError(
             f"{where}: {what} is in no feature cache ({', '.join(str(cache.output) for cache in caches)})"

@@ -16,14 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from common.data.chat_encoding import ChatEncoder, EncodedChat
+from common.data.dataset import Dataset
 from common.data.images import AspectRatio
-from common.data.samples import Dataset, Kind, Sample
+from common.data.sample_ids import IdPolicy
+from common.data.samples import Kind, Sample
 from common.errors import ConfigError, ProvenanceError, ShardError
 from common.shards.manifest import Manifest, ShardCheck, published_shards, read_manifest, read_receipts, shard_path
 from common.shards.score_shard import ROWS_PER_GROUP, ShardFile, ShardRow
 from common.shards.scores import TeacherScores
 from common.storage.files import Location
-from train.config import SetConfig
+from train.config import DataConfig, SetConfig
 
 # A training set may have more shards than a process may have open files.
 _MAX_OPEN_FILES = 64
@@ -72,8 +74,8 @@ class DatasetSource:
 
     sampled = False
 
-    def __init__(self, path: Location, kind: Kind, encoder: ChatEncoder) -> None:
-        self._dataset = Dataset.open(path, kind)
+    def __init__(self, path: Location, kind: Kind, encoder: ChatEncoder, ids: IdPolicy = "any") -> None:
+        self._dataset = Dataset.open(path, kind, ids)
         self.sha256 = self._dataset.sha256
         self._encoder = encoder
 
@@ -294,17 +296,15 @@ def _stored_encoding(row: ShardRow) -> tuple[EncodedChat, ...]:
     return tuple(scored.encoded for scored in row.conversations)
 
 
-def open_source(
-    where: SetConfig, kind: Kind, encoder: ChatEncoder, aspect_ratio: AspectRatio, check: ShardCheck = "sha256"
-) -> ExampleSource:
-    """Opens the source that a configuration names; `kind` is the kind of samples that the objective needs.
+def open_source(where: SetConfig, kind: Kind, encoder: ChatEncoder, data: DataConfig) -> ExampleSource:
+    """Opens one of the sources of `data`; `kind` is the kind of samples that the objective needs.
 
     Raises:
         ConfigError: the shards are of the other kind.
     """
     if where.shards is None:
-        return DatasetSource(where.location, kind, encoder)
-    source = ShardSource(where.shards, encoder, aspect_ratio, check=check)
+        return DatasetSource(where.location, kind, encoder, data.ids)
+    source = ShardSource(where.shards, encoder, data.image_aspect_ratio, check=data.check)
     if source.manifest.kind != kind:
         raise ConfigError(
             f'{where.shards}: holds shards of kind "{source.manifest.kind}", this objective needs "{kind}"'

@@ -42,10 +42,7 @@ def open_data_splits(config: TrainConfig, encoder: ChatEncoder, num_ranks: int) 
             student or the other sets.
     """
     data, optim = config.data, config.optim
-    sources = [
-        open_source(member, config.loss.sample_kind, encoder, data.image_aspect_ratio, data.check)
-        for member in data.sets
-    ]
+    sources = [open_source(member, config.loss.sample_kind, encoder, data) for member in data.sets]
     source = MixtureSource(sources, [member.image_root for member in data.sets]) if data.mix else sources[0]
     sample_sets, held_out = _hold_out_validation(data, sources)
     sampler = GlobalBatchSampler(
@@ -62,7 +59,7 @@ def open_data_splits(config: TrainConfig, encoder: ChatEncoder, num_ranks: int) 
     validation = None
     if data.validation is not None:
         location = SetConfig(shards=data.validation) if data.has_scores else SetConfig(dataset=data.validation)
-        validation_source = open_source(location, config.loss.sample_kind, encoder, data.image_aspect_ratio, data.check)
+        validation_source = open_source(location, config.loss.sample_kind, encoder, data)
         _check_not_empty(validation_source, location.location)
         sampler_of_all = _validation_sampler(range(len(validation_source)), config, num_ranks)
         validation = DataSplit(validation_source, sampler_of_all)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from common.data.samples import Dataset
+from common.data.dataset import Dataset
 from common.errors import ModelError
 from precompute.config import EngineConfig
 from precompute.engine.generate import generate_answers

@@ -10,8 +10,9 @@ from uuid import uuid4
 import pytest
 from upath import UPath
 
+from common.data.dataset import Dataset
 from common.data.images import check_image_exists, load_image
-from common.data.samples import Dataset, ImageRef, Kind
+from common.data.samples import ImageRef, Kind
 from common.errors import DataError, ProvenanceError, ShardError, StorageError
 from common.shards.manifest import Manifest, open_output, published_shards, read_manifest, read_receipts, shard_path
 from common.shards.score_shard import ShardFile, write_shard
@@ -337,7 +338,7 @@ def test_damaged_bytes_are_a_damaged_shard(root: UPath) -> None:
 
 def test_a_dataset_is_read_from_a_store(root: UPath) -> None:
     publish(root / "data.jsonl", b'{"id": "1", "conversations": [{"from": "human", "value": "x"}]}\n')
-    assert Dataset.open(root / "data.jsonl", "kd").ids == ("1",)
+    assert tuple(Dataset.open(root / "data.jsonl", "kd").ids) == ("1",)
     with pytest.raises(DataError, match=r"nothing.jsonl: the dataset cannot be read"):
         Dataset.open(root / "nothing.jsonl", "kd")
 

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoImageProcessor
 
 from common.data.chat_encoding import EncodedChat, expand_placeholders, predicting_positions
+from common.data.dataset import Dataset
 from common.data.images import ImageSpec, load_image
-from common.data.samples import Dataset, Sample
+from common.data.samples import Sample
 from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
 from tests.support.models import tiny_llava

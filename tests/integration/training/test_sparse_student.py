@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
 from common.data.chat_encoding import ChatEncoder, expand_placeholders
+from common.data.dataset import Dataset
 from common.data.images import ImageSpec, load_image
-from common.data.samples import Dataset
 from tests.support.models import tiny_llava
 from tests.support.training import (
     ROOT,
@@ -106,7 +106,7 @@ def test_the_trained_sparse_student_generates_the_same_text_in_transformers_and_
     script = f"""
 import json, sys
 from pathlib import Path
-from common.data.samples import Dataset
+from common.data.dataset import Dataset
 from precompute.config import EngineConfig
 from precompute.engine.generate import generate_answers
 dataset = Dataset.open(Path({str(root / "data" / "kd.json")!r}), "kd")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from common.data.samples import Dataset
+from common.data.dataset import Dataset
 from demo.data import DemoData, contradicts, named_digit, read_lines, write_dataset
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli import app
-from common.data.samples import Dataset
+from common.data.dataset import Dataset
 from common.shards.manifest import receipt_path
 from tests.support.fake_teacher import conversation_records
 from tests.support.outputs import copy_shards, flip_bit, read_published_files

@@ -114,7 +114,7 @@ def test_a_missing_output_says_what_was_expected(tmp_path: Path) -> None:
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     write_with_digest(tmp_path / MANIFEST_NAME, MANIFEST.model_copy(update={"schema_version": 2}))
-    with pytest.raises(ShardError, match="schema version 2, this program reads 5"):
+    with pytest.raises(ShardError, match="schema version 2, this program reads 6"):
         read_manifest(tmp_path)
 
 

@@ -44,7 +44,7 @@ CAPTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 NATIVE = {
-    "messages": 'STRUCT("role" VARCHAR, "content" VARCHAR)[]',
+    "messages": 'STRUCT("role" VARCHAR, "content" VARCHAR, scored BOOLEAN)[]',
     "input_ids": "INTEGER[]",
     "response_spans": 'STRUCT("start" INTEGER, stop INTEGER)[]',
     "logprob_sum": "DOUBLE",
@@ -186,6 +186,7 @@ def test_duckdb_sees_native_columns(tmp_path: Path, kind: Kind, capture: str) ->
     found = {name: column for name, column, *_ in query(f"describe select * from {files}")}
     assert found == {
         "sample_id": "VARCHAR",
+        "source_id": "VARCHAR",
         "index": "BIGINT",
         "images": "STRUCT(bytes BLOB, path VARCHAR)[]",
     } | {prefix + name: column for prefix in prefixes for name, column in (NATIVE | packed).items()}
@@ -208,10 +209,10 @@ def test_pandas_and_pyarrow_see_the_values(tmp_path: Path) -> None:
     assert frame["images"][2][1]["bytes"] == rows[2].sample.images[1].data
     assert frame["images"][2][0]["path"] == "a/2.png"
     table = pq.read_table(shard_path(tmp_path, 0))
-    assert table["messages"][1].as_py()[1] == {"role": "assistant", "content": "ja 🐈"}
+    assert table["messages"][1].as_py()[1] == {"role": "assistant", "content": "ja 🐈", "scored": True}
     assert table["response_spans"][0].as_py() == [{"start": 2, "stop": 5}, {"start": 7, "stop": 12}]
     assert table["own_logprobs"][4].as_py() == rows[4].conversations[0].scores.own_logprobs.tolist()
-    assert all(not table.schema.field(name).nullable for name in table.column_names)
+    assert [name for name in table.column_names if table.schema.field(name).nullable] == ["source_id"]
 
 
 def test_hugging_face_datasets_opens_shards_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,8 +227,8 @@ def test_hugging_face_datasets_opens_shards_offline(tmp_path: Path, monkeypatch:
     found = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert len(found) == 8
     assert found[6]["rejected_messages"] == [
-        {"role": "user", "content": "<image>\nQuestion 2?"},
-        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "<image>\nQuestion 2?", "scored": True},
+        {"role": "assistant", "content": "", "scored": True},
     ]
     assert found[6]["images"][1]["bytes"] == rows[2].sample.images[1].data
     assert found.features["chosen_own_logprobs"] == datasets.List(datasets.Value("float32"))

@@ -158,7 +158,7 @@ def test_a_reader_written_from_the_page_finds_the_rows(tmp_path: Path, kind: Kin
     file = pq.ParquetFile(tmp_path / "shard-00000.parquet")
     assert file.metadata.metadata[b"decant.manifest_sha256"].decode() == digest
     assert file.metadata.metadata[b"decant.shard"] == b"0"
-    assert file.metadata.metadata[b"decant.schema_version"] == b"5"
+    assert file.metadata.metadata[b"decant.schema_version"] == b"6"
     assert json.loads(file.metadata.metadata[b"decant.manifest"]) == content
     orders = read_orders(file, manifest.tokenizer.vocab_size)
     assert len(orders) >= 4
@@ -300,8 +300,8 @@ def test_the_page_names_every_column_type_and_key() -> None:
         for field in score_schema("kd", capture):
             stated = re.sub(r"_\d+$", "_0", field.name) if field.name[-1].isdigit() else field.name
             assert table[stated] == arrow_type(field.type), field.name
-        assert [field.name for field in score_schema("dpo", capture)] == columns[:3] + [
-            prefix + name for prefix in ("chosen_", "rejected_") for name in columns[3:]
+        assert [field.name for field in score_schema("dpo", capture)] == columns[:4] + [
+            prefix + name for prefix in ("chosen_", "rejected_") for name in columns[4:]
         ]
     for key in pq.read_metadata(io.BytesIO(shard_bytes())).metadata:
         assert key == b"ARROW:schema" or f"`{key.decode()}`" in PAGE

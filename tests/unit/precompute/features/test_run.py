@@ -292,7 +292,7 @@ def test_an_image_that_is_missing_or_broken_stops_the_run_and_is_named(root: Pat
     for path in root.glob("*.png"):
         shutil.copy(path, images)
     (images / "5.png").unlink()
-    with pytest.raises(DataError, match=r"sample '7': image .*5\.png does not exist"):
+    with pytest.raises(DataError, match=r"sample '7' .*: image .*5\.png does not exist"):
         compute(root, tmp_path / "a", image_root=images)
     (images / "5.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"image 5\.png cannot be decoded"):

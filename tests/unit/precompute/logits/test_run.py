@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from common.data.samples import Dataset
+from common.data.dataset import Dataset
 from common.errors import ConfigError, ModelError
 from common.shards.manifest import published_shards, read_manifest, receipt_path, shard_path
 from precompute.config import PrecomputeConfig

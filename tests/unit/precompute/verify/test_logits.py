@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from common.data.samples import Sample, Turn
+from common.data.samples import Turn
 from common.errors import StorageError
 from common.shards.manifest import (
     Receipt,
@@ -250,7 +250,7 @@ def test_an_unforeseen_failure_of_a_reader_is_a_problem_of_its_shard(
 def test_changed_messages_are_found(output: Path, whole: Path) -> None:
     rows = read_rows(output, 1)
     turns = ((*rows[0].sample.conversations[0][:-1], Turn("assistant", "forged")),)
-    forged = dataclasses.replace(rows[0], sample=Sample(rows[0].sample.id, "kd", rows[0].sample.images, turns))
+    forged = dataclasses.replace(rows[0], sample=dataclasses.replace(rows[0].sample, conversations=turns))
     write_shard(output, 1, read_manifest(output), [forged, *rows[1:]], [])
     assert verify_logits(output, progress=False).ok
     assert (

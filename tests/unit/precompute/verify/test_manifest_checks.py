@@ -20,7 +20,7 @@ from tests.support.fake_teacher import FakeTeacher, conversation_records, make_c
 from tests.support.outputs import first_problems, read_rows, replace_sample, rewrite_shard
 
 FOOTER_DAMAGE: dict[str, tuple[dict[str, Any], str, str]] = {
-    "another version": ({"schema_version": "2"}, "footers", "schema version '2', expected 5"),
+    "another version": ({"schema_version": "2"}, "footers", "schema version '2', expected 6"),
     "no version": ({"schema_version": None}, "footers", "schema version None"),
     "another manifest": (
         {"manifest": make_manifest().model_dump_json()},
@@ -129,12 +129,16 @@ SAMPLE_DAMAGE: dict[str, tuple[Callable[[ShardRow], ShardRow], str, str]] = {
         "0 <image> markers for 1",
     ),
     "more ranges than responses": (split_last_span, "messages", "2 scored ranges for 1 responses"),
-    "a file where paths are to do": (
+    "a file that is no image": (
         lambda row: replace_sample(row, images=(ImageRef("4-0.png", b"x"),)),
         "images",
-        r"image 0 \(4-0.png\): expected a path and no file",
+        r"image 0 \(4-0.png\): its file cannot be opened",
     ),
-    "no path": (lambda row: replace_sample(row, images=(ImageRef(None),)), "images", r"image 0 \(None\)"),
+    "no path": (
+        lambda row: replace_sample(row, images=(ImageRef(None),)),
+        "images",
+        "image 0: expected a path or a file",
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from common.data.chat_encoding import ChatEncoder
 from common.errors import ConfigError, ProvenanceError
 from tests.support.models import tiny_causal_lm, tiny_llava
 from tests.support.training import LiveTeacher, stage, write_mixed_dataset
-from train.config import SetConfig, TrainConfig
+from train.config import DataConfig, SetConfig, TrainConfig
 from train.data.collator import Collator, StudentInputs
 from train.data.image_cache import ImageCache
 from train.data.loader import MicroBatchDataset, MicroBatchLoader
@@ -214,7 +214,7 @@ def test_a_fraction_of_each_set_is_held_out(outputs: Path, monkeypatch: pytest.M
 def test_best_and_drawn_entries_do_not_mix(outputs: Path) -> None:
     encoder = ChatEncoder.load(outputs / "model")
     sets = [SetConfig(shards=outputs / name) for name in ("a-k", "b-drawn")]
-    sources = [open_source(each, "kd", encoder, "pad") for each in sets]
+    sources = [open_source(each, "kd", encoder, DataConfig(mix=tuple(sets))) for each in sets]
     with pytest.raises(ConfigError, match=r"not of one kind \(set 1 best, set 2 drawn\)"):
         MixtureSource(sources, [None, None])
 
@@ -248,7 +248,7 @@ def test_shards_beside_a_mix_are_refused() -> None:
 def test_a_run_with_another_weight_or_other_sets_is_another_run(outputs: Path, tmp_path: Path) -> None:
     encoder = ChatEncoder.load(outputs / "model")
     before = config(outputs, mix_both(outputs, 2.0, 1.0)).model_copy(update={"output": tmp_path})
-    sources = [open_source(each, "kd", encoder, "pad") for each in before.data.sets]
+    sources = [open_source(each, "kd", encoder, before.data) for each in before.data.sets]
     source = MixtureSource(sources, [None, None])
     write_config(before, source)
     check_continuation(before, source)

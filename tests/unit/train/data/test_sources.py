@@ -15,7 +15,7 @@ from common.shards.scores import scores_from_topk
 from tests.support.models import tiny_causal_lm, tiny_llava, tiny_tokenizer
 from tests.support.outputs import flip_bit
 from tests.support.training import LiveTeacher, write_mixed_dataset
-from train.config import SetConfig
+from train.config import DataConfig, SetConfig
 from train.data.sampling import GlobalBatchSampler, SampleSet, shuffled_order, split_validation
 from train.data.sources import DatasetSource, ShardSource, open_source
 
@@ -178,7 +178,7 @@ def test_another_chat_template_is_refused_at_the_first_response_that_differs(out
 
 def test_shards_of_the_other_kind_are_refused(output: Path) -> None:
     with pytest.raises(ConfigError, match='holds shards of kind "kd", this objective needs "dpo"'):
-        open_source(SetConfig(shards=output), "dpo", encoder(output), "pad")
+        open_source(SetConfig(shards=output), "dpo", encoder(output), DataConfig(shards=output))
 
 
 def copy_output(output: Path, to: Path) -> Path:

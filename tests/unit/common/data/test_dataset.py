@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from common.data.samples import Dataset, ImageRef, Sample, Turn
+from common.data.dataset import Dataset
+from common.data.samples import ImageRef, Sample, Turn
 from common.errors import DataError
 
 QUESTION = {"from": "human", "value": "Why?"}
@@ -62,6 +63,7 @@ def test_llava_conversations_become_turns_with_their_markers_in_place(tmp_path: 
                 Turn("assistant", "Yes"),
             ),
         ),
+        source_id="7",
     )
 
 
@@ -105,6 +107,7 @@ def test_preference_lists_and_strings_give_the_same_pair(tmp_path: Path) -> None
         kind="dpo",
         images=(ImageRef("i.png"),),
         conversations=tuple((Turn("user", "<image>\nWhy?"), Turn("assistant", text)) for text in ("Good.", "Bad.")),
+        source_id="p",
     )
     for record in (strings, lists, answers_alone):
         assert read_single_sample(tmp_path, record, "dpo") == expected
@@ -137,9 +140,8 @@ def test_text_alone_needs_no_image_key(tmp_path: Path) -> None:
         ({"conversations": [QUESTION, {"from": "gpt", "value": [{"type": "video"}]}]}, "'video'"),
         ({"conversations": [QUESTION, {"from": "gpt", "value": [{"type": "text"}]}]}, "content part"),
         ({"conversations": [QUESTION, {"from": "gpt", "value": [{"type": "text", "text": None}]}]}, "content part"),
-        ({"conversations": [QUESTION, {"from": "gpt", "value": ["x"]}]}, "content part 'x'"),
-        ({"image": ""}, "expected a path"),
-        ({"image": [{"bytes": "x"}]}, "expected a path"),
+        ({"conversations": [QUESTION, {"from": "gpt", "value": [3]}]}, "content part 3"),
+        ({"image": [{"bytes": "x"}]}, "no base64"),
         ({"image": "x", "conversations": [ANSWER]}, "no user turn"),
     ],
 )
@@ -200,7 +202,7 @@ def test_null_and_empty_keys_are_the_same_as_missing_ones(
     path = write(tmp_path, [{"id": "a"} | record])
     dataset = Dataset.open(path, "kd")
     refs = tuple(map(ImageRef, images))
-    assert dataset[0] == Sample(id="a", kind="kd", images=refs, conversations=(turns,))
+    assert dataset[0] == Sample(id="a", kind="kd", images=refs, conversations=(turns,), source_id="a")
     assert dataset.images(0) == refs
 
 
@@ -213,7 +215,7 @@ def test_null_and_empty_keys_are_the_same_as_missing_ones(
         ({"conversations": [QUESTION | {"content": "Who?"}, ANSWER]}, 'turn 0: "value" and "content"'),
         ({"conversations": None}, "expected conversations, messages or chosen/rejected"),
         ({"conversations": [], "messages": None}, "non-empty list"),
-        ({"image": ["a.jpg", None]}, "image None; expected a path"),
+        ({"image": ["a.jpg", None]}, "image None; expected a path, bytes"),
     ],
 )
 def test_alternative_keys_that_differ_are_refused(tmp_path: Path, change: dict[str, Any], found: str) -> None:
@@ -352,9 +354,9 @@ def test_preference_columns_that_contradict_each_other_are_refused(
         ({"tools": [{"name": "search"}]}, '"tools" is given, but calls of tools are not supported'),
         ({"conversations": [QUESTION, ANSWER | {"tool_calls": [{"id": 1}]}]}, 'turn 1: "tool_calls" is given'),
         ({"conversations": [QUESTION, ANSWER | {"reasoning_content": "Hm."}]}, 'turn 1: "reasoning_content" is given'),
-        ({"conversations": [QUESTION, ANSWER | {"weight": 0}]}, 'turn 1: "weight" is 0'),
         ({"conversations": [QUESTION, ANSWER | {"weight": 0.5}]}, 'turn 1: "weight" is 0.5'),
-        ({"conversations": [QUESTION, ANSWER | {"train": False}]}, 'turn 1: "train" is False'),
+        ({"conversations": [QUESTION, ANSWER | {"weight": 1, "train": False}]}, "contradict each other"),
+        ({"weight": 0.1}, '"weight" is 0.1, but every sample counts alike'),
         ({"conversations": [QUESTION, ANSWER | {"mask": True}]}, 'turn 1: "mask" is True'),
         ({"system": ["Be brief."]}, "\"system\" is ['Be brief.']; expected text"),
         (
@@ -424,7 +426,7 @@ def test_unused_keys_are_logged_once_with_their_counts(tmp_path: Path, caplog: p
     "change",
     [
         {"id": "i" * 10**5, "image": [""]},
-        {"image": ["a.jpg", {"bytes": "b" * 10**5}]},
+        {"image": ["a.jpg", {"path": ["b" * 10**5]}]},
         {"conversations": [{"from": "r" * 10**5, "value": "x"}]},
         {"conversations": [{"from": "human", "value": [{"type": "x", "data": "d" * 10**5}]}]},
         {"conversations": None, **{f"key {i}": 1 for i in range(1000)}},
@@ -481,17 +483,74 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path, name: str)
 @pytest.mark.parametrize(
     ("name", "places"), [("data.jsonl", ("line 1", "line 3")), ("data.json", ("element 0", "element 2"))]
 )
-def test_duplicate_ids_are_named_with_both_places(tmp_path: Path, name: str, places: tuple[str, str]) -> None:
+def test_strict_ids_are_unique(tmp_path: Path, name: str, places: tuple[str, str]) -> None:
     path = write(tmp_path, [GOOD | {"id": 1}, GOOD | {"id": "b"}, GOOD | {"id": "1"}], name)
     with pytest.raises(DataError, match=f"{places[0]} and again at {places[1]}"):
-        Dataset.open(path, "kd")
+        Dataset.open(path, "kd", "strict")
 
 
-@pytest.mark.parametrize("record", [{"conversations": []}, {"id": ""}, {"id": None}, {"id": 1.5}, [1], 3])
-def test_a_record_without_an_id_is_refused(tmp_path: Path, record: Any) -> None:
+@pytest.mark.parametrize("record", [{"conversations": []}, {"id": ""}, {"id": None}, {"id": True}, {"id": ["a"]}])
+def test_strict_ids_are_there(tmp_path: Path, record: Any) -> None:
     for name, place in (("data.jsonl", "line 2"), ("data.json", "element 1")):
-        with pytest.raises(DataError, match=place):
+        with pytest.raises(DataError, match=f'{place}: no "id"'):
+            Dataset.open(write(tmp_path, [GOOD, record], name), "kd", "strict")
+    with pytest.raises(DataError, match="ids are read from question_id"):
+        Dataset.open(write(tmp_path, [GOOD, {"question_id": 3}]), "kd", "strict")
+
+
+@pytest.mark.parametrize("record", [[1], 3, "a", None])
+def test_a_record_that_is_no_object_is_refused(tmp_path: Path, record: Any) -> None:
+    for name, place in (("data.jsonl", "line 2"), ("data.json", "element 1")):
+        with pytest.raises(DataError, match=f"{place}: found {type(record).__name__}, expected a JSON object"):
             Dataset.open(write(tmp_path, [GOOD, record], name), "kd")
+
+
+def _without_id(**keys: Any) -> dict[str, Any]:
+    return {"conversations": [QUESTION, ANSWER], **keys}
+
+
+@pytest.mark.parametrize(
+    ("records", "ids", "sources"),
+    [
+        ([_without_id(id=0), _without_id(id=-7), _without_id(id="x")], ["0", "-7", "x"], ["0", "-7", "x"]),
+        ([_without_id(id=1.0), _without_id(id=2.5)], ["1", "2.5"], ["1", "2.5"]),
+        ([_without_id(), _without_id(id=None), _without_id(id=True)], ["@0", "@1", "@2"], [None, None, None]),
+        ([_without_id(id="a"), _without_id(id="a"), _without_id(id="a")], ["a", "a@1", "a@2"], ["a", "a", "a"]),
+        ([_without_id(question_id=3), _without_id(uid="x"), _without_id(idx=0)], ["3", "x", "0"], ["3", "x", "0"]),
+        ([_without_id(id=1, idx=5), _without_id(id=None, idx=1)], ["1", "1@1"], ["1", "1"]),
+        # The text that would be made is the id of another record.
+        ([_without_id(id="a@2"), _without_id(id="a"), _without_id(id="a")], ["a@2", "a", "a@2@"], ["a@2", "a", "a"]),
+        ([_without_id(id="@1"), _without_id()], ["@1", "@1@"], ["@1", None]),
+        ([_without_id(id="ключ"), _without_id(id="ключ")], ["ключ", "ключ@1"], ["ключ", "ключ"]),
+    ],
+)
+def test_ids_are_made_unique_by_position_and_the_source_is_kept(
+    tmp_path: Path, records: list[dict[str, Any]], ids: list[str], sources: list[str | None]
+) -> None:
+    for name in ("data.jsonl", "data.json"):
+        dataset = Dataset.open(write(tmp_path, records, name), "kd")
+        samples = [dataset[i] for i in range(len(records))]
+        assert [(sample.id, sample.source_id) for sample in samples] == list(zip(ids, sources, strict=True))
+        assert list(dataset.ids) == ids
+
+
+def test_made_ids_are_said_once_with_their_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [_without_id(id="a"), _without_id(id="a"), _without_id(), _without_id(uid="u"), _without_id(id="b")]
+    path = write(tmp_path, records)
+    with caplog.at_level(logging.INFO, "common"):
+        Dataset.open(path, "kd")
+    assert caplog.messages == [
+        f"{path}: ids are read from uid (1)",
+        f"{path}: 1 of 5 records have no id; they are called by their positions, such as @2",
+        f"{path}: 1 of 5 records repeat an earlier id; their positions are added, as in a@1",
+    ]
+
+
+def test_a_turn_whose_flag_is_0_is_not_scored(tmp_path: Path) -> None:
+    for flag in ({"weight": 0}, {"train": False}, {"loss": 0.0}, {"training": False}, {"mask": 0, "loss": False}):
+        record = GOOD | {"conversations": [QUESTION, ANSWER | flag, QUESTION, ANSWER | {"weight": 1}]}
+        (turns,) = read_single_sample(tmp_path, record).conversations
+        assert [turn.scored for turn in turns] == [True, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -526,7 +585,7 @@ def test_array_lines_windows_lines_and_compressed_lines_hold_the_same_samples(tm
     paths = [plain, write(tmp_path, records, "data.json"), windows, packed, split, zipped]
     datasets = [Dataset.open(path, "kd") for path in paths]
     for dataset in datasets:
-        assert dataset.ids == tuple(record["id"] for record in records)
+        assert tuple(dataset.ids) == tuple(record["id"] for record in records)
         assert [dataset[i] for i in range(5)] == [datasets[0][i] for i in range(5)]
     assert datasets[0].sha256 == datasets[3].sha256 == datasets[4].sha256 == datasets[5].sha256 != datasets[1].sha256
 
