@@ -1,5 +1,6 @@
 """Strict TOML configuration: one file a run, `--set key=value` on top, an unknown key is an error."""
 
+import datetime
 import difflib
 import hashlib
 import json
@@ -56,6 +57,19 @@ WHOLE_NUMBER = BeforeValidator(_check_whole_number)
 # The range that NumPy's global generator takes, which transformers' set_seed also sets.
 MAX_SEED = 2**32 - 1
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+def _parse_date(value: Any) -> Any:
+    try:
+        # A date with a time is a date too.
+        is_plain = isinstance(value, datetime.date) and not isinstance(value, datetime.datetime)
+        return (value if is_plain else datetime.date.fromisoformat(value)).isoformat()
+    except (TypeError, ValueError) as error:
+        raise PydanticCustomError("date", "a date such as 2026-01-31") from error
+
+
+# A date in ISO 8601, written with or without quotes.
+IsoDate = Annotated[str, BeforeValidator(_parse_date)]
 
 # Type of a pydantic error whose message is complete: it is shown without the value, which may hold a password.
 ADDRESS_ERROR = "address"

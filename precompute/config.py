@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, PositiveInt, field_validator, model_validator
 
-from common.config import StrictModel
+from common.config import IsoDate, StrictModel
 from common.data.chat_encoding import ScoredTokens
 from common.data.images import AspectRatio
 from common.data.sample_ids import IdPolicy
@@ -119,6 +119,8 @@ class PrecomputeConfig(StrictModel):
     "dpo"); with `top_p`, only as many of them as hold that mass, but at least `min_k`; with `num_draws`, the ids of
     that many draws from the distribution instead, with replacement. `precision` is the form of kept log-probs: q8 in
     127 to 255 steps of sqrt(p), by `top_k`, q6 in 63, fp16, or exactly as fp32; absent, q8.
+    `chat_template_date` is shown by a chat template that shows the date; absent, the day on which the output was begun.
+    `score` "response" scores every assistant turn, "last" the last one, "all" every token but images and the first.
     `store_images` puts the image files into the shards, so that training needs no image folder; those inside the
     dataset are stored in any case. With `ids` "strict" every sample must have a unique `id`; "any" makes ids that are
     missing or repeated from positions. `seed` is for draws and `generate`. `max_tokens` counts an image by the
@@ -133,6 +135,7 @@ class PrecomputeConfig(StrictModel):
     image_root: LocationField | None = None
     output: Annotated[LocationField, NOT_HERE]
     chat_template: LocalPath | None = None
+    chat_template_date: IsoDate | None = None
     score: ScoredTokens = "response"
     image_aspect_ratio: AspectRatio = "pad"
     top_k: Annotated[int, Field(ge=0, lt=MAX_VOCAB_SIZE)] | Literal["all"]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from upath import UPath
 
-from common.config import FROM_LIST, NOT_EMPTY_IF_WRITTEN, WHOLE_NUMBER, Seed, StrictModel
+from common.config import FROM_LIST, NOT_EMPTY_IF_WRITTEN, WHOLE_NUMBER, IsoDate, Seed, StrictModel
 from common.data.chat_encoding import ScoredTokens
 from common.data.images import AspectRatio
 from common.data.sample_ids import IdPolicy
@@ -36,10 +36,15 @@ TRAINABLE: dict[Stage, tuple[ParameterGroup, ...]] = {
 
 
 class ModelConfig(StrictModel):
-    """The student: a local Hugging Face directory, made by `init-student`, by `export`, or as `final/` of a stage."""
+    """The student: a local Hugging Face directory, made by `init-student`, by `export`, or as `final/` of a stage.
+
+    `chat_template_date` is shown by a chat template that shows the date; absent, with shards that of the capture,
+    otherwise the day on which the run was begun.
+    """
 
     path: LocalPath
     chat_template: LocalPath | None = None
+    chat_template_date: IsoDate | None = None
 
 
 class MoEConfig(StrictModel):

@@ -7,8 +7,11 @@ student and reference log-probs all use. An image is one placeholder token here,
 expand it to different numbers of tokens.
 """
 
+import copy
+import datetime
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +21,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from common.data.chat_template import ChatTemplate, Span
 from common.data.samples import IMAGE_MARKER, Sample, Turn
 from common.errors import ConfigError, DataError, ModelError
 
-ScoredTokens = Literal["response", "all"]
+# "response" scores every assistant turn, "last" the last one, "all" every token but images and the first.
+ScoredTokens = Literal["response", "last", "all"]
 IntArray = npt.NDArray[np.integer]
+
+_log = logging.getLogger(__name__)
+
+_IRRELEVANT_STATE = ("version", "truncation", "padding", "post_processor")
 
 
 @dataclass(frozen=True)
@@ -95,18 +104,24 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Returns the SHA-256 (hex) of a fast tokenizer's serialised form, whatever files it was loaded from."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """Returns the SHA-256 (hex) of what a fast tokenizer makes ids with, whatever files it was loaded from.
+
+    Truncation and padding are left out, because a call sets them, and so is what adds special tokens around a text,
+    because the chat template writes all tokens.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    relevant = {key: value for key, value in state.items() if key not in _IRRELEVANT_STATE}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
 class ChatEncoder:
     """Turns samples into token ids, with a tokenizer and its chat template.
 
-    Some templates take a message's content as a list of parts, others as a string. One trial rendering tells which: if
-    the output for a list of parts holds the part's text, the template takes lists.
+    Raises:
+        ConfigError: the template cannot be compiled.
     """
 
-    def __init__(self, tokenizer: Any, score: ScoredTokens, template: str) -> None:
+    def __init__(self, tokenizer: Any, score: ScoredTokens, template: str, date: datetime.date | None = None) -> None:
         self.tokenizer = tokenizer
         self.score: ScoredTokens = score
         self.vocab_size = len(tokenizer)
@@ -114,8 +129,8 @@ class ChatEncoder:
         self.tokenizer_sha256 = tokenizer_sha256(tokenizer)
         image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
         self.image_token_id = None if image_id in (None, tokenizer.unk_token_id) else int(image_id)
-        tokenizer.chat_template = template
-        self._takes_parts = self._template_takes_parts()
+        self.template = ChatTemplate(tokenizer, template, date)
+        self._left_out_was_said = False
         # All added special tokens, because a model may name only eos and bos while its end of turn is another one.
         added = tokenizer.added_tokens_decoder.items()
         special = {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
@@ -123,17 +138,34 @@ class ChatEncoder:
 
     @classmethod
     def load(
-        cls, model_dir: Path, chat_template: Path | None = None, score: ScoredTokens = "response"
+        cls,
+        model_dir: Path,
+        chat_template: Path | None = None,
+        score: ScoredTokens = "response",
+        date: datetime.date | None = None,
     ) -> "ChatEncoder":
         """Loads the tokenizer and the chat template of a local model directory, or the template of another file.
 
+        A template that shows a date shows `date`, otherwise today's.
+
         Raises:
             ModelError: the tokenizer cannot be loaded (`load_tokenizer`).
-            ConfigError: there is no chat template, neither with the model nor in `chat_template`.
+            ConfigError: there is no chat template, neither with the model nor in `chat_template`, or it is broken.
         """
         tokenizer = load_tokenizer(model_dir)
         template = _read_template_file(chat_template) if chat_template else _read_model_template(model_dir, tokenizer)
-        return cls(tokenizer, score, template)
+        try:
+            return cls(tokenizer, score, template, date)
+        except ConfigError as error:
+            raise ConfigError(f"{chat_template or model_dir}: {error}") from error
+
+    def with_date(self, date: datetime.date | None) -> "ChatEncoder":
+        """Returns an encoder whose template shows another date; this one if that changes nothing."""
+        if date is None or self.template.date in (None, date):
+            return self
+        other = copy.copy(self)
+        other.template = ChatTemplate(self.tokenizer, self.tokenizer.chat_template, date)
+        return other
 
     def encode_sample(self, sample: Sample) -> tuple[EncodedChat, ...]:
         """Encodes each conversation. Of a preference pair only the last turns are scored, as the others are the same.
@@ -149,14 +181,15 @@ class ChatEncoder:
     def encode(self, turns: Sequence[Turn], num_images: int, where: str, *, last_only: bool = False) -> EncodedChat:
         """Encodes one conversation of `num_images` images; with `last_only` only its last turn is scored.
 
-        A response is the text that the template writes after its generation prompt, the end-of-turn token included.
+        A response is the text that the template writes after its generation prompt, the end-of-turn token included. One
+        that the template rewrites when later turns are added is not scored, which is logged once.
 
         Raises:
-            ConfigError: the template rewrites earlier turns. DataError: this conversation cannot be encoded or scored.
+            DataError: this conversation cannot be encoded or scored.
         """
         if num_images and self.image_token_id is None:
             raise DataError(f"{where}: has {num_images} image(s), but the tokenizer has no {IMAGE_MARKER} token")
-        text, char_spans = self._render(turns, where)
+        text, responses = self.template.find_responses(turns, where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.asarray(encoded["input_ids"], np.int32)
         num_placeholders = 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())
@@ -167,19 +200,27 @@ class ChatEncoder:
             )
         offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
         is_scored = [turn.scored for turn in turns if turn.role == "assistant"]
-        if last_only:
-            char_spans, is_scored = char_spans[-1:], is_scored[-1:]
-        all_spans = [self._token_span(text, ids, offsets, span) for span in char_spans]
-        spans = [span for span, scored in zip(all_spans, is_scored, strict=True) if scored]
+        if last_only or self.score == "last":
+            responses, is_scored = responses[-1:], is_scored[-1:]
+        elif self.score == "response":
+            self._say_what_is_left_out(responses)
+        if self.score == "all" and not last_only and (None, False) in zip(responses, is_scored, strict=True):
+            raise DataError(
+                f"{where}: the chat template rewrites an assistant turn that is flagged as not scored, so its tokens "
+                'cannot be left out; use score = "response"'
+            )
+        found = [(span, on) for span, on in zip(responses, is_scored, strict=True) if span is not None]
+        token_spans = self._token_spans(text, ids, offsets, [span for span, _ in found])
+        spans = [span for span, (_, on) in zip(token_spans, found, strict=True) if on]
         if self.score == "all" and not last_only:
-            unscored = [span for span, scored in zip(all_spans, is_scored, strict=True) if not scored]
+            unscored = [span for span, (_, on) in zip(token_spans, found, strict=True) if not on]
             spans = self._spans_without_images(ids, unscored)
         # The first token is never scored, because no position predicts it.
         spans = [(max(start, 1), stop) for start, stop in spans if stop > max(start, 1)]
         if not spans:
             raise DataError(
-                f"{where}: no assistant turn, or only empty ones or ones flagged as not scored, so there is nothing to "
-                "score; remove the sample"
+                f"{where}: there is nothing to score: no assistant turn, or only ones that are empty, flagged as not "
+                "scored, or rewritten by the chat template; remove the sample"
             )
         if self.image_token_id is not None and any((ids[a:b] == self.image_token_id).any() for a, b in spans):
             raise DataError(f"{where}: an assistant turn holds an {IMAGE_MARKER}; images belong to user turns")
@@ -187,79 +228,40 @@ class ChatEncoder:
 
     def encode_prompt(self, turns: Sequence[Turn]) -> npt.NDArray[np.int32]:
         """Returns the token ids of `turns` and of the generation prompt after them, int32 [T]."""
-        text = self._apply_template(self._to_messages(turns), True, "prompt")
+        text = self.template.render(turns, "prompt", generation_prompt=True)
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
-    def _render(self, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
-        """Returns the whole conversation as text, and the character range of each assistant turn."""
-        messages = self._to_messages(turns)
-        full = self._apply_template(messages, False, where)
-        spans = []
-        for position, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            if not position:
-                raise DataError(f"{where}: begins with an assistant turn, which answers nothing; remove that turn")
-            before = self._apply_template(messages[:position], True, where)
-            through = self._apply_template(messages[: position + 1], False, where)
-            if not (full.startswith(through) and through.startswith(before)):
-                raise ConfigError(
-                    f"{where}: the chat template rewrites earlier turns when later ones are added, so the start of "
-                    f"turn {position} cannot be found; give a template that only appends (chat_template = FILE)"
-                )
-            spans.append((len(before), len(through)))
-        return full, spans
-
-    def _apply_template(self, messages: list[dict[str, Any]], generation_prompt: bool, where: str) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    def _say_what_is_left_out(self, responses: Sequence[Span | None]) -> None:
+        if None in responses and not self._left_out_was_said:
+            self._left_out_was_said = True
+            _log.info(
+                "the chat template rewrites earlier turns when later ones are added; of such conversations only the "
+                'responses that stay as a model would write them are scored, such as the last (score = "last" scores '
+                "the last one alone)"
             )
-        except TemplateError as error:
-            raise DataError(f"{where}: the chat template refuses this conversation ({error})") from error
 
-    def _to_messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """Returns the turns as transformers' chat templates take them."""
-        return [{"role": turn.role, "content": self._to_content(turn.content)} for turn in turns]
+    def _token_spans(
+        self, text: str, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], spans: Sequence[Span]
+    ) -> list[Span]:
+        """Returns the range of the tokens that overlap the characters of each span; the spans ascend.
 
-    def _to_content(self, text: str) -> Any:
-        if not self._takes_parts:
-            return text
-        parts: list[dict[str, str]] = []
-        for number, piece in enumerate(text.split(IMAGE_MARKER)):
-            if number:
-                parts.append({"type": "image"})
-                # The line break of `<image>\n` belongs to the marker, because a template of parts writes its own.
-                piece = piece.removeprefix("\n")
-            if piece:
-                parts.append({"type": "text", "text": piece})
-        return parts
-
-    def _template_takes_parts(self) -> bool:
-        from jinja2 import TemplateError
-
-        probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
-        try:
-            rendered = self.tokenizer.apply_chat_template(probe, tokenize=False)
-        except (TypeError, AttributeError, ValueError, TemplateError):
-            # The template concatenates or strips the content, so it takes strings.
-            return False
-        return "probe" in rendered and "'text'" not in rendered
-
-    def _token_span(
-        self, text: str, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], span: tuple[int, int]
-    ) -> tuple[int, int]:
-        """Returns the range of the tokens that overlap the characters of `span`.
-
-        It leaves out white space after an end-of-turn token, and a token of the next turn that shares only white space
-        with this one (" USER" after "answer ").
+        A range leaves out white space after an end-of-turn token, and a token of the next turn that shares only white
+        space with this one (" USER" after "answer ").
         """
-        inside = np.flatnonzero((offsets[:, 1] > span[0]) & (offsets[:, 0] < span[1]))
-        if not inside.size:
+        # Tokens of parts of one character have the same offsets; none begins or ends before an earlier one.
+        starts = np.searchsorted(offsets[:, 1], [span[0] for span in spans], "right").tolist()
+        stops = np.searchsorted(offsets[:, 0], [span[1] for span in spans], "left").tolist()
+        return [
+            self._trim_span(text, ids, offsets, (start, stop), span)
+            for start, stop, span in zip(starts, stops, spans, strict=True)
+        ]
+
+    def _trim_span(
+        self, text: str, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], tokens: Span, span: Span
+    ) -> Span:
+        start, stop = tokens
+        if start >= stop:
             return 0, 0
-        start, stop = int(inside[0]), int(inside[-1]) + 1
         if offsets[stop - 1, 1] > span[1] and text[offsets[stop - 1, 0] : span[1]].isspace():
             stop -= 1
         special = [t for t in range(start, stop) if int(ids[t]) in self._special_ids]

@@ -61,11 +61,18 @@ class TeacherIdentity(StrictModel):
 
 
 class TokenizerIdentity(StrictModel):
-    """Tokenizer and chat template that turned conversations into tokens."""
+    """Tokenizer and chat template that turned conversations into tokens.
+
+    `template_date` (ISO 8601) is the date that the template showed, null if it shows none. `ends_turns` and
+    `has_generation_prompt` say if the template writes something after a response, and before one.
+    """
 
     sha256: str
     vocab_size: int
     template_sha256: str
+    template_date: str | None = None
+    ends_turns: bool = True
+    has_generation_prompt: bool = True
 
 
 class ImageIdentity(StrictModel):

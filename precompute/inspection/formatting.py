@@ -30,7 +30,10 @@ def provenance_fields(inspection: Inspection) -> Fields:
         ("teacher weights", teacher.weights_sha256),
         ("teacher config", teacher.config_sha256),
         ("tokenizer", f"{tokenizer.sha256}, {tokenizer.vocab_size:,} tokens"),
-        ("chat template", tokenizer.template_sha256),
+        (
+            "chat template",
+            tokenizer.template_sha256 + (f", {tokenizer.template_date}" if tokenizer.template_date else ""),
+        ),
         (
             "images",
             "none"

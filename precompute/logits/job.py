@@ -7,6 +7,8 @@ prepare_job ─> CaptureJob       the inputs, and the manifest, which also needs
     .load_images(i, s)          a sample's images, as the teacher is to see them
 """
 
+import contextlib
+import datetime
 import logging
 import threading
 from collections.abc import Iterable
@@ -18,10 +20,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from common.data.chat_encoding import ChatEncoder, EncodedChat
+from common.data.chat_template import TemplateRefusalError, describe_template
 from common.data.dataset import Dataset
 from common.data.images import ImageSpec, check_image_exists, load_image, read_image
 from common.data.samples import Sample, without_last_response
-from common.errors import ConfigError, DataError, ModelError
+from common.errors import ConfigError, DataError, ModelError, ShardError
 from common.shards.manifest import (
     NUM_RECEIPT_READERS,
     CaptureSettings,
@@ -33,6 +36,7 @@ from common.shards.manifest import (
     TokenizerIdentity,
     is_complete,
     published_shards,
+    read_manifest,
     read_receipts,
 )
 from common.shards.quantization import StoredPrecision
@@ -166,7 +170,10 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
         ConfigError: `top_k` exceeds the teacher's output layer.
     """
     dataset = Dataset.open(config.dataset, config.kind, config.ids)
-    encoder = ChatEncoder.load(config.teacher, config.chat_template, config.score)
+    encoder = ChatEncoder.load(config.teacher, config.chat_template, config.score, _template_date(config))
+    ends_turns = encoder.template.ends_turns or config.generate is not None
+    for line in describe_template(ends_turns, encoder.template.has_generation_prompt):
+        logger.warning("%s: %s", config.chat_template or config.teacher, line)
     image_spec = ImageSpec.load(config.teacher)
     facts = ModelFacts.load(config.teacher)
     if facts.image_token_id is not None and facts.image_token_id != encoder.image_token_id:
@@ -188,6 +195,15 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
     return CaptureInputs(config, dataset, encoder, image_spec, facts, limit)
 
 
+def _template_date(config: PrecomputeConfig) -> datetime.date | None:
+    """Returns the date that the chat template is to show: the configured one, or that of the output; None for today."""
+    stored = config.chat_template_date
+    # A broken manifest is reported where the output is opened.
+    with contextlib.suppress(ShardError):
+        stored = stored or read_manifest(config.output).tokenizer.template_date
+    return None if stored is None else datetime.date.fromisoformat(stored)
+
+
 def prepare_job(config: PrecomputeConfig) -> CaptureJob:
     """Opens everything that a run needs except the engine, and computes the fingerprints.
 
@@ -203,7 +219,12 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
         kind=config.kind,
         teacher=read_teacher_identity(config.teacher),
         tokenizer=TokenizerIdentity(
-            sha256=encoder.tokenizer_sha256, vocab_size=encoder.vocab_size, template_sha256=encoder.template_sha256
+            sha256=encoder.tokenizer_sha256,
+            vocab_size=encoder.vocab_size,
+            template_sha256=encoder.template_sha256,
+            template_date=None if encoder.template.date is None else encoder.template.date.isoformat(),
+            ends_turns=encoder.template.ends_turns,
+            has_generation_prompt=encoder.template.has_generation_prompt,
         ),
         image=None
         if image_spec is None
@@ -252,17 +273,23 @@ def check_samples(job: CaptureJob, indices: Iterable[int]) -> None:
     """Checks samples, so that a bad one is found before the teacher has worked for hours.
 
     Raises:
+        ConfigError: the chat template refuses all of them.
         DataError: names the first samples that cannot be used; if on_bad_sample is "skip", only if they and the samples
             that complete shards skip are more than `max_skipped` allows.
     """
     problems: list[str] = []
+    num_refused = num_checked = 0
     for index in indices:
+        num_checked += 1
         try:
             job.load_encoded(index)
         except DataError as error:
             problems.append(str(error))
+            num_refused += isinstance(error, TemplateRefusalError)
     if not problems:
         return
+    if num_refused == num_checked:
+        raise ConfigError(f"the chat template refuses every sample, such as: {problems[0]}")
     if job.config.on_bad_sample == "skip":
         skipped = [
             entry.reason for receipt in read_receipts(job.config.output, job.manifest) for entry in receipt.skipped

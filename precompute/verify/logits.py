@@ -6,11 +6,13 @@ Verification goes on after each problem, with what can still be read.
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
 from tqdm import tqdm
 
+from common.data.chat_template import describe_template
 from common.data.dataset import Dataset
 from common.data.samples import Sample, without_last_response
 from common.errors import DataError, ShardError
@@ -22,6 +24,8 @@ from precompute.verify.base import MEANINGS, OutputVerifier
 from precompute.verify.manifest_checks import footer_problems, manifest_problems
 from precompute.verify.sample_checks import image_problems, images_as_in_dataset, message_problems
 from precompute.verify.score_checks import kept_problems, mass_problems, own_problems, token_problems
+
+_log = logging.getLogger(__name__)
 
 _MEANINGS = {
     **MEANINGS,
@@ -63,6 +67,7 @@ class _LogitsVerifier(OutputVerifier[Manifest]):
     def run(self, dataset: Location | None, progress: bool) -> Report:
         manifest = self.verify_manifest(manifest_problems)
         if manifest is not None:
+            self._warn_of_template(manifest)
             if dataset is not None:
                 expected = manifest.dataset
                 self._dataset = self.open_dataset(dataset, manifest.kind, expected.sha256, expected.num_samples)
@@ -74,6 +79,13 @@ class _LogitsVerifier(OutputVerifier[Manifest]):
         if dataset is None:
             del self.checks["dataset"]
         return self.report()
+
+    def _warn_of_template(self, manifest: Manifest) -> None:
+        """Logs what a student learns from a chat template without ends of turns; a generated response has its own."""
+        tokenizer = manifest.tokenizer
+        ends_turns = tokenizer.ends_turns or manifest.capture.generate is not None
+        for line in describe_template(ends_turns, tokenizer.has_generation_prompt):
+            _log.warning("%s: %s", self.output, line)
 
     def _compare_image_tokens(self) -> None:
         """Finds shards whose image token is not that of most shards, because one tokenizer has one image token."""

@@ -29,7 +29,11 @@ def message_problems(row: ShardRow, manifest: Manifest) -> Iterator[str]:
         num_spans, encoded = len(scored.encoded.spans), scored.encoded
         if ends_scored and (turns[-1].role != "assistant" or num_spans != 1):
             yield f"{num_spans} scored ranges and a last turn of {turns[-1].role}; expected the assistant's last alone"
-        elif not ends_scored and capture.score == "response" and num_spans > num_responses:
+        elif (
+            not ends_scored
+            and capture.score != "all"
+            and num_spans > (min(1, num_responses) if capture.score == "last" else num_responses)
+        ):
             yield f"{num_spans} scored ranges for {num_responses} responses"
         if capture.generate is not None and num_spans and encoded.spans[-1, 1] != len(encoded.input_ids):
             yield f"its response ends at {encoded.spans[-1, 1]} of {len(encoded.input_ids)} tokens"

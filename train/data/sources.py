@@ -6,6 +6,7 @@
 train/data/sampling.py chooses the positions of each step.
 """
 
+import datetime
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -123,7 +124,8 @@ class ShardSource:
         self.sha256 = self.manifest.sha256
         self.sampled = self.manifest.capture.num_draws is not None
         self._cached_groups = cached_groups
-        self._encoder = encoder
+        date = self.manifest.tokenizer.template_date
+        self._encoder = encoder.with_date(None if date is None else datetime.date.fromisoformat(date))
         _check_provenance(output, self.manifest, encoder, aspect_ratio)
         self._groups: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
         self._files: OrderedDict[int, ShardFile] = OrderedDict()

@@ -214,11 +214,18 @@ def test_an_end_token_that_the_tokenizer_does_not_name_ends_the_turn_too() -> No
 
 
 @pytest.mark.parametrize("kept", ["loop.last", "loop.last or message['role'] != 'assistant'"])
-def test_a_template_that_rewrites_earlier_turns_is_refused(model_dir: Path, tmp_path: Path, kept: str) -> None:
+def test_a_template_that_rewrites_every_prompt_leaves_nothing_to_score(
+    model_dir: Path, tmp_path: Path, kept: str
+) -> None:
     forgetful = CHAT_TEMPLATE.replace("message['content']", f"(message['content'] if {kept} else '…')")
     encoder = with_template(model_dir, tmp_path, forgetful)
-    with pytest.raises(ConfigError, match="sample 'x': the chat template rewrites earlier turns"):
-        encoder.encode(CONVERSATION, 1, "sample 'x'")
+    turns = tuple(Turn(turn.role, turn.content.replace(IMAGE_MARKER, "")) for turn in CONVERSATION)
+    if "user" in kept or "assistant" in kept:
+        # Only earlier responses are rewritten, so the last one is scored as it would be answered.
+        assert scored_texts(encoder, encoder.encode(turns, 0, "here")) == ["Yes\n<|im_end|>"]
+    else:
+        with pytest.raises(DataError, match=r"here: there is nothing to score: .*rewritten by the chat template"):
+            encoder.encode(turns, 0, "here")
 
 
 @pytest.mark.parametrize(

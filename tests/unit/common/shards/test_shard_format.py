@@ -242,6 +242,8 @@ def canonical(value: object) -> str:
         return "[" + ",".join(map(canonical, value)) + "]"
     if value is None:
         return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float):

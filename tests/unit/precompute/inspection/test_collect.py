@@ -1,6 +1,5 @@
 """Every number of an inspection is compared with another program's, or with one computed by hand."""
 
-import hashlib
 import json
 import math
 import subprocess
@@ -346,7 +345,7 @@ def test_an_output_without_a_manifest_is_an_error(tmp_path: Path) -> None:
 
 def test_token_texts_come_from_the_tokenizer_of_the_shards_alone(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
-    sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    sha256 = tokenizer_sha256(tokenizer)
     identity = TokenizerIdentity(sha256=sha256, vocab_size=len(tokenizer), template_sha256="4" * 64)
     write_known_output(tmp_path / "out", tokenizer=identity)
     found = inspect(tmp_path / "out", tokenizer=tmp_path / "tokenizer")
