@@ -147,7 +147,7 @@ def _rows(real: RealRows, top_k: int, num_draws: int = 0) -> list[ShardRow]:
     for index, start in enumerate(range(0, NUM_TOKENS, NUM_TOKENS_PER_SAMPLE)):
         part = slice(start, start + NUM_TOKENS_PER_SAMPLE)
         if num_draws:
-            scores = scores_from_draws(parts["own"][part], parts["drawn"][part], vocab_size=real.vocab_size)
+            scores = scores_from_draws(parts["own"][part], parts["drawn"][part])
         else:
             scores = scores_from_topk(parts["own"][part], parts["ids"][part, :top_k], parts["logprobs"][part, :top_k])
         rows.append(make_row(index, real.ids[part], scores))

@@ -15,15 +15,15 @@ MAX_DRAWS = 1 << 16
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """The teacher's distribution at each scored token, at temperature 1 over its whole vocabulary.
+    """The teacher's distribution at each scored token, at temperature 1 over the tokenizer's ids.
 
     `own_logprobs` float32 [R]: log-prob of the scored token itself. `counts` int32 [R]: kept entries of each row.
     `ids` int32 [N] and `logprobs` float32 [N]: the kept entries, row after row, within a row by descending log-prob,
     ties by ascending id. `rest_mass` float32 [R]: probability of all ids that were not kept.
 
     `draws` int32 [N] is None where the best entries are kept. Where ids were drawn from the distribution with
-    replacement it has the number of draws of each; then `logprobs` is ln(draws / number of draws), and `rest_mass` the
-    share of the draws that fell on ids past the tokenizer's vocabulary. Sparse Logit Sampling, arXiv 2503.16870.
+    replacement it has the number of draws of each, `logprobs` is ln(draws / number of draws) and `rest_mass` is 0
+    (Sparse Logit Sampling, arXiv 2503.16870).
 
     `codes` uint8 [N] are the codes that `logprobs` were decoded from (precisions q8 and q6), or None. Stored again they
     give the same log-probs to the bit; coding the decoded log-probs instead could change some by a step.
@@ -94,10 +94,8 @@ def scores_from_topk(
     )
 
 
-def scores_from_draws(
-    own_logprobs: npt.NDArray[np.floating], drawn_RD: npt.NDArray[np.integer], *, vocab_size: int
-) -> TeacherScores:
-    """Makes scores from D ids a row, drawn with replacement; ids from `vocab_size` on count in the rest mass alone."""
+def scores_from_draws(own_logprobs: npt.NDArray[np.floating], drawn_RD: npt.NDArray[np.integer]) -> TeacherScores:
+    """Makes scores from D ids a row, drawn with replacement."""
     num_rows, num_draws = drawn_RD.shape
     sorted_RD = np.sort(drawn_RD.astype(np.int32), axis=1)
     is_first_RD = np.ones(sorted_RD.shape, bool)
@@ -108,12 +106,10 @@ def scores_from_draws(
     rows = starts // num_draws
     # A stable sort, so that ids with equal numbers of draws stay in ascending order.
     order = np.argsort(rows * MAX_DRAWS - draws, kind="stable")
-    order = order[ids[order] < vocab_size]
     rows, ids, draws = rows[order], ids[order], draws[order].astype(np.int32)
-    num_dropped_R = num_draws - np.bincount(rows, draws, minlength=num_rows)
     return TeacherScores(
         own_logprobs=own_logprobs.astype(np.float32),
-        rest_mass=(num_dropped_R / num_draws).astype(np.float32),
+        rest_mass=np.zeros(num_rows, np.float32),
         counts=np.bincount(rows, minlength=num_rows).astype(np.int32),
         ids=ids,
         logprobs=empirical_logprobs(draws, num_draws),

@@ -80,20 +80,21 @@ def rows_from_flat_logprobs(
 def scores_from_rows(rows: CapturedRows, settings: ScorerSettings, where: str) -> TeacherScores:
     """Returns what the engine captured in the form in which it is stored.
 
-    Entries at or past the tokenizer's vocabulary are padding of the output layer: they are left out, and so counted in
-    the rest mass.
-
     Raises:
-        ModelError: an own log-prob is not finite.
+        ModelError: an own log-prob is not finite, or padding of the output layer, ids at or past the tokenizer's size,
+            has probability.
     """
     if not np.isfinite(rows.own).all():
         raise ModelError(
             f"{where}: the teacher gives a response token the log-prob "
             f"{rows.own[~np.isfinite(rows.own)][0]}; its weights or engine.dtype are at fault"
         )
+    is_padding_RK = rows.ids >= settings.vocab_size
+    if np.isfinite(rows.logprobs[is_padding_RK]).any() or (rows.drawn >= settings.vocab_size).any():
+        raise ModelError(
+            f"{where}: vLLM gives padding rows of the output layer, from {settings.vocab_size} on, a probability; its "
+            "model does not take its logits from compute_logits"
+        )
     if settings.num_draws:
-        return scores_from_draws(rows.own, rows.drawn, vocab_size=settings.vocab_size)
-    kept_RK = rows.logprobs
-    if settings.vocab_size < settings.output_vocab_size:
-        kept_RK = np.where(rows.ids < settings.vocab_size, kept_RK, -np.inf)
-    return scores_from_topk(rows.own, rows.ids, kept_RK, top_p=settings.top_p, min_k=settings.min_k)
+        return scores_from_draws(rows.own, rows.drawn)
+    return scores_from_topk(rows.own, rows.ids, rows.logprobs, top_p=settings.top_p, min_k=settings.min_k)

@@ -23,7 +23,7 @@ from precompute.engine.score_conversion import (
     scores_from_rows,
 )
 from precompute.engine.vllm_engine import Engine, EngineLimits, Prompt
-from precompute.engine.vllm_patch import start_capture
+from precompute.engine.vllm_patch import mask_padding_rows, start_capture
 from precompute.scorer import (
     GeneratedResponse,
     RejectedRequest,
@@ -43,7 +43,8 @@ class Teacher:
         """Starts the engine; see `Engine` for what it raises.
 
         Raises:
-            ModelError: engine.capture is "in-engine" and this vLLM is not one that capture knows.
+            ModelError: engine.capture is "in-engine" and this vLLM is not one that capture knows, or padding rows
+                cannot be masked.
         """
         self.settings = settings
         limits = EngineLimits(
@@ -61,6 +62,7 @@ class Teacher:
             prefix_caching=settings.generate is not None,
             data_parallel_rank=settings.node_rank,
         )
+        self._mask_padding_rows()
         self.in_engine = self._start_capture()
 
     def score(self, requests: Iterable[ScoreRequest]) -> Generator[tuple[RequestKey, ScoringResult], None, None]:
@@ -91,6 +93,18 @@ class Teacher:
     def close(self) -> None:
         """Stops the engine."""
         self._engine.close()
+
+    def _mask_padding_rows(self) -> None:
+        num_ids, num_rows = self.settings.vocab_size, self.settings.output_vocab_size
+        if num_ids == num_rows:
+            return
+        if problem := mask_padding_rows(self._engine.collective_rpc, num_ids):
+            self.close()
+            raise ModelError(
+                f"the teacher's output layer has {num_rows - num_ids} rows more than the tokenizer has ids, and vLLM "
+                f"{vllm.__version__} cannot be made to leave them out: {problem}; install this program into vLLM's "
+                "environment (pip install .), so that vLLM finds its plugin"
+            )
 
     def _start_capture(self) -> bool:
         """Turns capture in the engine on, if it is configured; returns True if it is on.
@@ -134,8 +148,8 @@ class Teacher:
         (request, number), settings = key, self.settings
         assert settings.generate is not None
         seed = draw_seed(settings.seed, request.sample_id, number)
-        # Padding of the output layer is no text, and an image token would stand for an image that does not exist.
-        banned = {*range(settings.vocab_size, settings.output_vocab_size), request.encoded.image_token_id} - {None}
+        # An image token would stand for an image that does not exist.
+        banned = {request.encoded.image_token_id} - {None}
         params = SamplingParams(
             max_tokens=min(settings.generate.max_new_tokens, settings.max_tokens - len(expanded_ids)),
             temperature=settings.generate.temperature,

@@ -154,9 +154,9 @@ class Engine:
             with suppress(RuntimeError, VLLMError):
                 self._engine.abort_request(list(running))
 
-    def collective_rpc(self, method: str) -> list[Any]:
+    def collective_rpc(self, method: str, *args: Any) -> list[Any]:
         """Calls a method of each of the engine's workers and returns what they return."""
-        answers: list[Any] = self._engine.collective_rpc(method)
+        answers: list[Any] = self._engine.collective_rpc(method, args=args)
         return answers
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from precompute.engine.row_scores import LogitsFunction, RowScores
 _KEY = "decant_capture"
 
 _WORKER_METHOD = "decant_start_capture"
+_MASKING_METHOD = "decant_mask_padding_rows"
 
 # Why the front end of this process could not be patched, "" if it could; None until `install_patches` has run.
 _front_end_problem: str | None = None
@@ -43,6 +44,7 @@ def install_patches() -> None:
         return
     _front_end_problem = try_patch(patch_front_end)
     setattr(WorkerBase, _WORKER_METHOD, _patch_model_runner)
+    setattr(WorkerBase, _MASKING_METHOD, _mask_padding_rows)
 
 
 def start_capture(collective_rpc: Callable[[str], list[str]]) -> str:
@@ -56,6 +58,22 @@ def start_capture(collective_rpc: Callable[[str], list[str]]) -> str:
     except Exception as error:  # noqa: BLE001 - several layers of vLLM report a missing method, each by another type
         return f"the plugin is not loaded in the engine's workers ({type(error).__name__}: {error})"
     return next(filter(None, answers), "")
+
+
+def mask_padding_rows(collective_rpc: Callable[..., list[Any]], num_ids: int) -> str:
+    """Has a started engine give the rows of its output layer from `num_ids` on the logit -inf.
+
+    They stand for no token. With the mask every softmax, and so every log-prob, draw and sampled token, is over the
+    tokenizer's ids alone, as the student's is.
+
+    Returns:
+        "", or why it cannot be done.
+    """
+    try:
+        collective_rpc(_MASKING_METHOD, num_ids)
+    except Exception as error:  # noqa: BLE001 - several layers of vLLM report a missing method, each by another type
+        return f"the plugin is not loaded in the engine's workers ({type(error).__name__}: {error})"
+    return ""
 
 
 def find_patch_problems() -> dict[str, str]:
@@ -75,6 +93,21 @@ def _patch_model_runner(worker: Any) -> str:
         setattr(runner, _KEY, try_patch(patch_v2_runner if is_v2 else patch_v1_runner))
     problem: str = getattr(runner, _KEY)
     return problem
+
+
+def _mask_padding_rows(worker: Any, num_ids: int) -> None:
+    """Wraps `compute_logits` of a worker's model, from which vLLM takes all logits."""
+    model = worker.model_runner.get_model()
+    stock = model.compute_logits
+
+    @wraps(stock)
+    def compute_logits(*args: Any, **options: Any) -> Tensor | None:
+        logits: Tensor | None = stock(*args, **options)
+        if logits is not None:
+            logits[..., num_ids:] = float("-inf")
+        return logits
+
+    model.compute_logits = compute_logits
 
 
 def try_patch(patch: Callable[[], None]) -> str:

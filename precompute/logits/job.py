@@ -167,7 +167,7 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
     Raises:
         DataError: the dataset is unreadable, broken, empty or has duplicate ids.
         ModelError: one of the teacher's files is missing, or they contradict each other.
-        ConfigError: `top_k` exceeds the teacher's output layer.
+        ConfigError: `top_k` exceeds the number of the tokenizer's ids.
     """
     dataset = Dataset.open(config.dataset, config.kind, config.ids)
     encoder = ChatEncoder.load(config.teacher, config.chat_template, config.score, _template_date(config))
@@ -185,9 +185,9 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
         raise ModelError(
             f"{config.teacher}: the tokenizer has {encoder.vocab_size} tokens, the output layer {facts.vocab_size} rows"
         )
-    if config.top_k != "all" and config.top_k > facts.vocab_size:
+    if config.top_k != "all" and config.top_k > encoder.vocab_size:
         raise ConfigError(
-            f"top_k = {config.top_k} exceeds the {facts.vocab_size} entries of the teacher's vocabulary; "
+            f"top_k = {config.top_k} exceeds the {encoder.vocab_size} entries of the teacher's vocabulary; "
             'give "all" to keep every one'
         )
     # The engine generates at least one token, which takes one place of the teacher's context.
@@ -210,7 +210,7 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
     Raises:
         DataError: the dataset is unreadable, broken, empty or has duplicate ids.
         ModelError: the teacher's directory is not complete.
-        ConfigError: `top_k` exceeds the teacher's output layer.
+        ConfigError: `top_k` exceeds the number of the tokenizer's ids.
     """
     inputs = open_inputs(config)
     dataset, encoder, image_spec, facts = inputs.dataset, inputs.encoder, inputs.image_spec, inputs.facts
@@ -235,7 +235,7 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
         ),
         dataset=DatasetIdentity(name=config.dataset.name, sha256=dataset.sha256, num_samples=len(dataset)),
         capture=CaptureSettings(
-            top_k=facts.vocab_size if config.top_k == "all" else config.top_k,
+            top_k=encoder.vocab_size if config.top_k == "all" else config.top_k,
             top_p=config.top_p,
             min_k=config.min_k,
             num_draws=config.num_draws,

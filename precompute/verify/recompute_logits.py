@@ -122,7 +122,7 @@ def recompute_logits(  # noqa: PLR0913 - its arguments are the options of verify
             own_differences.append(np.abs(stored.scores.own_logprobs - logprobs_RV[np.arange(len(ids_R)), ids_R]))
             if manifest.capture.top_k:
                 kl.append(bucketed_kl(stored.scores, logprobs_RV))
-                best_R = logprobs_RV[:, : manifest.tokenizer.vocab_size].argmax(axis=1)
+                best_R = logprobs_RV.argmax(axis=1)
                 is_top1.append(stored.scores.topk()[0][:, 0] == best_R)
     if not own_differences:
         raise DataError(f"{output}: holds no rows to score again")
@@ -188,7 +188,10 @@ class ReferenceTeacher:
             inputs["input_ids"] = torch.from_numpy(ids.astype(np.int64))[None]
             logits = self._model(**{name: value.to(self._device) for name, value in inputs.items()}).logits[0]
             rows_R = predicting_positions(positions_T[encoded.response_positions])
-            yield torch.log_softmax(logits[torch.from_numpy(rows_R).to(self._device)].float(), dim=-1).cpu().numpy()
+            logits_RV = logits[torch.from_numpy(rows_R).to(self._device)].float()
+            # Padding rows stand for no token.
+            logits_RV[:, self._manifest.tokenizer.vocab_size :] = float("-inf")
+            yield torch.log_softmax(logits_RV, dim=-1).cpu().numpy()
 
 
 def bucketed_kl(scores: TeacherScores, logprobs_RV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

@@ -94,16 +94,13 @@ def _length_problems(
 ) -> Iterator[str]:
     """Yields rows that end too early or too late: a row keeps all it can, or just enough for `top_p` and `min_k`.
 
-    A row keeps all it can if it has no mass left, or `top_k` entries less those of the output layer's padding. A shard
-    does not say how many of the best entries were padding, so up to all padding rows may be missing. `before_last_R` is
-    the mass without the last entry.
+    A row keeps all it can if it has no mass left, or `top_k` entries. `before_last_R` is the mass without the last one.
     """
     capture = manifest.capture
-    num_padding = manifest.teacher.vocab_size - manifest.tokenizer.vocab_size
     # Without top_p, no mass ends a row.
     target_mass = np.inf if capture.top_p is None else capture.top_p
     slack_R = slack_R + (_SUM_TOLERANCE if capture.precision == "fp32" else _REST_TOLERANCE)
-    keeps_all_R = (counts_R >= capture.top_k - num_padding) | (mass_R >= 1.0 - _REST_TOLERANCE)
+    keeps_all_R = (counts_R >= capture.top_k) | (mass_R >= 1.0 - _REST_TOLERANCE)
     is_short_R = ~keeps_all_R & ((mass_R < target_mass - slack_R) | (counts_R < capture.min_k))
     is_long_R = (before_last_R >= target_mass + slack_R) & (counts_R > capture.min_k)
     for is_wrong_R, what in ((is_short_R, "few"), (is_long_R, "many")):

@@ -60,15 +60,15 @@ class FakeTeacher:
         content = np.frombuffer(seed, np.uint32)
         settings, num_rows = self._settings, len(encoded.response_ids)
         logits_RV = np.random.default_rng(content).normal(0, 2, (num_rows, settings.output_vocab_size))
+        logits_RV = logits_RV[:, : settings.vocab_size]
         logprobs_RV = logits_RV - np.log(np.exp(logits_RV).sum(axis=1, keepdims=True))
         own_R = logprobs_RV[np.arange(num_rows), encoded.response_ids]
         if settings.num_draws is not None:
             rng = np.random.default_rng([settings.seed, *content])
             drawn_RD = [rng.choice(len(row), settings.num_draws, p=np.exp(row)) for row in logprobs_RV]
-            return scores_from_draws(own_R, np.stack(drawn_RD), vocab_size=settings.vocab_size)
+            return scores_from_draws(own_R, np.stack(drawn_RD))
         ids_RK = np.argsort(-logprobs_RV, axis=1)[:, : settings.top_k]
         kept_RK = np.take_along_axis(logprobs_RV, ids_RK, axis=1)
-        kept_RK[ids_RK >= settings.vocab_size] = -np.inf
         return scores_from_topk(own_R, ids_RK, kept_RK, top_p=settings.top_p, min_k=settings.min_k)
 
 

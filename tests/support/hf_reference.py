@@ -1,7 +1,7 @@
 """Scores and answers of transformers in float32, computed in another way than the project does.
 
 The Hugging Face processor expands the images, and the scored tokens are found in a loop over the whole sequence.
-Legend: R scored tokens, T expanded sequence, V rows of the output layer, K kept entries.
+Legend: R scored tokens, T expanded sequence, V ids of the tokenizer, K kept entries.
 """
 
 from pathlib import Path
@@ -54,9 +54,9 @@ def reference_rows(
     else:
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     with torch.no_grad():
-        logprobs_TV = torch.log_softmax(
-            model(**{k: v for k, v in inputs.items() if k != "token_type_ids"}).logits[0].double(), dim=-1
-        )
+        logits_TV = model(**{k: v for k, v in inputs.items() if k != "token_type_ids"}).logits[0].double()
+    # The distribution is over the tokenizer's ids; further rows of the output layer are padding.
+    logprobs_TV = logits_TV[:, : len(tokenizer)].log_softmax(-1)
     ids = inputs["input_ids"][0].tolist()
     start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
     # A template may begin with a system turn of its own.

@@ -89,6 +89,8 @@ class LiveTeacher:
             inputs["pixel_values"] = processor(images=images, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             logits = self.model(**inputs).logits[0].float()
+        # Padding rows stand for no token.
+        logits[:, self.encoder.vocab_size :] = -torch.inf
         rows = positions[predicting_positions(encoded.response_positions)]
         return encoded, logits.log_softmax(-1)[torch.from_numpy(rows)]
 
@@ -155,7 +157,7 @@ class LiveTeacher:
             else:
                 generator = torch.Generator().manual_seed(index)
                 drawn = logprobs.exp().multinomial(num_draws, replacement=True, generator=generator)
-                scores = scores_from_draws(own.numpy(), drawn.numpy(), vocab_size=self.encoder.vocab_size)
+                scores = scores_from_draws(own.numpy(), drawn.numpy())
             scored.append(ScoredConversation(encoded, scores))
         return ShardRow(index, sample, tuple(scored))
 

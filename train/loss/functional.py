@@ -82,8 +82,8 @@ def distillation_loss(  # noqa: PLR0913 - a pure function of its mathematical ar
         total_variation:  sum |p_T - p_S| / 2, a probability, not in nats
 
     "bucket" compares two distributions. It is never negative, is zero with a zero gradient where the student agrees,
-    and is a lower bound of the divergence over all ids; it equals that divergence when A is the whole vocabulary (mass
-    that the teacher gives to padding ids is then divided out). "renormalise" ignores the mass outside A. "ignore" is a
+    and is a lower bound of the divergence over all ids; it equals that divergence when A is the whole vocabulary.
+    "renormalise" ignores the mass outside A. "ignore" is a
     divergence only if rest_T = 0: otherwise it can be negative, and its minimum puts all of the student's mass on A.
     It is defined for the forward KL only.
 
@@ -106,7 +106,7 @@ def distillation_loss(  # noqa: PLR0913 - a pure function of its mathematical ar
 
     Args:
         logits: the student's.
-        topk_logprobs_RK: [R, K] float, in nats at temperature 1 over the teacher's whole vocabulary, or the logarithm
+        topk_logprobs_RK: [R, K] float, in nats at temperature 1 over the ids below `vocab_size`, or the logarithm
             of an id's share of the draws; -inf in an empty slot.
         rest_mass_R: [R] float, the teacher's mass outside the kept ids; rounding below 0 counts as 0.
         vocab_size: the number of ids that the tokenizer knows.
@@ -129,8 +129,8 @@ def distillation_loss(  # noqa: PLR0913 - a pure function of its mathematical ar
     student_RK = logits.kept_RK - full_lse_R[:, None]
     if tail == "ignore":
         return _divergence(teacher_RK, student_RK, divergence)
-    # With every id kept the student has no rest, and any rest of the teacher, by rounding or on padding ids that the
-    # student lacks, would cost 1e30 nats, so in such a row the teacher is normalised over the kept ids.
+    # With every id kept the student has no rest, and any rest of the teacher, by rounding, would cost 1e30 nats, so in
+    # such a row the teacher is normalised over the kept ids.
     has_rest_R = kept_RK.sum(1) < vocab_size
     teacher_lse_R = teacher_RK.logsumexp(1).masked_fill(has_rest_R, 0.0)
     floor = _MIN_REST_MASS if divergence == "reverse_kl" else 0.0

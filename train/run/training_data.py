@@ -87,7 +87,7 @@ def choose_tail(config: TrainConfig, splits: DataSplits) -> LossConfig:
         if sampled and tail != "ignore":
             raise ConfigError(
                 f'{path}: {name} holds ids drawn from the teacher\'s distribution, which loss.tail "{tail}" does not '
-                "fit: they are not its best ones, so a bucket for the rest, or dividing by their mass, would bias "
+                "fit: they are not its best ones, so a bucket has no rest, and dividing by their mass would bias "
                 'the loss; use tail = "ignore", whose gradient is right on average, or leave the key out'
             )
         if sampled and loss.divergence != "forward_kl":

@@ -39,12 +39,15 @@ class FakeEngine:
     """Starts at once; one of its two workers answers with `problem`."""
 
     problem = ""
+    masking_problem = ""
     num_closed = 0
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    def collective_rpc(self, _: str) -> list[str]:
+    def collective_rpc(self, _: str, *args: object) -> list[str]:
+        if self.masking_problem and args:
+            raise AttributeError(self.masking_problem)
         return ["", self.problem]
 
     def close(self) -> None:
@@ -69,6 +72,14 @@ def test_with_an_unknown_vllm_the_stock_path_serves_and_the_reason_is_told(caplo
 def test_an_unknown_vllm_is_refused_where_capture_in_the_engine_is_demanded() -> None:
     with pytest.raises(ModelError, match=r"cannot capture in the engine: GPUModelRunner.f .* engine.capture = .stock."):
         start_teacher("in-engine")
+    assert FakeEngine.num_closed == 1
+
+
+@pytest.mark.parametrize("mode", ["auto", "stock"])
+def test_padding_rows_that_cannot_be_masked_are_refused(monkeypatch: pytest.MonkeyPatch, mode: CaptureMode) -> None:
+    monkeypatch.setattr(FakeEngine, "masking_problem", "no such method")
+    with pytest.raises(ModelError, match=r"2 rows more than the tokenizer has ids, .*no such method.*pip install"):
+        start_teacher(mode)
     assert FakeEngine.num_closed == 1
 
 

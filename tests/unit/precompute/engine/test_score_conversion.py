@@ -107,11 +107,12 @@ def test_the_own_token_is_not_kept_beyond_the_best() -> None:
     assert 5 not in convert(ROWS).ids[:2]
 
 
-def test_entries_of_the_padded_output_layer_go_into_the_rest() -> None:
-    rows = [*ROWS[:4], [(6, -0.25), (6, -0.25), (11, -2.0)], ROWS[5]]
-    scores = convert(rows)
-    assert scores.counts.tolist() == [2, 1, 2]
-    assert scores.rest_mass[1] == pytest.approx(1 - np.exp(-0.25))
+def test_masked_padding_of_the_output_layer_is_left_out_and_other_padding_is_refused() -> None:
+    rows = [*ROWS[:4], [(6, -0.25), (6, -0.25), (11, -np.inf)], ROWS[5]]
+    assert convert(rows).counts.tolist() == [2, 1, 2]
+    rows[4] = [(6, -0.25), (6, -0.25), (11, -2.0)]
+    with pytest.raises(ModelError, match=r"sample 'a': vLLM gives padding rows .*from 10 on, a probability"):
+        convert(rows)
 
 
 def test_without_kept_entries_own_logprobs_remain() -> None:
@@ -152,17 +153,17 @@ def test_with_top_p_a_row_keeps_what_holds_the_mass() -> None:
 
 
 def test_ids_of_the_whole_vocabulary_are_drawn_by_their_probability() -> None:
-    probs = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625, 0, 0, 0, 0, 0, 0, 0])
+    probs = np.array([0.5, 0.25, 0.125, 0.125, 0, 0, 0, 0, 0, 0, 0, 0])
     order = np.argsort(-probs, kind="stable")
     with np.errstate(divide="ignore"):
         row = [(int(i), float(np.log(probs[i]))) for i in order]
     encoded = EncodedChat(np.array([1, 2, 3], np.int32), np.array([[1, 3]], np.int32), None)
-    rows = [[(2, float(np.log(0.125))), *row], [(3, float(np.log(0.0625))), *row]]
+    rows = [[(2, float(np.log(0.125))), *row], [(3, float(np.log(0.125))), *row]]
     scores = convert(rows, [1, 2, 3], encoded, num_draws=40_000, vocab_size=4)
     assert scores.draws is not None
     drawn = scores.draws[: scores.counts[0]] / 40_000
     np.testing.assert_allclose(drawn[np.argsort(scores.ids[: scores.counts[0]])], probs[:4], atol=0.012)
-    np.testing.assert_allclose(scores.rest_mass, 0.0625, atol=0.006)
+    assert not scores.rest_mass.any()
     again = convert(rows, [1, 2, 3], encoded, num_draws=40_000, vocab_size=4)
     np.testing.assert_array_equal(scores.draws, again.draws)
 

@@ -210,7 +210,7 @@ def test_entries_take_about_the_bytes_that_are_assumed() -> None:
     best = scores_from_topk(own, ids_RK, np.take_along_axis(logprobs_RV, best_RK, 1))
     cumulative_RV = np.cumsum(np.exp(logprobs_RV), axis=1)
     places_RD = [np.searchsorted(row[:-1], rng.random(34)) for row in cumulative_RV]
-    drawn = scores_from_draws(own, rng.permutation(VOCAB_SIZE)[np.array(places_RD)], vocab_size=VOCAB_SIZE)
+    drawn = scores_from_draws(own, rng.permutation(VOCAB_SIZE)[np.array(places_RD)])
     for precision, assumed in ENTRY_BYTES.items():
         scores, quantizer = (
             (drawn, Quantizer(None, 0, 34)) if precision is None else (best, Quantizer(precision, top_k, None))

@@ -315,7 +315,7 @@ def test_a_row_that_keeps_all_draws_has_a_mass_of_1(drawn: Path) -> None:
     manifest = read_manifest(drawn / "out")
     for num_draws in range(1, 200):
         capture = manifest.capture.model_copy(update={"num_draws": num_draws})
-        scores = scores_from_draws(np.zeros(1), np.arange(num_draws)[None], vocab_size=293)
+        scores = scores_from_draws(np.zeros(1), np.arange(num_draws)[None])
         assert list(mass_problems(scores, manifest.model_copy(update={"capture": capture}))) == []
 
 
