@@ -118,6 +118,9 @@ class DataConfig(StrictModel):
     for losses that are defined within a micro-batch: the balance loss and kto_pair. Each worker then reads and keeps
     whole windows.
     With `ids` "strict" every sample of a dataset file must have a unique `id`.
+    With `preflight` every sample is looked at before the first step: if its template, its length and its images fit
+    this student. `on_bad_sample` "skip" leaves out those that do not; the run fails if they are a larger share of a set
+    of samples than `max_skipped`.
     `check` says how a shard is compared with its receipt before it is read: "sha256" reads all of its bytes once in
     each process that reads it, "size" trusts a shard that has the right size.
     """
@@ -130,6 +133,9 @@ class DataConfig(StrictModel):
     image_aspect_ratio: AspectRatio = "pad"
     score: ScoredTokens = "response"
     ids: IdPolicy = "any"
+    preflight: bool = True
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    max_skipped: float = Field(0.05, ge=0.0, le=1.0)
     max_tokens: int = Field(2048, ge=8)
     validation: LocationField | None = None
     validation_fraction: float = Field(0.0, ge=0.0, le=0.5)

@@ -8,11 +8,13 @@ A file is opened only if it is a regular one of a format in `FORMATS`, and decod
 `MAX_PIXELS`.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -106,17 +108,12 @@ def load_image(
         StorageError: the store failed.
     """
     source = _open_source(ref, image_root, where)
-    try:
+    with _image_errors(ref, where):
         with open_image(source) as opened:
-            if problem := find_size_problem(opened.width, opened.height, aspect_ratio):
-                raise DataError(f"{where}: image {ref} {problem}")
+            _check_size(opened, aspect_ratio, ref, where)
             image = _to_8_bit(opened) if opened.mode in _GREY_OF_MANY_LEVELS else opened
             image = image.convert("RGB")
         return pad_to_square(image, mean_rgb) if aspect_ratio == "pad" else image
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's readers raise whatever the bytes lead them to.
-        raise DataError(f"{where}: image {ref} {_describe_failure(error)}") from error
 
 
 def open_image(source: Path | BinaryIO) -> Image.Image:
@@ -177,19 +174,22 @@ def read_image_and_digest(path: str, image_root: Location | None, where: str) ->
     return hashlib.sha256(data).hexdigest(), data
 
 
-def check_image_exists(ref: ImageRef, image_root: Location | None, where: str) -> None:
-    """Checks that the file of an image exists, without reading it.
+def check_image(ref: ImageRef, image_root: Location | None, aspect_ratio: AspectRatio, where: str) -> None:
+    """Checks that an image is there and what its header says, without decoding it; of an object, only that it is there.
 
     Raises:
-        DataError: there is no such file, it is no regular file, or it lies outside `image_root`.
+        DataError: there is no such file, it is no regular file or outside `image_root`, too large or of another format.
         StorageError: the store failed.
     """
-    if ref.data is not None:
-        return
-    path = _resolve_path(ref.path, image_root, where)
-    _check_regular_file(path, where)
-    if not isinstance(path, Path) and not _object_exists(path):
-        raise DataError(f"{where}: image {path} does not exist; check image_root")
+    if ref.data is None:
+        path = _resolve_path(ref.path, image_root, where)
+        if not isinstance(path, Path):
+            if not _object_exists(path):
+                raise DataError(f"{where}: image {path} does not exist; check image_root")
+            return
+    source = _open_source(ref, image_root, where)
+    with _image_errors(ref, where), open_image(source) as opened:
+        _check_size(opened, aspect_ratio, ref, where)
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -246,6 +246,22 @@ def _open_source(ref: ImageRef, image_root: Location | None, where: str) -> io.B
     data = read_image(ref, image_root, where).data
     assert data is not None
     return io.BytesIO(data)
+
+
+@contextlib.contextmanager
+def _image_errors(ref: ImageRef, where: str) -> Iterator[None]:
+    """Turns whatever Pillow's readers raise into a DataError that names the image."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where}: image {ref} {_describe_failure(error)}") from error
+
+
+def _check_size(opened: Image.Image, aspect_ratio: AspectRatio, ref: ImageRef, where: str) -> None:
+    if problem := find_size_problem(opened.width, opened.height, aspect_ratio):
+        raise DataError(f"{where}: image {ref} {problem}")
 
 
 def _to_8_bit(opened: Image.Image) -> Image.Image:

@@ -187,11 +187,15 @@ class ShardFile(ParquetShard):
         with self.shard_errors():
             return self._to_rows(self._read(group), sum(map(self.num_group_rows, range(group))))
 
-    def read_samples(self, group: int) -> list[tuple[int, Sample]]:
-        """Reads the position in the dataset and the sample of each row of a group, without its scores."""
-        names = ["sample_id", "source_id", "index", "images", *(f"{prefix}messages" for prefix in PREFIXES[self._kind])]
+    def read_unscored(self, group: int) -> list[tuple[int, Sample, tuple[EncodedChat, ...]]]:
+        """Reads the position in the dataset, the sample and its tokens of each row of a group, without its scores."""
+        names = ["sample_id", "source_id", "index", "images"]
+        for prefix in PREFIXES[self._kind]:
+            names += [f"{prefix}{name}" for name in ("messages", "input_ids", "response_spans")]
         with self.shard_errors():
-            return list(self._to_samples(self._read(group, names)))
+            table = self._read(group, names)
+            encoded = zip(*(self._to_encoded(table, prefix) for prefix in PREFIXES[self._kind]), strict=True)
+            return [(*row, chats) for row, chats in zip(self._to_samples(table), encoded, strict=True)]
 
     def __iter__(self) -> Iterator[ShardRow]:
         for group in range(self.num_groups):
@@ -215,6 +219,10 @@ class ShardFile(ParquetShard):
         for index, sample_id, source_id, refs, conversations in rows:
             yield index, Sample(sample_id, self._kind, tuple(refs), conversations, source_id)
 
+    def _to_encoded(self, table: pa.Table, prefix: str) -> list[EncodedChat]:
+        ids, spans = (_from_lists(table.column(prefix + name)) for name in ("input_ids", "response_spans"))
+        return [EncodedChat(*row, self.image_token_id) for row in zip(ids, spans, strict=True)]
+
     def _to_conversations(self, table: pa.Table, prefix: str, first_row: int) -> list[ScoredConversation]:
         spans, own, rest, counts, tables = (
             _from_lists(table.column(prefix + name))
@@ -233,13 +241,10 @@ class ShardFile(ParquetShard):
             self._codec,
             f"{self.path}: rows {first_row} to {first_row + len(counts) - 1}",
         )
-        columns = zip(_from_lists(table.column(prefix + "input_ids")), spans, own, rest, counts, kept, strict=True)
+        columns = zip(self._to_encoded(table, prefix), own, rest, counts, kept, strict=True)
         return [
-            ScoredConversation(
-                EncodedChat(input_ids, spans_, self.image_token_id),
-                TeacherScores(own_, rest_, counts_, *entries),
-            )
-            for input_ids, spans_, own_, rest_, counts_, entries in columns
+            ScoredConversation(encoded, TeacherScores(own_, rest_, counts_, *entries))
+            for encoded, own_, rest_, counts_, entries in columns
         ]
 
 

@@ -65,6 +65,9 @@ class TeacherScores:
         return ids_RK, logprobs_RK
 
 
+NO_SCORES = TeacherScores(*(np.zeros(0, np.float32),) * 2, *(np.zeros(0, np.int32),) * 2, np.zeros(0, np.float32))
+
+
 def scores_from_topk(
     own_logprobs: npt.NDArray[np.floating],
     ids_RK: npt.NDArray[np.integer],

@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from common.data.bad_samples import check_skipped_share, list_problems
 from common.data.chat_encoding import ChatEncoder, EncodedChat
 from common.data.chat_template import TemplateRefusalError, describe_template
 from common.data.dataset import Dataset
-from common.data.images import ImageSpec, check_image_exists, load_image, read_image
+from common.data.images import ImageSpec, check_image, load_image, read_image
 from common.data.samples import Sample, without_last_response
 from common.errors import ConfigError, DataError, ModelError, ShardError
 from common.shards.manifest import (
@@ -42,7 +43,6 @@ from common.shards.manifest import (
 from common.shards.quantization import StoredPrecision
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints import ModelFacts, find_engine_identity, read_teacher_identity
-from precompute.logits.skipped import check_skipped_share, list_problems
 from precompute.scorer import ScorerSettings
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class CaptureInputs:
         if sample.images and self.image_spec is None:
             raise DataError(f"{where}: has {len(sample.images)} image(s), but the teacher has no vision tower")
         for image in sample.images:
-            check_image_exists(image, self.config.image_root, where)
+            check_image(image, self.config.image_root, self.config.image_aspect_ratio, where)
         with self._encoder_lock:
             encoded = self._encode_prompt(sample) if self.config.generate else self.encoder.encode_sample(sample)
         added = 0 if self.image_spec is None else len(sample.images) * (self.image_spec.tokens_per_image - 1)

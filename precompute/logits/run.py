@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from common.config import digest
 from common.console import plain_text
+from common.data.bad_samples import check_skipped_share
 from common.errors import ConfigError, DataError
 from common.shards.manifest import SkippedSample, open_output, read_receipts
 from common.storage.files import Location, directory_lock, publish, remove_partials
 from precompute.config import PrecomputeConfig
 from precompute.logits.job import CaptureJob, check_samples, missing_shards, prepare_job
 from precompute.logits.pipeline import CaptureCounter, score_shards
-from precompute.logits.skipped import check_skipped_share
 from precompute.scorer import Scorer, ScorerSettings
 
 CONFIG_NAME = "config.json"

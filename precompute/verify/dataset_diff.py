@@ -192,7 +192,7 @@ def _read_samples(shard: ShardFile, manifest: Manifest) -> Iterator[Sample]:
     """Yields the sample of each row, with the dataset's ids; of several generated responses to one, the first."""
     last_index = -1
     for group in range(shard.num_groups):
-        for index, sample in shard.read_samples(group):
+        for index, sample, _ in shard.read_unscored(group):
             if index != last_index and manifest.capture.generate is not None:
                 yield replace(sample, id=sample.id.rpartition("#")[0])
             elif index != last_index:

@@ -200,12 +200,26 @@ class Collator:
     def _tokens_per_image(self) -> int:
         return 1 if self._images is None else self._images.tokens_per_image
 
+    def check(self, example: Example) -> None:
+        """Checks an example as far as that is possible without decoding an image; its scores are not needed.
+
+        Raises:
+            DataError: as for a batch.
+        """
+        requests = self._image_requests([example])
+        for request in requests:
+            assert self._images is not None
+            self._images.check(request)
+        added = len(requests) * (self._tokens_per_image - 1)
+        lengths = [len(encoded.input_ids) + added for encoded in example.conversations]
+        self._check_lengths([example], np.array(lengths, np.int64))
+
     def _check_lengths(self, examples: Sequence[Example], lengths_B: npt.NDArray[np.int64]) -> None:
         for sequence in np.flatnonzero(lengths_B > self._max_tokens):
             where = f"sample {examples[sequence % len(examples)].sample.id!r}"
             raise DataError(
                 f"{where}: {lengths_B[sequence]:,} tokens for this student, images included; data.max_tokens is "
-                f"{self._max_tokens:,}; raise it, or remove the sample from the dataset"
+                f'{self._max_tokens:,}; raise it, remove the sample, or set data.on_bad_sample = "skip"'
             )
 
     def _dummy_sequence(self) -> npt.NDArray[np.int32]:
@@ -215,20 +229,24 @@ class Collator:
 
     def _load_pixels(self, examples: Sequence[Example]) -> Tensor | None:
         """Returns the images in batch order; both conversations of a pair have the same, so pairs get theirs twice."""
+        requests = self._image_requests(examples)
         if self._images is None:
-            for example in examples:
-                if example.sample.images:
-                    raise DataError(f"sample {example.sample.id!r}: has images, but the student has no vision tower")
             return None
-        requests = [
-            ImageRequest(ref, example.image_root or self._image_root, f"sample {example.sample.id!r}")
-            for example in examples
-            for ref in example.sample.images
-        ]
         if not requests:
             return self._images.dummy()
         pixels = self._images.pixels(requests)
         return torch.cat([pixels, pixels]) if self._kind == "dpo" else pixels
+
+    def _image_requests(self, examples: Sequence[Example]) -> list[ImageRequest]:
+        if self._images is None:
+            for example in examples:
+                if example.sample.images:
+                    raise DataError(f"sample {example.sample.id!r}: has images, but the student has no vision tower")
+        return [
+            ImageRequest(ref, example.image_root or self._image_root, f"sample {example.sample.id!r}")
+            for example in examples
+            for ref in example.sample.images
+        ]
 
 
 def _concatenate(parts: Sequence[Any]) -> npt.NDArray[np.int64]:

@@ -56,6 +56,10 @@ class FeatureSource:
         """
         return torch.stack([self._read(*self._locate(*request)) for request in requests])
 
+    def check(self, request: ImageRequest) -> None:
+        """Checks that a cache has an image. Raises DataError, which names the sample."""
+        self._locate(*request)
+
     def dummy(self) -> Tensor:
         """Returns zeros [1, P, D] for a dummy sequence, whose output enters no loss."""
         return torch.zeros(1, *self._shape, dtype=self._dtype)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from common.data.images import AspectRatio, ImageSpec, load_image
+from common.data.images import AspectRatio, ImageSpec, check_image, load_image
 from common.data.samples import ImageRef
 from common.errors import DataError
 from common.storage.files import Location
@@ -89,6 +89,10 @@ class ImageCache:
             (ref, _), pixels = self._cached.popitem(last=False)
             self._cached_bytes -= _num_bytes(ref, pixels)
         return stacked
+
+    def check(self, request: ImageRequest) -> None:
+        """Checks that an image is there and what its header says. Raises DataError, which names the sample."""
+        check_image(request.ref, request.image_root, self._aspect_ratio, request.where)
 
     def dummy(self) -> Tensor:
         """Returns the pixels of an image of the padding colour, float32 [1, 3, height, width]."""

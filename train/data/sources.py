@@ -23,8 +23,8 @@ from common.data.sample_ids import IdPolicy
 from common.data.samples import Kind, Sample
 from common.errors import ConfigError, ProvenanceError, ShardError
 from common.shards.manifest import Manifest, ShardCheck, published_shards, read_manifest, read_receipts, shard_path
-from common.shards.score_shard import ROWS_PER_GROUP, ShardFile, ShardRow
-from common.shards.scores import TeacherScores
+from common.shards.score_shard import ROWS_PER_GROUP, ScoredConversation, ShardFile, ShardRow
+from common.shards.scores import NO_SCORES, TeacherScores
 from common.storage.files import Location
 from train.config import DataConfig, SetConfig
 
@@ -63,6 +63,9 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
 
+    def read_unscored(self, index: int) -> Example:
+        """Returns an example without its scores, which take the longest to decode."""
+
     def length(self, index: int, tokens_per_image: int) -> int:
         """Returns about how many tokens a sample has; of a preference pair, the longer conversation.
 
@@ -86,6 +89,10 @@ class DatasetSource:
     def __getitem__(self, index: int) -> Example:
         sample = self._dataset[index]
         return Example(sample, self._encoder.encode_sample(sample), None)
+
+    def read_unscored(self, index: int) -> Example:
+        """Returns the example."""
+        return self[index]
 
     def length(self, index: int, tokens_per_image: int) -> int:
         """Returns an estimate from the number of characters, because encoding all samples of a step would take long."""
@@ -129,6 +136,7 @@ class ShardSource:
         _check_provenance(output, self.manifest, encoder, aspect_ratio)
         self._groups: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
+        self._unscored: tuple[tuple[int, int], _RowGroup] | None = None
         # Sizes are never dropped, because they take only about 12 bytes a sample.
         self._sizes: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
         missing = self.manifest.missing_shards(published_shards(output))
@@ -149,6 +157,19 @@ class ShardSource:
         row = group.rows[position]
         encoded = _stored_encoding(row) if group.uses_stored_encoding else self._encode(row)
         return Example(row.sample, encoded, tuple(scored.scores for scored in row.conversations))
+
+    def read_unscored(self, index: int) -> Example:
+        """Returns an example without its scores; the row group that was read last stays in memory."""
+        shard, group, position = self._locate(index)
+        if self._unscored is None or self._unscored[0] != (shard, group):
+            rows = [
+                ShardRow(number, sample, tuple(ScoredConversation(chat, NO_SCORES) for chat in chats))
+                for number, sample, chats in self._file(shard).read_unscored(group)
+            ]
+            self._unscored = (shard, group), _RowGroup(rows, self._encodes_as_stored(rows[0]))
+        read = self._unscored[1]
+        row = read.rows[position]
+        return Example(row.sample, _stored_encoding(row) if read.uses_stored_encoding else self._encode(row), None)
 
     def length(self, index: int, tokens_per_image: int) -> int:
         """Returns the length up to the last scored token, without what a chat template writes after it."""
@@ -257,6 +278,11 @@ class MixtureSource:
     def __getitem__(self, index: int) -> Example:
         number, position = self._locate(index)
         return replace(self.sources[number][position], image_root=self._image_roots[number])
+
+    def read_unscored(self, index: int) -> Example:
+        """Returns the example of the sample's own source without its scores."""
+        number, position = self._locate(index)
+        return replace(self.sources[number].read_unscored(position), image_root=self._image_roots[number])
 
     def length(self, index: int, tokens_per_image: int) -> int:
         """Returns the length that the sample's own source gives."""

@@ -26,10 +26,14 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import is_flash_attn_2_available
 
+from common.data.bad_samples import check_skipped_share, list_problems
 from common.data.chat_encoding import ChatEncoder
-from common.errors import ConfigError, DecantError
+from common.errors import ConfigError, DataError, DecantError
 from train.config import LossConfig, TrainConfig
-from train.data.feature_source import FeatureSource, open_feature_source
+from train.data.collator import Collator
+from train.data.feature_source import open_feature_source
+from train.data.preflight import BadSample, Ranks, find_bad_samples
+from train.data.sources import ExampleSource
 from train.loss.fused_output import FusedOutput
 from train.model.packing import check_packing_supported
 from train.model.student import load_student, set_trainable, text_config
@@ -41,7 +45,7 @@ from train.run.callbacks import MetricsWriter, ProgressBar
 from train.run.checkpoint import Checkpoint, check_undamaged, find_latest_complete
 from train.run.divergence import DivergenceDetector
 from train.run.output_lock import lock_output
-from train.run.run_record import append_start, check_continuation, device_name, write_config
+from train.run.run_record import RunRecord, StartPlace, append_start, device_name, find_template_date
 from train.run.shutdown import GracefulShutdown
 from train.run.trainer import SaveSettings, StartState, StepSettings, StopConditions, StudentTrainer, TrainingData
 from train.run.training_data import DataSplits, build_collator, choose_tail, open_data_splits
@@ -94,7 +98,6 @@ def _train_locked(config: TrainConfig, process: "_Process") -> StageResult:
 
     # The student is loaded before the training arguments exist, because from then on ZeRO-3 partitions what is loaded,
     # and upcycling needs whole weights.
-    features = open_feature_source(config)
     model = prepare_student(config)
     output = FusedOutput(model, run.encoder.vocab_size)
     # Only now, because the output is compared with the model's logits on the CPU, where flash-attn does not run.
@@ -107,7 +110,7 @@ def _train_locked(config: TrainConfig, process: "_Process") -> StageResult:
     set_seed(config.seed)
 
     shutdown = GracefulShutdown()
-    trainer = _build_trainer(run, _Student(model, output, features), args, shutdown)
+    trainer = _build_trainer(run, _Student(model, output), args, shutdown)
     if run.process.is_rank_0:
         _record_start(run, model, args, num_trainable)
     with shutdown:
@@ -129,6 +132,14 @@ class _Process:
     @property
     def is_rank_0(self) -> bool:
         return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns what every rank passes, in the order of the ranks."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.num_ranks
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
 
     def run_on_rank_0(self, function: Callable[[], _Result]) -> _Result:
         """Calls a function on rank 0 alone; every rank returns its result, or raises its DecantError."""
@@ -156,9 +167,11 @@ class _Run:
     process: _Process
     accumulation: int
     encoder: ChatEncoder
+    collator: Collator
     splits: DataSplits
     loss: LossConfig
     checkpoint: Checkpoint | None
+    changes: list[str]
 
     @property
     def start_step(self) -> int:
@@ -184,11 +197,10 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Student:
-    """The student, its output layer as the losses use it, and the cached features that it takes instead of images."""
+    """The student, and its output layer as the losses use it."""
 
     model: PreTrainedModel
     output: FusedOutput
-    features: FeatureSource | None
 
 
 def _join_process_group(config: TrainConfig) -> _Process:
@@ -230,16 +242,57 @@ def _prepare_run(config: TrainConfig, process: _Process) -> _Run:
     """Opens the data, and checks the run that is in the output or writes the record of a new one."""
     accumulation = config.optim.accumulation_steps(process.num_ranks)
     process.run_on_rank_0(lambda: check_undamaged(config.model.path))
-    encoder = ChatEncoder.load(config.model.path, config.model.chat_template, config.data.score)
-    splits = open_data_splits(config, encoder, process.num_ranks)
-    loss = choose_tail(config, splits)
     # All ranks have to take the same checkpoint, and its files are read once.
     checkpoint = process.run_on_rank_0(lambda: find_latest_complete(config.output))
-    if checkpoint:
-        check_continuation(config, splits.train.source)
-    elif process.is_rank_0:
-        write_config(config, splits.train.source)
-    return _Run(config, process, accumulation, encoder, splits, loss, checkpoint)
+    date = process.run_on_rank_0(lambda: find_template_date(config, continues=checkpoint is not None))
+    encoder = ChatEncoder.load(config.model.path, config.model.chat_template, config.data.score, date)
+    collator = build_collator(config, encoder, open_feature_source(config))
+    skipped: dict[str, list[BadSample]] = {}
+    splits = open_data_splits(
+        config, encoder, process.num_ranks, lambda source: _find_skipped(config, process, collator, source, skipped)
+    )
+    loss = choose_tail(config, splits)
+    record = RunRecord.of(config, splits.train.source, encoder.template.date, skipped)
+    changes = process.run_on_rank_0(lambda: _open_record(record, config, continues=checkpoint is not None))
+    return _Run(config, process, accumulation, encoder, collator, splits, loss, checkpoint, changes)
+
+
+def _find_skipped(
+    config: TrainConfig,
+    process: _Process,
+    collator: Collator,
+    source: ExampleSource,
+    skipped: dict[str, list[BadSample]],
+) -> frozenset[int]:
+    """Returns the positions of a source's samples that are left out, and adds them to `skipped` by its digest.
+
+    Raises:
+        DataError: there are bad samples, and the configuration says to stop, or they are too many.
+    """
+    data = config.data
+    if not data.preflight:
+        return frozenset()
+    ranks = Ranks(process.rank, process.num_ranks, process.gather)
+    bad = find_bad_samples(source, collator, ranks, num_workers=data.num_workers)
+    reasons = [sample.reason for sample in bad]
+    if bad and data.on_bad_sample == "stop":
+        raise DataError(list_problems(reasons))
+    if bad:
+        check_skipped_share(reasons, len(source), data.max_skipped)
+        skipped[source.sha256] = bad
+        if process.is_rank_0:
+            _log.warning(
+                "%d of %d samples cannot be used and are skipped, such as: %s", len(bad), len(source), reasons[0]
+            )
+    return frozenset(sample.position for sample in bad)
+
+
+def _open_record(record: RunRecord, config: TrainConfig, *, continues: bool) -> list[str]:
+    """Writes the record of a new run, or compares it with that of the run that continues; returns what has changed."""
+    changes = record.check_continuation(config) if continues else []
+    if not continues or changes:
+        record.write(config.output)
+    return changes
 
 
 def prepare_student(config: TrainConfig) -> PreTrainedModel:
@@ -300,11 +353,10 @@ def _build_trainer(
     shutdown: GracefulShutdown,
 ) -> StudentTrainer:
     config, model = run.config, student.model
-    collator = build_collator(config, run.encoder, student.features)
     trainer = StudentTrainer(
         model,
         args,
-        data=TrainingData(run.splits, collator, config.data.num_workers),
+        data=TrainingData(run.splits, run.collator, config.data.num_workers),
         step=StepSettings(
             loss=run.loss,
             optim=config.optim,
@@ -325,9 +377,10 @@ def _build_trainer(
 def _record_start(run: _Run, model: PreTrainedModel, args: TrainingArguments, num_trainable: int) -> None:
     """Adds the start to starts.json, and logs the student, the device and the sizes of the run."""
     config, num_ranks = run.config, run.process.num_ranks
-    append_start(
-        config, run.splits.train.source, step=run.start_step, num_ranks=num_ranks, device=device_name(args.device)
-    )
+    place = StartPlace(run.start_step, num_ranks, device_name(args.device))
+    append_start(config, run.splits.train.source, place, run.changes)
+    for change in run.changes:
+        _log.warning("%s: from step %d on, %s", config.output, run.start_step, change)
     _log.info(
         "%s: %s, %.1fM parameters, %.1fM trained (%s); %s, %s, ZeRO %d, attention %s, %d rank(s) x %d x %d; "
         "steps %d to %d",

@@ -34,8 +34,13 @@ class DataSplits:
     validation: DataSplit | None
 
 
-def open_data_splits(config: TrainConfig, encoder: ChatEncoder, num_ranks: int) -> DataSplits:
-    """Opens the training sets and the validation samples.
+def open_data_splits(
+    config: TrainConfig,
+    encoder: ChatEncoder,
+    num_ranks: int,
+    find_skipped: Callable[[ExampleSource], frozenset[int]] = lambda _: frozenset(),
+) -> DataSplits:
+    """Opens the training sets and the validation samples; `find_skipped` gives the positions that are left out.
 
     Raises:
         ConfigError, DataError, ProvenanceError, ShardError, StorageError: a set cannot be read, or does not fit the
@@ -44,7 +49,7 @@ def open_data_splits(config: TrainConfig, encoder: ChatEncoder, num_ranks: int) 
     data, optim = config.data, config.optim
     sources = [open_source(member, config.loss.sample_kind, encoder, data) for member in data.sets]
     source = MixtureSource(sources, [member.image_root for member in data.sets]) if data.mix else sources[0]
-    sample_sets, held_out = _hold_out_validation(data, sources)
+    sample_sets, held_out = _hold_out_validation(data, sources, find_skipped(source))
     sampler = GlobalBatchSampler(
         sample_sets,
         optim.global_batch_size,
@@ -61,7 +66,9 @@ def open_data_splits(config: TrainConfig, encoder: ChatEncoder, num_ranks: int) 
         location = SetConfig(shards=data.validation) if data.has_scores else SetConfig(dataset=data.validation)
         validation_source = open_source(location, config.loss.sample_kind, encoder, data)
         _check_not_empty(validation_source, location.location)
-        sampler_of_all = _validation_sampler(range(len(validation_source)), config, num_ranks)
+        skipped = find_skipped(validation_source)
+        positions = [position for position in range(len(validation_source)) if position not in skipped]
+        sampler_of_all = _validation_sampler(positions, config, num_ranks)
         validation = DataSplit(validation_source, sampler_of_all)
     elif held_out:
         validation = DataSplit(source, _validation_sampler(held_out, config, num_ranks))
@@ -111,16 +118,22 @@ def build_collator(config: TrainConfig, encoder: ChatEncoder, features: FeatureS
     )
 
 
-def _hold_out_validation(data: DataConfig, sources: Sequence[ExampleSource]) -> tuple[list[SampleSet], list[int]]:
-    """Returns the training samples of each set, and the held-out samples of all, as positions in the joint source."""
+def _hold_out_validation(
+    data: DataConfig, sources: Sequence[ExampleSource], skipped: frozenset[int]
+) -> tuple[list[SampleSet], list[int]]:
+    """Returns the training samples of each set, and the held-out samples of all, as positions in the joint source.
+
+    The `skipped` ones are in neither.
+    """
     sample_sets: list[SampleSet] = []
     held_out: list[int] = []
     offset = 0
     for member, source in zip(data.sets, sources, strict=True):
         _check_not_empty(source, member.location)
         trained, validated = split_validation(len(source), data.validation_fraction, str(member.location))
-        sample_sets.append(SampleSet(np.array(trained, np.int64) + offset, member.weight))
-        held_out += [offset + position for position in validated]
+        positions = [offset + position for position in trained if offset + position not in skipped]
+        sample_sets.append(SampleSet(np.array(positions, np.int64), member.weight))
+        held_out += [offset + position for position in validated if offset + position not in skipped]
         offset += len(source)
     return sample_sets, held_out
 
@@ -140,7 +153,7 @@ def _length_function(config: TrainConfig, source: ExampleSource) -> Callable[[in
     return functools.partial(source.length, tokens_per_image=1 if spec is None else spec.tokens_per_image)
 
 
-def _validation_sampler(positions: range | list[int], config: TrainConfig, num_ranks: int) -> GlobalBatchSampler:
+def _validation_sampler(positions: list[int], config: TrainConfig, num_ranks: int) -> GlobalBatchSampler:
     micro_batch_size = config.optim.micro_batch_size
     # With a window of 1, runs of neighbours are shuffled but each is read in its order on disk.
     return GlobalBatchSampler([SampleSet(positions)], micro_batch_size * num_ranks, micro_batch_size, 0, window=1)

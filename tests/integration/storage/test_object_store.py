@@ -11,7 +11,7 @@ import pytest
 from upath import UPath
 
 from common.data.dataset import Dataset
-from common.data.images import check_image_exists, load_image
+from common.data.images import check_image, load_image
 from common.data.samples import ImageRef, Kind
 from common.errors import DataError, ProvenanceError, ShardError, StorageError
 from common.shards.manifest import Manifest, open_output, published_shards, read_manifest, read_receipts, shard_path
@@ -348,12 +348,12 @@ def test_images_are_found_by_listing_their_directories(store: Store, root: UPath
         publish(root / "coco" / f"{number}.png", b"not a picture")
     store.clear()
     for number in range(20):
-        check_image_exists(ImageRef(f"coco/{number}.png"), root, "here")
+        check_image(ImageRef(f"coco/{number}.png"), root, "pad", "here")
     assert len(store.requests) == 1
     with pytest.raises(DataError, match=r"here: image s3://.*/coco/20.png does not exist"):
-        check_image_exists(ImageRef("coco/20.png"), root, "here")
+        check_image(ImageRef("coco/20.png"), root, "pad", "here")
     publish(root / "coco" / "20.png", b"late")
-    check_image_exists(ImageRef("coco/20.png"), root, "here")
+    check_image(ImageRef("coco/20.png"), root, "pad", "here")
     with pytest.raises(DataError, match=r"here: image coco/0.png cannot be decoded"):
         load_image(ImageRef("coco/0.png"), root, "pad", (0, 0, 0), "here")
     with pytest.raises(DataError, match=r"here: image s3://.*/coco/21.png does not exist"):
@@ -363,7 +363,7 @@ def test_images_are_found_by_listing_their_directories(store: Store, root: UPath
 @pytest.mark.parametrize("path", ["../x.png", "a/../../x.png", "/x.png", "s3://other/x.png", "a//x.png", "a\0.png"])
 def test_an_image_may_not_leave_a_remote_root(root: Location, path: str) -> None:
     for call in (
-        lambda: check_image_exists(ImageRef(path), root, "here"),
+        lambda: check_image(ImageRef(path), root, "pad", "here"),
         lambda: load_image(ImageRef(path), root, "pad", (0, 0, 0), "here"),
     ):
         with pytest.raises(DataError, match=r"here: image .* is no plain path below image_root"):

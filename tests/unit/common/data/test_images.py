@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -23,7 +24,7 @@ from upath import UPath
 from common.data import images
 from common.data.images import (
     ImageSpec,
-    check_image_exists,
+    check_image,
     load_image,
     pad_to_square,
     read_image,
@@ -293,6 +294,9 @@ def special_file(path: Path, kind: str) -> Iterator[None]:
         yield
 
 
+check_padded = functools.partial(check_image, aspect_ratio="pad")
+
+
 @pytest.mark.parametrize("kind", ["directory", "FIFO", "socket", "device"])
 def test_what_is_no_regular_file_is_refused_unopened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -303,9 +307,9 @@ def test_what_is_no_regular_file_is_refused_unopened(
         ref = ImageRef(str((tmp_path / "x.png").relative_to(root)))
         monkeypatch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("it was opened"))
         assert f"is a {kind}; expected a regular file" in error_message(ref, root)
-        for call in (read_image, check_image_exists):
+        for call in (read_image, check_padded):
             with pytest.raises(DataError, match=f"here: image .* is a {kind}; expected a regular file"):
-                call(ref, root, "here")
+                call(ref, root, where="here")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ENAMETOOLONG, errno.EIO])
@@ -318,20 +322,20 @@ def test_a_look_up_that_fails_names_the_sample(tmp_path: Path, monkeypatch: pyte
         return look_up(path, **options)
 
     monkeypatch.setattr(Path, "stat", fail)
-    for call in (check_image_exists, read_image):
+    for call in (check_padded, read_image):
         with pytest.raises(DataError, match=rf"here: image .*x\.png: cannot be looked up \({os.strerror(code)}\)"):
-            call(ImageRef("x.png"), tmp_path, "here")
+            call(ImageRef("x.png"), tmp_path, where="here")
     assert os.strerror(code) in error_message(ImageRef("x.png"), tmp_path)
 
 
 def test_a_name_that_no_file_can_have_names_the_sample(tmp_path: Path) -> None:
     for path in ("a\0b.png", "x" * 5000, "x" * 300 + ".png"):
-        for call in (check_image_exists, read_image):
+        for call in (check_padded, read_image):
             with pytest.raises(DataError, match=r"^here: image "):
-                call(ImageRef(path), tmp_path, "here")
-    for call in (check_image_exists, read_image):
+                call(ImageRef(path), tmp_path, where="here")
+    for call in (check_padded, read_image):
         with pytest.raises(DataError, match=r"^here: image "):
-            call(ImageRef("x.png"), Path("a\0b"), "here")
+            call(ImageRef("x.png"), Path("a\0b"), where="here")
 
 
 def test_a_file_that_does_not_fit_into_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,12 +500,13 @@ def test_an_encoded_file_is_read_unchanged_with_its_digest(tmp_path: Path) -> No
 def test_an_image_of_a_store_may_appear_after_its_directory_was_listed() -> None:
     root = UPath(f"memory://{uuid4()}")
     (root / "a" / "x.png").write_bytes(encoded(Image.new("RGB", (1, 1), (5, 6, 7))))
-    check_image_exists(ImageRef("a/x.png"), root, "here")
+    check_image(ImageRef("a/x.png"), root, "pad", "here")
     with pytest.raises(DataError, match=r"here: image .*a/y\.png does not exist"):
-        check_image_exists(ImageRef("a/y.png"), root, "here")
+        check_image(ImageRef("a/y.png"), root, "pad", "here")
     (root / "a" / "y.png").write_bytes(b"late")
-    check_image_exists(ImageRef("a/y.png"), root, "here")
-    check_image_exists(ImageRef(None, b"bytes need no file"), None, "here")
+    check_image(ImageRef("a/y.png"), root, "pad", "here")
+    with pytest.raises(DataError, match="here: image of 5 bytes inside the dataset cannot be decoded"):
+        check_image(ImageRef(None, b"bytes"), None, "pad", "here")
     assert load_image(ImageRef("a/x.png"), root, "keep", MEAN, "here").getpixel((0, 0)) == (5, 6, 7)
 
 

@@ -24,8 +24,11 @@ def damage(records: list[dict[str, Any]], how: str, root: Path) -> None:
         record["image"] = "nowhere.png"
     elif how == "image outside":
         record["image"] = "../secret.png"
-    elif how == "unreadable image":
+    elif how == "no picture":
         (root / "7-0.png").write_bytes(b"not a picture")
+    elif how == "unreadable image":
+        data = (root / "7-0.png").read_bytes()
+        (root / "7-0.png").write_bytes(data[: len(data) // 2])
     elif how == "no assistant turn":
         record["conversations"] = record["conversations"][:1]
     elif how == "too long":
@@ -35,6 +38,7 @@ def damage(records: list[dict[str, Any]], how: str, root: Path) -> None:
 BAD_SAMPLES = {
     "missing image": r"'s7'.*nowhere\.png does not exist; check image_root",
     "image outside": r"'s7'.*lies outside image_root",
+    "no picture": r"'s7'.*7-0\.png cannot be decoded",
     "unreadable image": r"'s7'.*7-0\.png cannot be decoded",
     "no assistant turn": r"'s7'.*no assistant turn",
     "too long": r"'s7' .*: needs \d+ tokens, images expanded; the limit is 512",
@@ -51,7 +55,7 @@ def test_a_bad_sample_stops_the_run_and_is_named(
     monkeypatch.setattr("precompute.logits.pipeline._WINDOW", 4)
     with pytest.raises(DataError, match=BAD_SAMPLES[how]):
         score(config, batch_size=1)
-    # Images are decoded when they are needed; every other problem is found before anything is scored.
+    # Pixels are decoded when they are needed; every other problem is found before anything is scored.
     assert published_shards(config.output) == ((0,) if how == "unreadable image" else ())
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from common.data.bad_samples import check_skipped_share
 from common.errors import DataError
 from precompute.logits.run import run_capture
-from precompute.logits.skipped import check_skipped_share
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
 
 PREFIX = "/data/all.json: sample {} (line {}): "
