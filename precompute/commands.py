@@ -217,6 +217,8 @@ def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of th
     from precompute.inspection.unpack import check_unpack_destination, unpack_output
 
     location = parse_location(path)
+    if html is not None:
+        html_page.check_page_destination(parse_location(html))
     if unpack is not None:
         check_unpack_destination(open_target(location, check), unpack)
     found = inspect_output(

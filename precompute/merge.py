@@ -22,7 +22,6 @@ from tqdm import tqdm
 from common.console import plain_text
 from common.errors import ConfigError, ProvenanceError, ShardError
 from common.shards.manifest import (
-    MANIFEST_NAME,
     Manifest,
     Receipt,
     SkippedSample,
@@ -35,8 +34,10 @@ from common.shards.manifest import (
     shard_path,
     write_with_digest,
 )
+from common.shards.output_files import output_kind
 from common.shards.score_shard import ShardFile, ShardRow, write_shard
-from common.storage.files import LOCK_NAME, Location, directory_lock, list_files, publish, read_bytes, remove_partials
+from common.storage.files import Location, directory_lock, publish, read_bytes, remove_partials
+from common.storage.output_check import check_output
 from precompute.report import format_runs
 
 
@@ -163,12 +164,8 @@ def _read_common_manifest(outputs: Sequence[Location]) -> Manifest:
 def _check_destination(outputs: Sequence[Location], out: Location) -> None:
     if str(out) in map(str, outputs):
         raise ConfigError(f"--out {out}: is one of the outputs that are merged; give another directory")
-    found = list_files(out).keys() - {LOCK_NAME}
-    if found and MANIFEST_NAME not in found:
-        raise ConfigError(
-            f"--out {out}: holds {len(found)} files ({min(found)} ...) and no {MANIFEST_NAME}; give an empty "
-            "directory, or the one of a merge that was interrupted"
-        )
+    inputs: dict[str, Location | None] = {f"output {number}": each for number, each in enumerate(outputs, 1)}
+    check_output(out, output_kind("merge-shards"), inputs)
 
 
 def _find_copies(outputs: Sequence[Location], manifest: Manifest) -> tuple[dict[int, list[_Copy]], list[str]]:

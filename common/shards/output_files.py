@@ -6,6 +6,7 @@ from common.errors import ShardError
 from common.shards.feature_shard import INDEX_NAME
 from common.shards.manifest import MANIFEST_NAME, shard_number
 from common.storage.files import Location, list_files
+from common.storage.output_check import OutputKind
 
 
 def list_output_files(output: Location, commands: str) -> dict[str, int]:
@@ -21,6 +22,25 @@ def list_output_files(output: Location, commands: str) -> dict[str, int]:
     if any(name in (MANIFEST_NAME, INDEX_NAME) or shard_number(name) is not None for name in files):
         return files
     raise ShardError(f"{output}: {_describe(output, files)}; expected an output of {commands}: check the path")
+
+
+def is_output_name(name: str) -> bool:
+    """Returns True for a name that a file of an output or of a feature cache may have."""
+    return name in (MANIFEST_NAME, INDEX_NAME, "config.json", "broken") or shard_number(name) is not None
+
+
+def output_kind(command: str) -> OutputKind:
+    """Returns how outputs of shards are known; a manifest of another capture is compared where it is opened."""
+    return OutputKind(
+        command,
+        markers={
+            MANIFEST_NAME: lambda content: (
+                content is None or (isinstance(content, dict) and "content_sha256" in content)
+            ),
+            "config.json": lambda content: isinstance(content, dict) and content.keys() == {"sha256", "config"},
+        },
+        is_own=is_output_name,
+    )
 
 
 def _describe(output: Location, files: dict[str, int]) -> str:

@@ -54,7 +54,9 @@ from common.shards.manifest import (
     read_feature_manifest,
     read_receipts,
 )
+from common.shards.output_files import output_kind
 from common.storage.files import Location, directory_lock, remove_partials
+from common.storage.output_check import check_output
 from precompute.shard_writer import ShardWriter
 
 logger = logging.getLogger(__name__)
@@ -137,11 +139,14 @@ def run_features(settings: FeatureSettings, *, progress: bool = True) -> Feature
     """Computes the features of every image that has none yet. Ctrl-C ends the run early with `interrupted` set.
 
     Raises:
+        ConfigError: the output holds what this command did not write.
         DataError: an image is missing, unreadable or not the one that the cache was begun with.
         ModelError: no usable vision tower, or one whose output is no number.
         ProvenanceError: another tower, dataset or setting began this output; every difference is listed.
         StorageError: the disk or the store refused; complete shards stay.
     """
+    inputs = {"model": settings.model, "dataset": settings.dataset}
+    check_output(settings.output, output_kind("precompute-features"), inputs)
     job = _prepare(settings, progress)
     with directory_lock(settings.output):
         open_output(settings.output, job.manifest)

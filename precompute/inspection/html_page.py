@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from common.console import escape_control
 from common.data.images import load_image
 from common.data.samples import ImageRef
-from common.errors import DataError
+from common.errors import ConfigError, DataError
+from common.storage.files import Location, read_bytes
 from precompute.inspection import formatting, html_charts
 from precompute.inspection.collect import Inspection
 from precompute.inspection.html_style import STYLE
@@ -24,7 +25,24 @@ _MAX_IMAGE_BYTES = 20_000_000
 _THUMBNAIL_PIXELS = 320
 # Nats. A scale has at least one step of this size, so that it has a length where all values are 0.
 _SCALE_STEP = 0.25
+_MAX_HEAD_BYTES = 1000
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def check_page_destination(location: Location) -> None:
+    """Checks that a page replaces nothing but an earlier one.
+
+    Raises:
+        ConfigError: there is another file, or a directory.
+    """
+    try:
+        is_page = _POLICY.encode() in read_bytes(location)[:_MAX_HEAD_BYTES]
+    except FileNotFoundError:
+        return
+    except OSError:
+        is_page = False
+    if not is_page:
+        raise ConfigError(f"--html {location}: exists and is no page of inspect-shards; choose another name")
 
 
 def render_page(inspection: Inspection) -> str:

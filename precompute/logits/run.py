@@ -22,7 +22,9 @@ from common.console import plain_text
 from common.data.bad_samples import check_skipped_share
 from common.errors import ConfigError, DataError
 from common.shards.manifest import SkippedSample, open_output, read_receipts
+from common.shards.output_files import output_kind
 from common.storage.files import Location, directory_lock, publish, remove_partials
+from common.storage.output_check import check_output
 from precompute.config import PrecomputeConfig
 from precompute.logits.job import CaptureJob, check_samples, missing_shards, prepare_job
 from precompute.logits.pipeline import CaptureCounter, score_shards
@@ -123,8 +125,8 @@ def run_capture(
     it in the actors of a Ray cluster instead of in this process.
 
     Raises:
-        ConfigError: `engine` is "ray" and there is no Ray, or no cluster at the address; or `num_nodes` is not
-            `data_parallel_size`.
+        ConfigError: the output holds what this command did not write; `engine` is "ray" and there is no Ray, or no
+            cluster at the address; or `num_nodes` is not `data_parallel_size`.
         DataError: a sample cannot be used and on_bad_sample is "stop"; complete shards stay.
         ProvenanceError: another teacher, dataset or setting began this output; every difference is listed.
         ModelError, StorageError: the teacher or the disk failed; complete shards stay.
@@ -136,6 +138,8 @@ def run_capture(
             f"{config.num_nodes} node(s){' and --engine ray' if engine == 'ray' else ''}; give --num-nodes "
             f"{num_replicas} and each its --node-rank, or leave data_parallel_size at 1"
         )
+    inputs = {"teacher": config.teacher, "dataset": config.dataset, "chat_template": config.chat_template}
+    check_output(config.output, output_kind("precompute-logits"), inputs)
     job = prepare_job(config)
     with directory_lock(config.output):
         open_output(config.output, job.manifest)

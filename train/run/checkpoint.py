@@ -106,14 +106,15 @@ def check_undamaged(directory: Path) -> None:
 
 
 def remove_old(checkpoints: Path, step: int, num_kept: int) -> None:
-    """Removes all checkpoints but the newest `num_kept` up to `step`, which was just written.
+    """Removes all checkpoints but the newest `num_kept` up to `step`, which was just written; what has no marker stays.
 
     Later ones stay until the run gets there: they are damaged, because the run would have continued from them, and
     counted as the newest they would push out whole ones.
     """
     paths = _list_checkpoints(checkpoints)
     for old in sorted(number for number in paths if number <= step)[:-num_kept]:
-        shutil.rmtree(paths[old], ignore_errors=True)
+        if (paths[old] / MARKER).is_file():
+            shutil.rmtree(paths[old], ignore_errors=True)
 
 
 def _list_checkpoints(checkpoints: Path) -> dict[int, Path]:

@@ -49,6 +49,7 @@ from train.run.run_record import RunRecord, StartPlace, append_start, device_nam
 from train.run.shutdown import GracefulShutdown
 from train.run.trainer import SaveSettings, StartState, StepSettings, StopConditions, StudentTrainer, TrainingData
 from train.run.training_data import DataSplits, build_collator, choose_tail, open_data_splits
+from train.run.training_output import check_training_output
 from train.run.universal_checkpoint import to_universal
 
 _log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def train_stage(config: TrainConfig) -> StageResult:
     """
     check_metric_packages(config)
     process = _join_process_group(config)
+    process.run_on_rank_0(lambda: check_training_output(config))
     with contextlib.ExitStack() as stack:
         # Before anything else, because a second trainer of the output has to be refused before it reads for minutes.
         process.run_on_rank_0(lambda: stack.enter_context(lock_output(config.output)))
