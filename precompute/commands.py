@@ -25,8 +25,12 @@ from common.console import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from common.data.images import ImageRoot
     from common.storage.files import Location
     from precompute.report import Report
+
+
+_FOLLOW_SYMLINKS = typer.Option("--follow-symlinks", help="Open images behind symbolic links, also outside the root.")
 
 
 def precompute_logits(
@@ -78,6 +82,7 @@ def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option 
     ],
     output: Annotated[str, typer.Option(metavar="OUT", help="Directory or address to make, or to go on with.")],
     image_root: Annotated[str | None, typer.Option(help="Where the dataset's image paths start.")] = None,
+    follow_symlinks: Annotated[bool, _FOLLOW_SYMLINKS] = False,
     form: Annotated[
         Literal["bf16", "q8"],
         typer.Option(help="bf16 is exact for training in bf16; q8 takes three quarters of its bytes."),
@@ -103,7 +108,7 @@ def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option 
             FeatureSettings(
                 model=model,
                 dataset=parse_location(dataset),
-                image_root=None if image_root is None else parse_location(image_root),
+                image_root=_open_image_root(image_root, follow_symlinks),
                 output=parse_location(output),
                 form=form,
                 aspect_ratio=image_aspect_ratio,
@@ -130,6 +135,7 @@ def verify_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the
         str | None,
         typer.Option(help="Where image paths start, for --recompute; of a feature cache, checks the files too."),
     ] = None,
+    follow_symlinks: Annotated[bool, _FOLLOW_SYMLINKS] = False,
     seed: Annotated[int, typer.Option(min=0, help="Which random rows --recompute takes.")] = 0,
     repair: Annotated[
         bool, typer.Option("--repair", help="Move what is broken to PATH/broken, so that a rerun fills the gap.")
@@ -155,7 +161,7 @@ def verify_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of the
 
     if recompute and teacher is None:
         raise typer.BadParameter("--recompute needs --teacher DIR")
-    output, root = parse_location(path), None if image_root is None else parse_location(image_root)
+    output, root = parse_location(path), _open_image_root(image_root, follow_symlinks)
     data = None if dataset is None else parse_location(dataset)
     has_features = is_feature_cache(output)
     if has_features:
@@ -285,7 +291,14 @@ class _Result(Protocol):
     def render(self) -> "RenderableType": ...
 
 
-def _check_feature_options(against: str | None, recompute: int, image_root: "Location | None") -> None:
+def _open_image_root(text: str | None, follow_symlinks: bool) -> "ImageRoot | None":
+    from common.data.images import image_root_of
+    from common.storage.files import parse_location
+
+    return image_root_of(None if text is None else parse_location(text), follow_symlinks)
+
+
+def _check_feature_options(against: str | None, recompute: int, image_root: "ImageRoot | None") -> None:
     """Raises typer.BadParameter if an option has no meaning for a feature cache."""
     if against:
         raise typer.BadParameter("--against compares scored samples, of which a feature cache has none")
@@ -294,7 +307,12 @@ def _check_feature_options(against: str | None, recompute: int, image_root: "Loc
 
 
 def _verify(
-    output: "Location", dataset: "Location | None", image_root: "Location | None", *, has_features: bool, progress: bool
+    output: "Location",
+    dataset: "Location | None",
+    image_root: "ImageRoot | None",
+    *,
+    has_features: bool,
+    progress: bool,
 ) -> "Report":
     if has_features:
         from precompute.verify.features import verify_features

@@ -6,7 +6,7 @@ from pydantic import Field, JsonValue, PositiveInt, field_validator, model_valid
 
 from common.config import IsoDate, StrictModel
 from common.data.chat_encoding import ScoredTokens
-from common.data.images import AspectRatio
+from common.data.images import AspectRatio, ImageRoot, image_root_of
 from common.data.sample_ids import IdPolicy
 from common.data.samples import Kind
 from common.shards.quantization import Precision
@@ -119,6 +119,7 @@ class PrecomputeConfig(StrictModel):
     "dpo"); with `top_p`, only as many of them as hold that mass, but at least `min_k`; with `num_draws`, the ids of
     that many draws from the distribution instead, with replacement. `precision` is the form of kept log-probs: q8 in
     127 to 255 steps of sqrt(p), by `top_k`, q6 in 63, fp16, or exactly as fp32; absent, q8.
+    Images are opened below `image_root` alone; with `follow_symlinks` a symbolic link there may lead anywhere.
     `chat_template_date` is shown by a chat template that shows the date; absent, the day on which the output was begun.
     `score` "response" scores every assistant turn, "last" the last one, "all" every token but images and the first.
     `store_images` puts the image files into the shards, so that training needs no image folder; those inside the
@@ -133,6 +134,7 @@ class PrecomputeConfig(StrictModel):
     teacher: LocalPath
     dataset: LocationField
     image_root: LocationField | None = None
+    follow_symlinks: bool = False
     output: Annotated[LocationField, NOT_HERE]
     chat_template: LocalPath | None = None
     chat_template_date: IsoDate | None = None
@@ -157,6 +159,11 @@ class PrecomputeConfig(StrictModel):
     node_rank: Annotated[int, Field(ge=0)] = 0
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def images_below(self) -> ImageRoot | None:
+        """Returns where images are opened."""
+        return image_root_of(self.image_root, self.follow_symlinks)
 
     @model_validator(mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from upath import UPath
 
 from common.config import FROM_LIST, NOT_EMPTY_IF_WRITTEN, WHOLE_NUMBER, IsoDate, Seed, StrictModel
 from common.data.chat_encoding import ScoredTokens
-from common.data.images import AspectRatio
+from common.data.images import AspectRatio, ImageRoot, image_root_of
 from common.data.sample_ids import IdPolicy
 from common.data.samples import Kind
 from common.errors import ConfigError
@@ -117,6 +117,7 @@ class DataConfig(StrictModel):
     little padding, and ranks process similar lengths at the same time. A step keeps its samples and its loss, except
     for losses that are defined within a micro-batch: the balance loss and kto_pair. Each worker then reads and keeps
     whole windows.
+    Images are opened below their image root alone; with `follow_symlinks` a symbolic link there may lead anywhere.
     With `ids` "strict" every sample of a dataset file must have a unique `id`.
     With `preflight` every sample is looked at before the first step: if its template, its length and its images fit
     this student. `on_bad_sample` "skip" leaves out those that do not; the run fails if they are a larger share of a set
@@ -129,6 +130,7 @@ class DataConfig(StrictModel):
     dataset: LocationField | None = None
     mix: Annotated[tuple[SetConfig, ...], FROM_LIST, NOT_EMPTY_IF_WRITTEN] = ()
     image_root: LocationField | None = None
+    follow_symlinks: bool = False
     features: Caches = ()
     image_aspect_ratio: AspectRatio = "pad"
     score: ScoredTokens = "response"
@@ -182,13 +184,20 @@ class DataConfig(StrictModel):
         return bool(self.features) or any(member.features for member in self.mix)
 
     @property
-    def feature_caches(self) -> tuple[tuple[Location | None, tuple[Location, ...]], ...]:
+    def images_below(self) -> tuple[ImageRoot | None, ...]:
+        """Returns where the images of each set are opened, None for one without a root of its own; then all others."""
+        roots = [*(member.image_root for member in self.sets), self.image_root]
+        return tuple(image_root_of(root, self.follow_symlinks) for root in roots)
+
+    @property
+    def feature_caches(self) -> tuple[tuple[ImageRoot | None, tuple[Location, ...]], ...]:
         """Returns (image root, caches of the images below it) of each set in order, then of all other images."""
+        *roots, common_root = self.images_below
         caches_of_sets = [
-            (member.image_root or self.image_root, member.features or (() if member.image_root else self.features))
-            for member in self.sets
+            (root or common_root, member.features or (() if member.image_root else self.features))
+            for root, member in zip(roots, self.sets, strict=True)
         ]
-        return (*caches_of_sets, (self.image_root, self.features))
+        return (*caches_of_sets, (common_root, self.features))
 
     @property
     def has_scores(self) -> bool:

@@ -46,6 +46,19 @@ _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
 
 
 @dataclass(frozen=True)
+class LinkedImageRoot:
+    """A local image root whose symbolic links are followed, also out of it."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+ImageRoot = Location | LinkedImageRoot
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """Facts of an image processor and a vision tower that data preparation needs.
 
@@ -90,9 +103,14 @@ class ImageSpec:
         )
 
 
+def image_root_of(location: Location | None, follow_symlinks: bool) -> ImageRoot | None:
+    """Returns the image root at a location. Object stores have no links."""
+    return LinkedImageRoot(location) if follow_symlinks and isinstance(location, Path) else location
+
+
 def load_image(
     ref: ImageRef,
-    image_root: Location | None,
+    image_root: ImageRoot | None,
     aspect_ratio: AspectRatio,
     mean_rgb: tuple[int, int, int],
     where: str,
@@ -148,7 +166,7 @@ def find_size_problem(width: int, height: int, aspect_ratio: AspectRatio) -> str
     return None
 
 
-def read_image(ref: ImageRef, image_root: Location | None, where: str) -> ImageRef:
+def read_image(ref: ImageRef, image_root: ImageRoot | None, where: str) -> ImageRef:
     """Returns the reference with the bytes of the encoded file beside its path.
 
     Raises:
@@ -167,14 +185,14 @@ def read_image(ref: ImageRef, image_root: Location | None, where: str) -> ImageR
         raise DataError(f"{where}: image {path} {_describe_failure(error)}") from error
 
 
-def read_image_and_digest(path: str, image_root: Location | None, where: str) -> tuple[str, bytes]:
+def read_image_and_digest(path: str, image_root: ImageRoot | None, where: str) -> tuple[str, bytes]:
     """Returns the SHA-256 (hex) and the bytes of an image's file. Raises DataError or StorageError, as `read_image`."""
     data = read_image(ImageRef(path), image_root, where).data
     assert data is not None
     return hashlib.sha256(data).hexdigest(), data
 
 
-def check_image(ref: ImageRef, image_root: Location | None, aspect_ratio: AspectRatio, where: str) -> None:
+def check_image(ref: ImageRef, image_root: ImageRoot | None, aspect_ratio: AspectRatio, where: str) -> None:
     """Checks that an image is there and what its header says, without decoding it; of an object, only that it is there.
 
     Raises:
@@ -231,7 +249,7 @@ def _readable_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _open_source(ref: ImageRef, image_root: Location | None, where: str) -> io.BytesIO | Path:
+def _open_source(ref: ImageRef, image_root: ImageRoot | None, where: str) -> io.BytesIO | Path:
     """Returns what Pillow opens: a local path, so that it may read only the header, or the bytes of a file.
 
     Raises:
@@ -351,11 +369,18 @@ def _list_cached(directory: Location) -> frozenset[str]:
     return frozenset(list_files(directory))
 
 
-def _resolve_path(path: str | None, image_root: Location | None, where: str) -> Location:
+def _resolve_path(path: str | None, image_root: ImageRoot | None, where: str) -> Location:
     if path is None:
         raise DataError(f"{where}: an image has neither a path nor bytes")
     if image_root is None:
         raise DataError(f"{where}: has image {path}, but no image_root is configured")
+    if isinstance(image_root, LinkedImageRoot):
+        found = Path(os.path.normpath(image_root.path / path))
+        if "\0" in path or not found.is_relative_to(os.path.normpath(image_root.path)):
+            raise DataError(
+                f"{where}: image {path!r} lies outside image_root {image_root}; only files below it are opened"
+            )
+        return found
     if not isinstance(image_root, Path):
         parts = path.split("/")
         if ".." in parts or "" in parts or "://" in path or "\0" in path:
@@ -373,7 +398,7 @@ def _resolve_path(path: str | None, image_root: Location | None, where: str) -> 
     if Path(os.path.normpath(root / path)).is_relative_to(root):
         raise DataError(
             f"{where}: image {path} is a symbolic link, or lies behind one, to {found}, outside image_root "
-            f"{image_root}; only files below it are opened: copy the files, or set image_root to the folder that the "
-            "link names"
+            f"{image_root}; only files below it are opened: set follow_symlinks = true (--follow-symlinks), copy the "
+            "files, or set image_root to the folder that the link names"
         )
     raise DataError(f"{where}: image {path} lies outside image_root {image_root}; only files below it are opened")

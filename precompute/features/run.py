@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common.concurrency import prefetch_map
 from common.console import plain_text
 from common.data.dataset import Dataset
-from common.data.images import AspectRatio, ImageSpec, load_image, read_image_and_digest
+from common.data.images import AspectRatio, ImageRoot, ImageSpec, load_image, read_image_and_digest
 from common.data.samples import ImageRef
 from common.errors import DataError, ModelError, ShardError
 from common.shards.encoder_identity import compute_encoder_identity
@@ -74,7 +74,7 @@ class FeatureSettings:
 
     model: Path
     dataset: Location
-    image_root: Location | None
+    image_root: ImageRoot | None
     output: Location
     form: FeatureForm = "bf16"
     aspect_ratio: AspectRatio = "pad"
@@ -210,7 +210,7 @@ def _known_images(output: Location) -> list[CachedImage] | None:
         return None
 
 
-def distinct_images(dataset: Dataset, image_root: Location | None, *, progress: bool) -> list[CachedImage]:
+def distinct_images(dataset: Dataset, image_root: ImageRoot | None, *, progress: bool) -> list[CachedImage]:
     """Returns the images of a dataset, each once, in the order in which their files first appear.
 
     Raises:

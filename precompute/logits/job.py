@@ -79,7 +79,7 @@ class CaptureInputs:
         if sample.images and self.image_spec is None:
             raise DataError(f"{where}: has {len(sample.images)} image(s), but the teacher has no vision tower")
         for image in sample.images:
-            check_image(image, self.config.image_root, self.config.image_aspect_ratio, where)
+            check_image(image, self.config.images_below, self.config.image_aspect_ratio, where)
         with self._encoder_lock:
             encoded = self._encode_prompt(sample) if self.config.generate else self.encoder.encode_sample(sample)
         added = 0 if self.image_spec is None else len(sample.images) * (self.image_spec.tokens_per_image - 1)
@@ -139,7 +139,7 @@ class CaptureJob(CaptureInputs):
         """
         mean_rgb = (0, 0, 0) if self.image_spec is None else self.image_spec.mean_rgb
         return tuple(
-            load_image(image, self.config.image_root, self.config.image_aspect_ratio, mean_rgb, self.where(index))
+            load_image(image, self.config.images_below, self.config.image_aspect_ratio, mean_rgb, self.where(index))
             for image in sample.images
         )
 
@@ -151,7 +151,7 @@ class CaptureJob(CaptureInputs):
         """
         if not self.config.store_images:
             return sample
-        files = [read_image(image, self.config.image_root, self.where(index)) for image in sample.images]
+        files = [read_image(image, self.config.images_below, self.where(index)) for image in sample.images]
         return replace(sample, images=tuple(files))
 
     def skip_or_raise(self, index: int, error: DataError) -> SkippedSample:

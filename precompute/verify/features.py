@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.concurrency import prefetch_map
-from common.data.images import read_image_and_digest
+from common.data.images import ImageRoot, LinkedImageRoot, read_image_and_digest
 from common.errors import DataError, DecantError, ShardError, StorageError
 from common.shards.feature_shard import (
     INDEX_NAME,
@@ -48,7 +48,7 @@ _NUM_READERS = 8
 def verify_features(
     output: Location,
     dataset: Location | None = None,
-    image_root: Location | None = None,
+    image_root: ImageRoot | None = None,
     *,
     progress: bool = True,
 ) -> Report:
@@ -70,7 +70,7 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
         super().__init__(output, FeatureManifest, _MEANINGS)
         self._images: list[CachedImage] | None = None
 
-    def run(self, dataset: Location | None, image_root: Location | None, progress: bool) -> Report:
+    def run(self, dataset: Location | None, image_root: ImageRoot | None, progress: bool) -> Report:
         manifest = self.verify_manifest(_manifest_problems)
         if manifest is not None:
             self._images = self._verify_index(manifest)
@@ -170,9 +170,10 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
         if positions != sorted(positions):
             check.failed(self.output / INDEX_NAME, "is not in the order in which the dataset first names its images")
 
-    def _verify_sources(self, image_root: Location, progress: bool) -> None:
+    def _verify_sources(self, image_root: ImageRoot, progress: bool) -> None:
         """Checks the file of each path. All paths of an image are read, because one file may have been changed."""
         check = self.checks["sources"]
+        folder = image_root.path if isinstance(image_root, LinkedImageRoot) else image_root
         paths = [(name, image.sha256) for image in self._images or () for name in image.paths]
 
         def find_problem(item: tuple[str, str]) -> tuple[str, str | None]:
@@ -191,7 +192,7 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
             for name, problem in tqdm(problems, "reading", len(paths), unit=" images", disable=not progress):
                 check.passed()
                 if problem is not None:
-                    check.failed(image_root / name, problem)
+                    check.failed(folder / name, problem)
 
 
 def _manifest_problems(manifest: FeatureManifest) -> Iterator[str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from common.console import plain_text
-from common.data.images import ImageSpec, load_image, read_image_and_digest
+from common.data.images import ImageRoot, ImageSpec, load_image, read_image_and_digest
 from common.data.samples import ImageRef
 from common.errors import DataError
 from common.shards.encoder_identity import check_encoder
@@ -67,7 +67,7 @@ def recompute_features(  # noqa: PLR0913 - its arguments are the options of veri
     model_dir: Path,
     num_images: int,
     *,
-    image_root: Location | None,
+    image_root: ImageRoot | None,
     seed: int = 0,
     progress: bool = True,
 ) -> RecomputedFeatures:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from common.data.chat_encoding import expand_placeholders, predicting_positions
-from common.data.images import ImageSpec, load_image
+from common.data.images import ImageRoot, ImageSpec, image_root_of, load_image
 from common.errors import DataError, ModelError, ProvenanceError
 from common.shards.manifest import Manifest, list_differences, published_shards, read_manifest, read_receipt, shard_path
 from common.shards.score_shard import ShardFile, ShardRow
@@ -92,7 +92,7 @@ def recompute_logits(  # noqa: PLR0913 - its arguments are the options of verify
     teacher_dir: Path,
     num_rows: int,
     *,
-    image_root: Location | None = None,
+    image_root: ImageRoot | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> RecomputedLogits:
@@ -149,7 +149,7 @@ def _max_rounding_kl(manifest: Manifest) -> float:
 class ReferenceTeacher:
     """The teacher in transformers, in float32, on a GPU if there is one."""
 
-    def __init__(self, model_dir: Path, manifest: Manifest, image_root: Location | None) -> None:
+    def __init__(self, model_dir: Path, manifest: Manifest, image_root: ImageRoot | None) -> None:
         self._manifest = manifest
         self._image_root = image_root
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,10 +224,11 @@ def _draw_rows(output: Location, manifest: Manifest, num_rows: int, seed: int) -
                 yield from (rows[pick - first] for pick in picks_in_shard.tolist() if 0 <= pick - first < len(rows))
 
 
-def _configured_image_root(output: Location) -> Location | None:
+def _configured_image_root(output: Location) -> ImageRoot | None:
     """Returns the image root in the output's config.json, None if there is none."""
     try:
-        root = json.loads(read_bytes(output / "config.json"))["config"]["image_root"]
-    except (OSError, ValueError, KeyError, TypeError):
+        config = json.loads(read_bytes(output / "config.json"))["config"]
+        root, follow_symlinks = config["image_root"], config.get("follow_symlinks", False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return None if root is None else parse_location(root)
+    return None if root is None else image_root_of(parse_location(root), follow_symlinks)

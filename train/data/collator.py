@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from common.data.chat_encoding import expand_placeholders, predicting_positions
+from common.data.images import ImageRoot
 from common.data.samples import Kind
 from common.errors import DataError
 from common.shards.scores import TeacherScores
-from common.storage.files import Location
 from train.data.feature_source import FeatureSource
 from train.data.image_cache import ImageCache, ImageRequest
 from train.data.sources import Example
@@ -133,7 +133,7 @@ class Collator:
         student: StudentInputs,
         *,
         kind: Kind,
-        image_root: Location | None,
+        image_root: ImageRoot | None,
         max_tokens: int,
         packed: bool = False,
     ) -> None:

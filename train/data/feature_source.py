@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.data.images import ImageSpec
+from common.data.images import ImageRoot, ImageSpec
 from common.data.samples import ImageRef
 from common.errors import ConfigError, DataError
 from common.shards.encoder_identity import check_encoder
@@ -35,7 +35,7 @@ class FeatureSource:
     `caches` lists for each image root the feature caches that are searched for its paths. `dtype` is the student's.
     """
 
-    def __init__(self, caches: Mapping[Location | None, Sequence[FeatureCache]], dtype: torch.dtype) -> None:
+    def __init__(self, caches: Mapping[ImageRoot | None, Sequence[FeatureCache]], dtype: torch.dtype) -> None:
         self._caches = caches
         self._dtype = dtype
         encoder = next(iter(caches.values()))[0].manifest.encoder
@@ -64,7 +64,7 @@ class FeatureSource:
         """Returns zeros [1, P, D] for a dummy sequence, whose output enters no loss."""
         return torch.zeros(1, *self._shape, dtype=self._dtype)
 
-    def _locate(self, ref: ImageRef, image_root: Location | None, where: str) -> tuple[FeatureCache, int]:
+    def _locate(self, ref: ImageRef, image_root: ImageRoot | None, where: str) -> tuple[FeatureCache, int]:
         caches = self._caches.get(image_root, ())
         content = None if ref.data is None else hashlib.sha256(ref.data).hexdigest()
         for cache in caches:
@@ -116,7 +116,7 @@ def open_feature_source(config: TrainConfig) -> FeatureSource | None:
     if ImageSpec.load(model) is None:
         raise ConfigError(f"data.features: {model} is a student without a vision tower; leave the key out")
     opened: dict[Location, FeatureCache] = {}
-    caches: dict[Location | None, list[FeatureCache]] = {}
+    caches: dict[ImageRoot | None, list[FeatureCache]] = {}
     for root, outputs in config.data.feature_caches:
         for output in outputs:
             if output not in opened:

@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from common.data.images import AspectRatio, ImageSpec, check_image, load_image
+from common.data.images import AspectRatio, ImageRoot, ImageSpec, check_image, load_image
 from common.data.samples import ImageRef
 from common.errors import DataError
-from common.storage.files import Location
 
 # Limit of each process that makes batches. Holds 190 images of 336 x 336 pixels, or 6,800 of 56 x 56.
 _MAX_CACHED_BYTES = 256 << 20
@@ -27,7 +26,7 @@ class ImageRequest(NamedTuple):
     """An image of a sample; `where` names the sample in error messages."""
 
     ref: ImageRef
-    image_root: Location | None
+    image_root: ImageRoot | None
     where: str
 
 
@@ -50,7 +49,7 @@ class ImageCache:
         self._processor = processor
         self._spec = spec
         self._aspect_ratio = aspect_ratio
-        self._cached: OrderedDict[tuple[ImageRef, Location | None], Tensor] = OrderedDict()
+        self._cached: OrderedDict[tuple[ImageRef, ImageRoot | None], Tensor] = OrderedDict()
         self._cached_bytes = 0
 
     @property

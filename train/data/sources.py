@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from common.data.chat_encoding import ChatEncoder, EncodedChat
 from common.data.dataset import Dataset
-from common.data.images import AspectRatio
+from common.data.images import AspectRatio, ImageRoot
 from common.data.sample_ids import IdPolicy
 from common.data.samples import Kind, Sample
 from common.errors import ConfigError, ProvenanceError, ShardError
@@ -47,7 +47,7 @@ class Example:
     sample: Sample
     conversations: tuple[EncodedChat, ...]
     scores: tuple[TeacherScores, ...] | None
-    image_root: Location | None = None
+    image_root: ImageRoot | None = None
 
 
 class ExampleSource(Protocol):
@@ -257,7 +257,7 @@ class MixtureSource:
         ConfigError: some sources hold the teacher's best entries and others drawn ones, which one loss cannot fit.
     """
 
-    def __init__(self, sources: Sequence[ExampleSource], image_roots: Sequence[Location | None]) -> None:
+    def __init__(self, sources: Sequence[ExampleSource], image_roots: Sequence[ImageRoot | None]) -> None:
         if len({source.sampled for source in sources}) > 1:
             kinds = ", ".join(
                 f"set {number} {'drawn' if source.sampled else 'best'}" for number, source in enumerate(sources, 1)

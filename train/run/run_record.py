@@ -52,6 +52,7 @@ _RECORDED: dict[str, Callable[[Any, Any], bool]] = {
     "config.optim.micro_batch_size": lambda _before, _now: True,
     "config.data.max_tokens": _may_grow,
     "config.data.image_root": lambda _before, _now: True,
+    "config.data.follow_symlinks": lambda _before, _now: True,
     "config.data.mix": lambda before, now: _without_image_roots(before) == _without_image_roots(now),
 }
 

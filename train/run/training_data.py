@@ -48,7 +48,7 @@ def open_data_splits(
     """
     data, optim = config.data, config.optim
     sources = [open_source(member, config.loss.sample_kind, encoder, data) for member in data.sets]
-    source = MixtureSource(sources, [member.image_root for member in data.sets]) if data.mix else sources[0]
+    source = MixtureSource(sources, data.images_below[:-1]) if data.mix else sources[0]
     sample_sets, held_out = _hold_out_validation(data, sources, find_skipped(source))
     sampler = GlobalBatchSampler(
         sample_sets,
@@ -112,7 +112,7 @@ def build_collator(config: TrainConfig, encoder: ChatEncoder, features: FeatureS
     return Collator(
         StudentInputs(images, encoder.image_token_id, encoder.tokenizer.pad_token_id or 0),
         kind=config.loss.sample_kind,
-        image_root=data.image_root,
+        image_root=data.images_below[-1],
         max_tokens=data.max_tokens,
         packed=data.batching == "packed",
     )

@@ -34,6 +34,7 @@ def test_a_fault_found_while_training_stops_all_ranks_and_names_the_file(
             "image_root": str(dataset.parent),
             "num_workers": num_workers,
             "shuffle_window": 1,
+            "preflight": False,
         },
         loss={"distillation": 1.0},
         optim={"global_batch_size": 4, "micro_batch_size": 2, "max_steps": 12},

@@ -201,7 +201,7 @@ def test_shards_with_different_image_tokens_are_not_joined_in_one(output: Path, 
         merge_outputs([output], tmp_path / "merged", 10, progress=False)
 
 
-@pytest.mark.parametrize(("name", "message"), [("out", "is one of the outputs"), ("full", "holds 1 files")])
+@pytest.mark.parametrize(("name", "message"), [("out", "is one of the outputs"), ("full", "holds notes.txt")])
 def test_a_destination_that_holds_other_things_is_refused(
     output: Path, tmp_path: Path, name: str, message: str
 ) -> None:

@@ -23,8 +23,10 @@ from upath import UPath
 
 from common.data import images
 from common.data.images import (
+    ImageRoot,
     ImageSpec,
     check_image,
+    image_root_of,
     load_image,
     pad_to_square,
     read_image,
@@ -32,7 +34,6 @@ from common.data.images import (
 )
 from common.data.samples import ImageRef
 from common.errors import DataError, ModelError
-from common.storage.files import Location
 
 MEAN = (122, 116, 104)
 
@@ -47,7 +48,7 @@ def load_pixels(data: bytes) -> np.ndarray:
     return np.asarray(load_image(ImageRef(None, data), None, "keep", MEAN, "here"))
 
 
-def error_message(ref: ImageRef, root: Location | None = None) -> str:
+def error_message(ref: ImageRef, root: ImageRoot | None = None) -> str:
     with pytest.raises(DataError) as caught:
         load_image(ref, root, "pad", MEAN, "sample 'x'")
     assert str(caught.value).startswith("sample 'x': ")
@@ -229,6 +230,14 @@ def test_no_path_leaves_the_image_root(tmp_path: Path) -> None:
         message = error_message(ImageRef(path), root)
         assert f"{path} is a symbolic link, or lies behind one, to {beside}/" in message
         assert f"outside image_root {root}" in message
+        assert "set follow_symlinks = true" in message
+    # Links may be followed; a path may not lead out by itself.
+    followed = image_root_of(root, True)
+    for path in ("link.png", "folder/x.png", f"{root}/link.png"):
+        assert read_image(ImageRef(path), followed, "here").data == secret.read_bytes()
+        check_image(ImageRef(path), followed, "pad", "here")
+    for path in ("../images-private/x.png", str(secret), "folder/../../images-private/x.png", "a\0b"):
+        assert "lies outside image_root" in error_message(ImageRef(path), followed)
 
 
 def test_a_reference_that_names_no_file_is_refused(tmp_path: Path) -> None:
