@@ -79,7 +79,7 @@ def split_by_label(
     if _is_uniform(counts_R):
         values_N = values_N.reshape(len(counts_R), -1)[order_R].reshape(-1)
     else:
-        values_N = values_N[_row_indices(counts_R, order_R)]
+        values_N = values_N[row_indices(counts_R, order_R)]
     return np.split(values_N, np.cumsum(_entries_per_label(counts_R, labels_R, num_labels))[:-1])
 
 
@@ -105,7 +105,7 @@ def join_buckets(
     if _is_uniform(counts_R):
         joined_N.reshape(len(counts_R), -1)[order_R] = codes_N.reshape(len(counts_R), -1)
     else:
-        joined_N[_row_indices(counts_R, order_R)] = codes_N
+        joined_N[row_indices(counts_R, order_R)] = codes_N
     return joined_N
 
 
@@ -121,8 +121,8 @@ def _quarter_indices(widths_R4: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return _range_indices(starts_4R.reshape(-1), widths_R4.T.reshape(-1))
 
 
-def _row_indices(counts_R: npt.NDArray[np.int32], order_R: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-    """Returns the indices of the values of the rows, taken in the order `order_R`, [N]."""
+def row_indices(counts_R: npt.NDArray[np.int32], order_R: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+    """Returns the indices of the values of the rows `order_R`, in their order, [N]."""
     starts_R = np.cumsum(counts_R, dtype=np.int64) - counts_R
     return _range_indices(starts_R[order_R], counts_R[order_R])
 

@@ -14,7 +14,8 @@ Legend: R scored tokens, N kept entries of all rows, K kept entries of the longe
 the index after the last entry of each conversation.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from common.shards.byte_streams import (
     pack_bits,
     quarter_widths,
     rest_mass_buckets,
+    row_indices,
     split_by_label,
     split_quarters,
 )
@@ -71,6 +73,9 @@ _MAX_H = 63
 
 # Conversations are coded in batches of about this many entries: few NumPy calls, and arrays that fit into the cache.
 _MAX_BATCH_ENTRIES = 1 << 17
+
+# A rectangle may have so many times as many slots as entries.
+_MAX_PADDING = 4
 
 
 @dataclass(frozen=True)
@@ -187,10 +192,7 @@ def _pack_batch(
     keys_N = order.ranks.reshape(-1).take(cells_N, mode="clip").astype(_key_type(precision))
     keys_N <<= 8 * num_bytes
     keys_N |= np.concatenate([_quantize(each, quantizer) for each in scores])
-    keys_RK = _to_rectangle(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
-    keys_RK.sort(axis=1)
-    ranks_RK = (keys_RK >> 8 * num_bytes).astype(np.int32)
-    steps_N = _from_rectangle(np.diff(ranks_RK, axis=1, prepend=np.int32(-1)), counts_R) - 1
+    keys_N, steps_N = _in_bands(functools.partial(_sort_ranks, num_value_bits=8 * num_bytes), counts_R, keys_N)
     assert steps_N.min(initial=0) >= 0, "a row keeps an id twice"
 
     escaped = np.flatnonzero(steps_N >= _NUM_LITERALS)
@@ -209,7 +211,7 @@ def _pack_batch(
         (excess.astype(np.uint8), np.diff(escaped_ends)),
         (h[high].astype("<u2").view(np.uint8), 2 * np.diff(high_ends)),
     ]
-    values, value_ends = _from_rectangle(keys_RK, counts_R), ends
+    values, value_ends = keys_N, ends
     if precision is None:
         # Most ids are drawn once, so a bit for each costs less than two bytes.
         draws_N = values & ((1 << 8 * num_bytes) - 1)
@@ -237,7 +239,7 @@ def _unpack_batch(
 ) -> KeptEntries:
     """Returns the entries of all rows, in a row by descending log-prob, ties by ascending id."""
     counts_R, rest_R, tables_R = rows
-    order, quantizer = settings.order, settings.quantizer
+    quantizer = settings.quantizer
     precision = quantizer.precision
     symbols_N = join_quarters([columns[name] for name in _SYMBOL_COLUMNS], counts_R, where)
     low, high, *planes = (columns[name] for name in column_names(precision)[NUM_QUARTERS:])
@@ -261,6 +263,39 @@ def _unpack_batch(
     steps_N = np.add(symbols_N, 1, dtype=np.int32)
     # Limited, because a damaged h may be larger than that of any difference.
     steps_N[escaped] = _NUM_LITERALS + (np.minimum(h, MAX_VOCAB_SIZE >> 8) << 8) + low + 1
+    keys_N = _sort_keys(planes, quantizer, where)
+
+    decode = functools.partial(_decode_rows, settings=settings, where=where)
+    ids_N, logprobs_N, *others = _in_bands(decode, counts_R, rest_R, tables_R, steps_N, keys_N)
+    draws_N = others[0] if precision is None else None
+    codes_N = others[0] if settings.keep_codes and quantizer.levels is not None else None
+    return KeptEntries(ids_N, logprobs_N, draws_N, codes_N)
+
+
+def _sort_ranks(
+    counts_R: npt.NDArray[np.int32], keys_N: npt.NDArray[np.unsignedinteger], *, num_value_bits: int
+) -> tuple[npt.NDArray[Any], ...]:
+    """Returns the keys of rows in ascending order, and how many ranks each skips; ranks are above the value's bits."""
+    keys_RK = _to_rectangle(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
+    keys_RK.sort(axis=1)
+    ranks_RK = (keys_RK >> num_value_bits).astype(np.int32)
+    steps_N = _from_rectangle(np.diff(ranks_RK, axis=1, prepend=np.int32(-1)), counts_R) - 1
+    return _from_rectangle(keys_RK, counts_R), steps_N
+
+
+def _decode_rows(  # noqa: PLR0913 - the columns of rows, and what is common to all
+    counts_R: npt.NDArray[np.int32],
+    rest_R: npt.NDArray[np.float32],
+    tables_R: npt.NDArray[np.uint8],
+    steps_N: npt.NDArray[np.int32],
+    keys_N: npt.NDArray[np.unsignedinteger],
+    *,
+    settings: CodecSettings,
+    where: str,
+) -> tuple[npt.NDArray[Any], ...]:
+    """Returns ids and log-probs of rows, and their draws or codes if there are any, in the order of `TeacherScores`."""
+    order, quantizer = settings.order, settings.quantizer
+    precision = quantizer.precision
     # In 64 bits, so that even damaged differences do not overflow.
     ranks_RK = np.cumsum(_to_rectangle(steps_N, counts_R, 0), axis=1, dtype=np.int64)
     starts_R = order.starts[tables_R]
@@ -269,7 +304,6 @@ def _unpack_batch(
         raise ShardError(f"{where}: names an id past the last one of its row's table; the shard is damaged")
     ranks_RK += starts_R[:, None] - 1
 
-    keys_N = _sort_keys(planes, quantizer, where)
     keys_N <<= _ID_BITS
     keys_RK = _to_rectangle(keys_N, counts_R, np.iinfo(keys_N.dtype).max)
     keys_RK |= order.ids.take(ranks_RK, mode="clip").astype(keys_N.dtype)
@@ -279,11 +313,11 @@ def _unpack_batch(
     ids_N = (keys_N & ((1 << _ID_BITS) - 1)).astype(np.uint32, copy=False).view(np.int32)
     keys_N >>= _ID_BITS
     if precision in ("fp32", "fp16"):
-        return KeptEntries(ids_N, from_descending_keys(keys_N.astype(np.uint32)), None, None)
+        return ids_N, from_descending_keys(keys_N.astype(np.uint32))
     if quantizer.levels is None:
         assert quantizer.num_draws is not None
         draws_N = quantizer.num_draws - keys_N.astype(np.int32)
-        return KeptEntries(ids_N, empirical_logprobs(draws_N, quantizer.num_draws), draws_N, None)
+        return ids_N, empirical_logprobs(draws_N, quantizer.num_draws), draws_N
     codes_RK = _to_rectangle(np.subtract(quantizer.levels, keys_N, dtype=np.intp), counts_R, 0)
     # Weights and their sums are integers below 2^24, so float32 is exact. The fill of a short row weighs 1 each.
     sums_R = np.einsum("rk->r", _WEIGHTS.take(codes_RK, mode="clip")).astype(np.float64)
@@ -292,8 +326,10 @@ def _unpack_batch(
     scale_R = np.log(mass_R) - np.log(np.maximum(sums_R, 1))
     logprobs_RK = _LOG_WEIGHTS.take(codes_RK, mode="clip")
     logprobs_RK += scale_R.astype(np.float32)[:, None]
-    codes_N = _from_rectangle(codes_RK, counts_R).astype(np.uint8) if settings.keep_codes else None
-    return KeptEntries(ids_N, _from_rectangle(logprobs_RK, counts_R), None, codes_N)
+    logprobs_N = _from_rectangle(logprobs_RK, counts_R)
+    if settings.keep_codes:
+        return ids_N, logprobs_N, _from_rectangle(codes_RK, counts_R).astype(np.uint8)
+    return ids_N, logprobs_N
 
 
 def _sort_keys(
@@ -358,6 +394,39 @@ def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         total += size
     if sizes:
         yield start, len(sizes)
+
+
+def _in_bands(
+    function: Callable[..., tuple[npt.NDArray[Any], ...]], counts_R: npt.NDArray[np.int32], *arrays: npt.NDArray[Any]
+) -> list[npt.NDArray[Any]]:
+    """Applies a function of independent rows to bands of rows of about the same length.
+
+    A rectangle of all rows would take memory for as many entries as if all were as long as the longest.
+
+    Args:
+        function: takes `counts_R` and `arrays` of some rows, and gives arrays [N].
+        counts_R: the number of entries of each row.
+        arrays: [N], or [R] if they have that length and N is another.
+
+    Returns:
+        The arrays that the function gives, for all rows.
+    """
+    num_entries, num_rows = int(counts_R.sum()), len(counts_R)
+    padded = int(counts_R.max(initial=0)) * num_rows
+    if padded <= max(_MAX_PADDING * num_entries, _MAX_BATCH_ENTRIES):
+        return list(function(counts_R, *arrays))
+    results: list[npt.NDArray[Any]] = []
+    # Rows of a band are at most twice as long as others.
+    bands_R = np.frexp(counts_R)[1]
+    for band in np.unique(bands_R):
+        rows = np.flatnonzero(bands_R == band)
+        entries = row_indices(counts_R, rows)
+        parts = [array[entries if len(array) == num_entries else rows] for array in arrays]
+        for number, found in enumerate(function(counts_R[rows], *parts)):
+            if number == len(results):
+                results.append(np.empty(num_entries, found.dtype))
+            results[number][entries] = found
+    return results
 
 
 def _to_rectangle(values_N: npt.NDArray[Any], counts_R: npt.NDArray[np.int32], fill: int) -> npt.NDArray[Any]:

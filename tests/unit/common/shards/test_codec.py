@@ -1,5 +1,6 @@
 """Kept entries through the codec and back, for anything that a capture may keep."""
 
+import tracemalloc
 from unittest.mock import patch
 
 import numpy as np
@@ -324,3 +325,48 @@ def test_codes_are_written_again_as_they_are(case: tuple[list[TeacherScores], in
     for a, b in zip(before, after, strict=True):
         for name in ("ids", "logprobs", "codes"):
             assert getattr(a, name).tobytes() == getattr(b, name).tobytes()
+
+
+@settings(max_examples=25, deadline=None)
+@given(conversations(max_vocab=400), st.sampled_from(PRECISIONS))
+def test_rows_in_bands_of_their_lengths_have_the_same_bytes(
+    drawn: tuple[list[TeacherScores], int], form: StoredPrecision
+) -> None:
+    scores, vocab_size = drawn
+    classes, tables = find_classes(scores, vocab_size)
+    codec = CodecSettings(TokenOrder(classes), Quantizer(form, TOP_K, None))
+    whole = pack(scores, tables, codec)
+    with patch("common.shards.codec._MAX_PADDING", 0), patch("common.shards.codec._MAX_BATCH_ENTRIES", 1):
+        banded = pack(scores, tables, codec)
+        found = store_and_read(scores, vocab_size, form)
+    for name, column in whole.items():
+        np.testing.assert_array_equal(banded[name].data, column.data)
+        np.testing.assert_array_equal(banded[name].offsets, column.offsets)
+    for before, after in zip(store_and_read(scores, vocab_size, form), found, strict=True):
+        for name in ("counts", "ids", "logprobs"):
+            np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "q8", None])
+def test_one_long_row_takes_no_memory_for_all_rows(precision: StoredPrecision) -> None:
+    """A rectangle of 2,000 rows of 4 entries beside one of 150,000 would take gigabytes."""
+    rng = np.random.default_rng(0)
+    vocab_size, counts_R = 160_000, np.full(2001, 4, np.int32)
+    counts_R[1000] = 150_000
+    rows_N = np.repeat(np.arange(2001), counts_R)
+    ids_N = np.concatenate([rng.choice(vocab_size, count, replace=False) for count in counts_R]).astype(np.int32)
+    probs_N = rng.random(len(ids_N)) / counts_R[rows_N]
+    order = np.lexsort((ids_N, np.zeros(len(ids_N)) if precision is None else -probs_N, rows_N))
+    draws_N = np.ones(len(ids_N), np.int32) if precision is None else None
+    logprobs_N = np.log(probs_N[order]).astype(np.float32)
+    rest_R = np.full(2001, 0.0 if precision is None else 0.5, np.float32)
+    scores = TeacherScores(np.zeros(2001, np.float32), rest_R, counts_R, ids_N[order], logprobs_N, draws_N)
+    tracemalloc.start()
+    (found,) = store_and_read([scores], vocab_size, precision, 4 if precision is None else None)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 100 << 20
+    if precision != "q8":
+        np.testing.assert_array_equal(found.ids, scores.ids)
+    if precision == "fp32":
+        np.testing.assert_array_equal(found.logprobs, scores.logprobs)
