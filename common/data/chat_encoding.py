@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from common.data.chat_template import ChatTemplate, Span
+from common.data.chat_template import ChatTemplate, Span, TemplateRefusalError
 from common.data.samples import IMAGE_MARKER, Sample, Turn
 from common.errors import ConfigError, DataError, ModelError
 
@@ -31,7 +31,7 @@ IntArray = npt.NDArray[np.integer]
 
 _log = logging.getLogger(__name__)
 
-_IRRELEVANT_STATE = ("version", "truncation", "padding", "post_processor")
+_IRRELEVANT_STATE = ("version", "truncation", "padding", "post_processor", "decoder")
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,16 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     """Returns the SHA-256 (hex) of what a fast tokenizer makes ids with, whatever files it was loaded from.
 
     Truncation and padding are left out, because a call sets them, and so is what adds special tokens around a text,
-    because the chat template writes all tokens.
+    because the chat template writes all tokens. The decoder makes texts of ids. Which tokens are called special matters
+    only if these are split into pieces.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     relevant = {key: value for key, value in state.items() if key not in _IRRELEVANT_STATE}
+    if getattr(tokenizer, "split_special_tokens", False):
+        relevant["split_special_tokens"] = True
+    else:
+        for token in relevant["added_tokens"]:
+            del token["special"]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -187,38 +193,37 @@ class ChatEncoder:
         Raises:
             DataError: this conversation cannot be encoded or scored.
         """
-        if num_images and self.image_token_id is None:
-            raise DataError(f"{where}: has {num_images} image(s), but the tokenizer has no {IMAGE_MARKER} token")
-        text, responses = self.template.find_responses(turns, where)
+        self._check_image_token(num_images, where)
+        scores_all = self.score == "all" and not last_only
+        positions = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
+        if positions and not positions[0] and turns[0].scored:
+            raise DataError(f"{where}: begins with an assistant turn, which answers nothing; remove that turn")
+        if positions and not any(turns[position].scored for position in positions):
+            raise DataError(f"{where}: there is nothing to score: every assistant turn is flagged as not scored")
+        if last_only or self.score == "last":
+            positions = positions[-1:]
+        # The tokens of "all" are known without a look at the turns, but for those of turns that are left out.
+        wanted = [position for position in positions if turns[position].scored != scores_all]
+        text, responses = self.template.find_responses(turns, where, wanted)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.asarray(encoded["input_ids"], np.int32)
-        num_placeholders = 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())
-        if num_placeholders != num_images:
-            raise DataError(
-                f"{where}: {num_images} image(s), but its text holds {num_placeholders} image token(s) after "
-                "tokenization; the chat template drops or repeats some, or the text spells the token"
-            )
+        self._check_placeholders(ids, num_images, where)
         offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        is_scored = [turn.scored for turn in turns if turn.role == "assistant"]
-        if last_only or self.score == "last":
-            responses, is_scored = responses[-1:], is_scored[-1:]
-        elif self.score == "response":
-            self._say_what_is_left_out(responses)
-        if self.score == "all" and not last_only and (None, False) in zip(responses, is_scored, strict=True):
+        if scores_all and None in responses:
             raise DataError(
                 f"{where}: the chat template rewrites an assistant turn that is flagged as not scored, so its tokens "
                 'cannot be left out; use score = "response"'
             )
-        found = [(span, on) for span, on in zip(responses, is_scored, strict=True) if span is not None]
-        token_spans = self._token_spans(text, ids, offsets, [span for span, _ in found])
-        spans = [span for span, (_, on) in zip(token_spans, found, strict=True) if on]
-        if self.score == "all" and not last_only:
-            unscored = [span for span, (_, on) in zip(token_spans, found, strict=True) if not on]
-            spans = self._spans_without_images(ids, unscored)
+        if self.score == "response" and not last_only:
+            self._say_what_is_left_out(responses)
+        spans = self._token_spans(text, ids, offsets, [span for span in responses if span is not None])
+        if scores_all:
+            spans = self._spans_without_images(ids, spans)
         # The first token is never scored, because no position predicts it.
         spans = [(max(start, 1), stop) for start, stop in spans if stop > max(start, 1)]
         if not spans:
-            raise DataError(
+            # If it is so with every sample, the template is wrong and not the data.
+            raise (TemplateRefusalError if responses and not any(responses) else DataError)(
                 f"{where}: there is nothing to score: no assistant turn, or only ones that are empty, flagged as not "
                 "scored, or rewritten by the chat template; remove the sample"
             )
@@ -226,10 +231,32 @@ class ChatEncoder:
             raise DataError(f"{where}: an assistant turn holds an {IMAGE_MARKER}; images belong to user turns")
         return EncodedChat(ids, np.asarray(spans, np.int32).reshape(-1, 2), self.image_token_id)
 
-    def encode_prompt(self, turns: Sequence[Turn]) -> npt.NDArray[np.int32]:
-        """Returns the token ids of `turns` and of the generation prompt after them, int32 [T]."""
-        text = self.template.render(turns, "prompt", generation_prompt=True)
-        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    def encode_prompt(
+        self, turns: Sequence[Turn], num_images: int | None = None, where: str = "prompt"
+    ) -> npt.NDArray[np.int32]:
+        """Returns the token ids of `turns` and of the generation prompt after them, int32 [T].
+
+        Raises:
+            DataError: the template cannot render them, or writes another number of images than `num_images`.
+        """
+        text = self.template.render(turns, where, generation_prompt=True)
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        if num_images is not None:
+            self._check_image_token(num_images, where)
+            self._check_placeholders(ids, num_images, where)
+        return ids
+
+    def _check_image_token(self, num_images: int, where: str) -> None:
+        if num_images and self.image_token_id is None:
+            raise DataError(f"{where}: has {num_images} image(s), but the tokenizer has no {IMAGE_MARKER} token")
+
+    def _check_placeholders(self, ids: npt.NDArray[np.int32], num_images: int, where: str) -> None:
+        num_placeholders = 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())
+        if num_placeholders != num_images:
+            raise TemplateRefusalError(
+                f"{where}: {num_images} image(s), but its text holds {num_placeholders} image token(s) after "
+                "tokenization; the chat template drops or repeats some, or the text spells the token"
+            )
 
     def _say_what_is_left_out(self, responses: Sequence[Span | None]) -> None:
         if None in responses and not self._left_out_was_said:
@@ -285,6 +312,8 @@ def _read_template_file(path: Path) -> str:
         return path.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: the chat template cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the chat template is not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _read_model_template(model_dir: Path, tokenizer: Any) -> str:

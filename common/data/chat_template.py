@@ -9,6 +9,7 @@ itself, with transformers' `{% generation %}`, is taken at its word.
 
 import datetime
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MAX_WHOLE_RENDERINGS = 8
 
 _ANSWER = "probe answer"
+
+_marks_lock = threading.Lock()
 
 
 class TemplateRefusalError(DataError):
@@ -58,30 +61,35 @@ class ChatTemplate:
         """Returns the text of a conversation. Raises TemplateRefusalError."""
         return self._apply(self._to_messages(turns), where, generation_prompt)
 
-    def find_responses(self, turns: Sequence[Turn], where: str) -> tuple[str, list[Span | None]]:
-        """Returns the text of a conversation, and the character range of each assistant turn's response.
+    def find_responses(
+        self, turns: Sequence[Turn], where: str, positions: Sequence[int] | None = None
+    ) -> tuple[str, list[Span | None]]:
+        """Returns the text of a conversation, and the character range of the response at each of `positions`.
 
-        A turn that the template rewrites when later ones are added has None.
+        These are positions of assistant turns, ascending; None stands for all. A turn that the template rewrites when
+        later ones are added has None.
 
         Raises:
             TemplateRefusalError: the template cannot render the conversation.
-            DataError: the conversation begins with an assistant turn.
         """
         messages = self._to_messages(turns)
-        positions = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
-        if positions and not positions[0]:
-            raise DataError(f"{where}: begins with an assistant turn, which answers nothing; remove that turn")
+        responses = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
+        wanted = responses if positions is None else list(positions)
         if self._marks_responses:
-            return self._read_marks(messages, len(positions), where)
+            text, marked = self._read_marks(messages, len(responses), where)
+            spans = dict(zip(responses, marked, strict=True))
+            return text, [spans[position] for position in wanted]
         text = self._apply(messages, where)
-        if len(positions) > _MAX_WHOLE_RENDERINGS:
-            spans = self._find_in_rounds(messages, positions, text, where)
-            if spans is not None:
-                return text, list(spans)
-        return text, [self._find_response(messages, position, text, where) for position in positions]
+        if len(wanted) > _MAX_WHOLE_RENDERINGS and responses[0] > 0:
+            found = self._find_in_rounds(messages, responses, text, where)
+            if found is not None:
+                spans = dict(zip(responses, found, strict=True))
+                return text, [spans[position] for position in wanted]
+        return text, [self._find_response(messages, position, text, where) for position in wanted]
 
     def _find_response(self, messages: list[Message], position: int, text: str, where: str) -> Span | None:
-        before = self._apply(messages[:position], where, generation_prompt=True)
+        # Templates cannot render a conversation without a turn.
+        before = self._apply(messages[:position], where, generation_prompt=True) if position else ""
         through = self._apply(messages[: position + 1], where)
         survives = text.startswith(through) and through.startswith(before)
         return (len(before), len(through)) if survives else None
@@ -114,16 +122,34 @@ class ChatTemplate:
         return spans if is_whole and spans[-1] == self._find_response(messages, positions[-1], text, where) else None
 
     def _read_marks(self, messages: list[Message], num_responses: int, where: str) -> tuple[str, list[Span | None]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        """Returns the text of the conversation, and the ranges that the template marks as responses.
 
+        transformers' own function counts what was written before a mark anew at each of them, which takes long where
+        there are thousands, and is wrong in a macro, whose text is written when the macro ends.
+        """
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        variables = {"tools": None, "documents": None, **self._tokenizer.special_tokens_map, **self._variables()}
+        pieces: list[str] = []
+        marks: list[Span] = []
+        spans: list[Span | None] = []
+        place = 0
         try:
-            (text,), (spans,) = render_jinja_template(
-                [messages],
-                chat_template=self._text,
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
-                **self._variables(),
-            )
+            template = _compile_jinja_template(self._text)
+            # The compiled template is one for the process, and holds the marks of one rendering.
+            with _marks_lock, template.environment.activate_tracker([], marks):
+                for piece in template.generate(messages=messages, add_generation_prompt=False, **variables):
+                    for start, stop in marks[len(spans) :]:
+                        if stop - start != len(piece) or len(marks) > len(spans) + 1:
+                            raise TemplateRefusalError(
+                                f"{where}: the chat template marks responses inside a macro, a block or another mark, "
+                                "where their place is not known; write {% generation %} outside of these"
+                            )
+                        spans.append((place, place + len(piece)))
+                    pieces.append(piece)
+                    place += len(piece)
+        except TemplateRefusalError:
+            raise
         except Exception as error:
             raise _refusal(error, where) from error
         if len(spans) != num_responses:
@@ -131,7 +157,7 @@ class ChatTemplate:
                 f"{where}: the chat template marks {len(spans)} responses of {num_responses} assistant turns; expected "
                 "one mark ({% generation %}) for each"
             )
-        return str(text), [(int(start), int(stop)) for start, stop in spans]
+        return "".join(pieces), spans
 
     def _apply(self, messages: list[Message], where: str, generation_prompt: bool = False) -> str:
         try:
@@ -183,14 +209,19 @@ class ChatTemplate:
         return "probe" in rendered and "'text'" not in rendered
 
     def _probe(self) -> tuple[bool, bool]:
-        """Returns if something follows a response, and if there is a generation prompt; True where a trial fails."""
+        """Returns if the response ends with something, and if all before it is written as a prompt for it.
+
+        Both are True where a trial fails. What stands after a response's mark does not count: it is not scored.
+        """
         question, answer = Turn("user", "probe question"), Turn("assistant", _ANSWER)
         try:
             plain, prompt = (self.render([question], "a trial", generation_prompt=on) for on in (False, True))
-            whole = self.render([question, answer], "a trial")
+            whole, (span,) = self.find_responses([question, answer], "a trial")
         except TemplateRefusalError:
             return True, True
-        return bool(whole.rpartition(_ANSWER)[2].strip()), plain != prompt
+        response = whole if span is None else whole[span[0] : span[1]]
+        begins_with_role = whole.startswith(plain) and bool(whole[len(plain) :].partition(_ANSWER)[0].strip())
+        return bool(response.rpartition(_ANSWER)[2].strip()), plain != prompt or not begins_with_role
 
 
 def describe_template(ends_turns: bool, has_generation_prompt: bool) -> list[str]:
@@ -198,8 +229,8 @@ def describe_template(ends_turns: bool, has_generation_prompt: bool) -> list[str
     lines = []
     if not ends_turns:
         lines.append(
-            "the chat template writes nothing after a response, so a student does not learn to stop; give one that "
-            "writes the end-of-turn token (chat_template = FILE)"
+            "the chat template writes nothing after a response, or does not mark it, so a student does not learn to "
+            "stop; give one that writes the end-of-turn token (chat_template = FILE)"
         )
     if not has_generation_prompt:
         lines.append(

@@ -95,7 +95,8 @@ class CaptureInputs:
 
     def _encode_prompt(self, sample: Sample) -> tuple[EncodedChat, ...]:
         """Returns the prompt that the teacher is to answer, without a scored token."""
-        ids = self.encoder.encode_prompt(without_last_response(sample.conversations[0]))
+        turns = without_last_response(sample.conversations[0])
+        ids = self.encoder.encode_prompt(turns, len(sample.images), f"sample {sample.id!r}")
         return (EncodedChat(ids, np.zeros((0, 2), np.int32), self.encoder.image_token_id),)
 
     def decode_text(self, ids: npt.NDArray[np.int32]) -> str:
@@ -273,7 +274,7 @@ def check_samples(job: CaptureJob, indices: Iterable[int]) -> None:
     """Checks samples, so that a bad one is found before the teacher has worked for hours.
 
     Raises:
-        ConfigError: the chat template refuses all of them.
+        ConfigError: the chat template refuses every sample of the dataset.
         DataError: names the first samples that cannot be used; if on_bad_sample is "skip", only if they and the samples
             that complete shards skip are more than `max_skipped` allows.
     """
@@ -288,7 +289,8 @@ def check_samples(job: CaptureJob, indices: Iterable[int]) -> None:
             num_refused += isinstance(error, TemplateRefusalError)
     if not problems:
         return
-    if num_refused == num_checked:
+    # The samples that a continuation still has to score may be just the few that do not fit the template.
+    if num_refused == num_checked == len(job.dataset):
         raise ConfigError(f"the chat template refuses every sample, such as: {problems[0]}")
     if job.config.on_bad_sample == "skip":
         skipped = [

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from common.data.chat_encoding import EncodedChat
+from common.data.chat_template import TemplateRefusalError
 from common.data.samples import Sample
-from common.errors import DataError, ModelError
+from common.errors import ConfigError, DataError, ModelError
 from precompute.config import GenerateConfig
 from precompute.logits.job import CaptureInputs
 
@@ -151,19 +152,26 @@ def measure_workload(
     """Encodes and checks `num_counted` random samples as a capture would, or all if there are no more.
 
     No image is decoded. A sample that cannot be used is counted as unusable, whatever on_bad_sample says.
+
+    Raises:
+        ConfigError: the chat template refuses each counted sample.
     """
     num_samples = len(inputs.dataset)
     chosen = np.random.default_rng(seed).permutation(num_samples)[:num_counted]
     rows: list[tuple[int, ...]] = []
     reasons: list[str] = []
+    num_refused = 0
     for index in tqdm(np.sort(chosen), desc="counting", unit=" samples", disable=not progress):
         try:
             sample, encoded, _ = inputs.load_encoded(int(index))
         except DataError as error:
             reasons.append(str(error))
+            num_refused += isinstance(error, TemplateRefusalError)
             rows.append((0, 0, 0, 0, 0, 0, 1))
         else:
             rows.append((*_count_sample(inputs, sample, encoded), 0))
+    if num_refused == len(rows):
+        raise ConfigError(f"the chat template refuses every sample, such as: {reasons[0]}")
     columns = np.array(rows, np.int64).T
     return Workload(num_samples, tuple(reasons[:_LISTED_REASONS]), *columns)
 

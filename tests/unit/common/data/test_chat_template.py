@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.data import chat_template
 from common.data.chat_encoding import ChatEncoder, EncodedChat, tokenizer_sha256
@@ -191,11 +193,70 @@ def test_a_date_is_the_one_that_is_given(tokenizer: Any) -> None:
 def test_templates_without_an_end_or_a_beginning_are_known(tokenizer: Any, name: str) -> None:
     template = ChatTemplate(tokenizer, TEMPLATES[name])
     assert template.ends_turns == (name not in ("llava 1.5", "plain", "end of turn but the last"))
-    no_prompt = ("no generation prompt", "plain", "plain with eos")
-    assert template.has_generation_prompt == (name not in no_prompt)
+    # The plain ones write nothing before a response that could be scored with it.
+    assert template.has_generation_prompt == (name != "no generation prompt")
     found = describe_template(template.ends_turns, template.has_generation_prompt)
     assert any("does not learn to stop" in line for line in found) != template.ends_turns
     assert any("learns to write that too" in line for line in found) != template.has_generation_prompt
+
+
+def test_what_a_template_does_not_mark_ends_no_turn(tokenizer: Any) -> None:
+    marks = TEMPLATES["generation marks"]
+    unmarked = marks.replace(" + '<|im_end|>' }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|im_end|>' }}")
+    encoder = ChatEncoder(tokenizer, "response", unmarked)
+    assert scored_texts(encoder, encoder.encode(TURNS[:2], 1, "here")) == ["Red."]
+    assert (encoder.template.ends_turns, ChatTemplate(tokenizer, marks).ends_turns) == (False, True)
+
+
+def test_marks_are_those_of_transformers_and_refused_where_transformers_misplaces_them(tokenizer: Any) -> None:
+    marks = TEMPLATES["generation marks"]
+    turns = [
+        Turn("user", "a"),
+        Turn("assistant", END),
+        Turn("assistant", ""),
+        Turn("user", "b"),
+        Turn("assistant", "c"),
+    ]
+    text, spans = ChatTemplate(tokenizer, marks).find_responses(turns, "here")
+    (truth,), (truth_spans,) = render_jinja_template(
+        [[{"role": turn.role, "content": turn.content} for turn in turns]],
+        chat_template=marks,
+        return_assistant_tokens_mask=True,
+    )
+    assert (text, spans) == (truth, truth_spans)
+    start, stop = "{% for m in messages %}", "{% endfor %}"
+    body = marks.partition(start)[2].partition(stop)[0]
+    macro = f"{{% macro say(m) %}}{body}{{% endmacro %}}{start}{{{{ say(m) }}}}{stop}"
+    with pytest.raises(DataError, match="here: the chat template marks responses inside a macro"):
+        ChatTemplate(tokenizer, macro).find_responses(turns, "here")
+
+
+def test_flags_decide_also_where_a_conversation_begins_with_an_answer(tokenizer: Any) -> None:
+    turns = (Turn("assistant", "Hello", scored=False), Turn("user", "Hi"), Turn("assistant", "Yes."))
+    for score in ("response", "last", "all"):
+        encoder = ChatEncoder(tokenizer, score, CHATML_TURNS)
+        found = scored_texts(encoder, encoder.encode(turns, 0, "here"))
+        assert not any("Hello" in text for text in found)
+        assert found[-1].startswith("Yes." if score != "all" else "\n<|im_start|>user")
+        unscored = (turns[0], turns[1], Turn("assistant", "Yes.", scored=False))
+        with pytest.raises(DataError, match="here: there is nothing to score: every assistant turn is flagged"):
+            encoder.encode(unscored, 0, "here")
+
+
+def test_a_prompt_has_its_images_and_errors_its_sample(tokenizer: Any) -> None:
+    encoder = ChatEncoder(tokenizer, "response", CHATML_TURNS.replace("m.content", "m.content.replace('<image>','')"))
+    assert len(encoder.encode_prompt(TURNS[:1]))
+    with pytest.raises(DataError, match=r"here: 1 image.*0 image token.*the chat template drops or repeats some"):
+        encoder.encode_prompt(TURNS[:1], 1, "here")
+    with pytest.raises(DataError, match="here: the chat template refuses this conversation"):
+        ChatEncoder(tokenizer, "response", "{{ raise_exception('no') }}").encode_prompt(TURNS[:1], 1, "here")
+
+
+def test_a_template_in_another_encoding_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_bytes("é".encode("utf-16"))
+    with pytest.raises(ConfigError, match="the chat template is not UTF-8"):
+        ChatEncoder.load(model_dir, path)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +334,11 @@ def test_long_conversations_have_the_same_responses_as_by_whole_renderings(
     assert find(0) == find(1000)
 
 
-def test_thousands_of_turns_take_time_in_proportion(tokenizer: Any) -> None:
-    encoder = ChatEncoder(tokenizer, "response", TEMPLATES["chatml"])
+@pytest.mark.parametrize(
+    ("name", "score", "num_spans"), [("chatml", "response", 2000), ("reasoning is removed", "last", 1)]
+)
+def test_thousands_of_turns_take_time_in_proportion(tokenizer: Any, name: str, score: Any, num_spans: int) -> None:
+    encoder = ChatEncoder(tokenizer, score, TEMPLATES[name])
     turns = [Turn("user", "Why?"), Turn("assistant", "So.")] * 2000
     renderings = 0
     apply = tokenizer.apply_chat_template
@@ -288,7 +352,7 @@ def test_thousands_of_turns_take_time_in_proportion(tokenizer: Any) -> None:
         patch.setattr(tokenizer, "apply_chat_template", count, raising=False)
         start = time.process_time()
         encoded = encoder.encode(turns, 0, "here")
-    assert len(encoded.spans) == 2000
+    assert len(encoded.spans) == num_spans
     # Before, 8 million messages were rendered.
     assert renderings < 10 * len(turns)
     assert time.process_time() - start < 5
@@ -307,6 +371,12 @@ def test_the_fingerprint_covers_what_changes_ids(model_dir: Path, tmp_path: Path
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
     assert tokenizer_sha256(used) == digest
+    used.backend_tokenizer.decoder = decoders.Fuse()
+    used.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])
+    assert tokenizer_sha256(used) == digest
+    used.split_special_tokens = True
+    assert tokenizer_sha256(used) != digest
+    used.split_special_tokens = False
     used.add_tokens(["another"])
     assert tokenizer_sha256(used) != digest
 

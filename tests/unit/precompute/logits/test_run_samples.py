@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
-from common.errors import DataError, ModelError, ProvenanceError
+from common.errors import ConfigError, DataError, ModelError, ProvenanceError
 from common.shards.manifest import published_shards
 from precompute.config import PrecomputeConfig
+from precompute.logits.job import check_samples, open_inputs, prepare_job
 from precompute.logits.run import run_capture
+from precompute.planning.workload import measure_workload
 from precompute.verify.logits import verify_logits
 from tests.support.captures import NUM_SAMPLES, no_teacher, score, shard_bytes
 from tests.support.fake_teacher import conversation_records, make_config
-from tests.support.models import tiny_llava
+from tests.support.models import CHAT_TEMPLATE, tiny_llava
 from tests.support.outputs import read_all_rows
 from tests.support.real_weights import write_jsonl
 
@@ -70,6 +72,27 @@ def test_a_bad_sample_is_skipped_by_choice_and_listed(tmp_path: Path, llava_dir:
     assert [row.index for row in read_all_rows(config.output)] == [i for i in range(NUM_SAMPLES) if i != 7]
     assert verify_logits(config.output, config.dataset, progress=False).ok
     assert run_capture(config, progress=False, start_teacher=no_teacher).skipped == summary.skipped
+
+
+@pytest.mark.parametrize("on_bad_sample", ["stop", "skip"])
+def test_a_template_that_refuses_every_sample_is_a_wrong_setting(
+    tmp_path: Path, llava_dir: Path, on_bad_sample: str
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(CHAT_TEMPLATE.replace("message['content']", "message['content'].replace('<image>', '')"))
+    records = [record for record in conversation_records(tmp_path, 6) if record.get("image")]
+    config = make_config(tmp_path, llava_dir, records, chat_template=template, on_bad_sample=on_bad_sample)
+    job = prepare_job(config.model_copy(update={"max_skipped": 1.0}))
+    with pytest.raises(ConfigError, match=r"the chat template refuses every sample, such as: .*drops or repeats some"):
+        check_samples(job, range(len(records)))
+    with pytest.raises(ConfigError, match="the chat template refuses every sample"):
+        measure_workload(open_inputs(config), progress=False)
+    # A continuation may have just one left to score that the template refuses.
+    if on_bad_sample == "skip":
+        check_samples(job, [0])
+    else:
+        with pytest.raises(DataError, match="drops or repeats some"):
+            check_samples(job, [0])
 
 
 def test_all_bad_samples_are_found_at_once(tmp_path: Path, llava_dir: Path) -> None:
