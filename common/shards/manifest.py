@@ -63,8 +63,8 @@ class TeacherIdentity(StrictModel):
 class TokenizerIdentity(StrictModel):
     """Tokenizer and chat template that turned conversations into tokens.
 
-    `template_date` (ISO 8601) is the date that the template showed, null if it shows none. `ends_turns` and
-    `has_generation_prompt` say if the template writes something after a response, and before one.
+    `template_date` (ISO 8601) is the date that the template showed, null if it shows none. `ends_turns` is false if
+    responses end with nothing that is scored, `has_generation_prompt` if they begin with their role.
     """
 
     sha256: str

@@ -355,12 +355,11 @@ def test_one_long_row_takes_no_memory_for_all_rows(precision: StoredPrecision) -
     counts_R[1000] = 150_000
     rows_N = np.repeat(np.arange(2001), counts_R)
     ids_N = np.concatenate([rng.choice(vocab_size, count, replace=False) for count in counts_R]).astype(np.int32)
-    probs_N = rng.random(len(ids_N)) / counts_R[rows_N]
-    order = np.lexsort((ids_N, np.zeros(len(ids_N)) if precision is None else -probs_N, rows_N))
+    logprobs_N = np.log(rng.random(len(ids_N)) / counts_R[rows_N]).astype(np.float32)
+    order = np.lexsort((ids_N, np.zeros(len(ids_N)) if precision is None else -logprobs_N, rows_N))
     draws_N = np.ones(len(ids_N), np.int32) if precision is None else None
-    logprobs_N = np.log(probs_N[order]).astype(np.float32)
     rest_R = np.full(2001, 0.0 if precision is None else 0.5, np.float32)
-    scores = TeacherScores(np.zeros(2001, np.float32), rest_R, counts_R, ids_N[order], logprobs_N, draws_N)
+    scores = TeacherScores(np.zeros(2001, np.float32), rest_R, counts_R, ids_N[order], logprobs_N[order], draws_N)
     tracemalloc.start()
     (found,) = store_and_read([scores], vocab_size, precision, 4 if precision is None else None)
     peak_bytes = tracemalloc.get_traced_memory()[1]
