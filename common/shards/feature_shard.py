@@ -210,8 +210,13 @@ class FeatureFile(ParquetShard):
 
     def __init__(self, path: Location, manifest: FeatureManifest, number: int, check: ShardCheck = "sha256") -> None:
         what = f"feature shard of the form {manifest.form}"
+        self._num_values = manifest.encoder.tokens_per_image * manifest.encoder.num_channels
         super().__init__(path, manifest, number, feature_schema(manifest), what, check)
         self._names = _PACKED_COLUMNS[manifest.form]
+
+    def max_column_bytes(self, num_rows: int) -> int:
+        """Returns the bytes of a float32 for each value of so many images."""
+        return 4 * num_rows * self._num_values
 
     def read_group(self, group: int) -> list[FeatureRow]:
         """Reads the rows of one row group."""

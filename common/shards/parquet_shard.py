@@ -29,6 +29,10 @@ from common.storage.files import Location, file_size, modified_ns, open_ranged, 
 # The lowest level, because the columns' numbers hardly repeat: the few matches that higher levels find cost more bytes.
 ZSTD_LEVEL = 1
 
+# Texts and images have no limit by the manifest: they may have this size, or compress by this factor.
+_MIN_COLUMN_LIMIT_BYTES = 256 << 20
+_MAX_COMPRESSION = 2000
+
 # Prefix of this program's keys in the Parquet footer; `ParquetShard.footer` has them without it.
 _KEY_PREFIX = b"decant."
 
@@ -53,7 +57,8 @@ class ParquetShard:
         check: ShardCheck,
     ) -> None:
         self.path = path
-        check_shard_bytes(path, read_receipt(path.parent, number, manifest), check)
+        receipt = read_receipt(path.parent, number, manifest)
+        check_shard_bytes(path, receipt, check)
         # pyarrow's reader may crash if threads use it at the same time.
         self._lock = threading.Lock()
         with self.shard_errors():
@@ -72,6 +77,29 @@ class ParquetShard:
         if self.footer.get("shard") != str(number):
             raise ShardError(f"{path}: holds shard {self.footer.get('shard')!r}; the file was renamed")
         self.num_rows: int = self._file.metadata.num_rows
+        if self.num_rows != receipt.num_rows:
+            raise _damaged(path, f"has {self.num_rows:,} rows, its receipt says {receipt.num_rows:,}")
+        self._check_sizes()
+
+    def max_column_bytes(self, num_rows: int) -> int:
+        """Returns how many bytes the manifest allows a column of numbers in a row group to have."""
+        raise NotImplementedError
+
+    def _check_sizes(self) -> None:
+        """Raises ShardError if a column would take more memory than is possible, before any is taken."""
+        metadata = self._file.metadata
+        for group in range(metadata.num_row_groups):
+            row_group = metadata.row_group(group)
+            limit = max(_MIN_COLUMN_LIMIT_BYTES, self.max_column_bytes(row_group.num_rows))
+            for number in range(row_group.num_columns):
+                column = row_group.column(number)
+                num_bytes = column.total_uncompressed_size
+                if not 0 <= num_bytes <= max(limit, _MAX_COMPRESSION * column.total_compressed_size):
+                    raise _damaged(
+                        self.path,
+                        f"row group {group}: column {column.path_in_schema} would take {num_bytes:,} bytes, expected "
+                        f"at most {limit:,}",
+                    )
 
     @property
     def num_groups(self) -> int:
@@ -205,7 +233,7 @@ def _shard_errors(path: Location) -> Iterator[None]:
     """Turns any error of pyarrow or numpy over damaged bytes into a ShardError that names the file."""
     try:
         yield
-    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, IndexError) as error:
+    except (OSError, MemoryError, pa.ArrowException, ValueError, TypeError, LookupError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ShardError(
             f"{path}: cannot be read ({reason}); run verify-shards with --repair, then the command that wrote it "

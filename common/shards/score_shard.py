@@ -143,13 +143,14 @@ def write_shard(
 class ShardFile(ParquetShard):
     """Open shard of scores, decoded by row group. `image_token_id` is read from `footer`.
 
-    With `keep_codes` rows have the codes of their log-probs, so that they can be written again without a change.
+    With `keep_codes` rows have the codes of their log-probs, so that they can be written again without a change. With
+    `check_tokens` ids and spans are compared with the vocabulary and the number of tokens.
 
     Raises:
         ShardError: on opening or reading, if the file is damaged or not this shard of the manifest; names the file.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the readers differ in what they need of it
         self,
         path: Location,
         manifest: Manifest,
@@ -157,17 +158,25 @@ class ShardFile(ParquetShard):
         *,
         keep_codes: bool = False,
         check: ShardCheck = "sha256",
+        check_tokens: bool = True,
     ) -> None:
         what = f"{manifest.kind} shard with {manifest.capture.precision or 'drawn'} entries"
+        self._num_values = (manifest.capture.max_tokens + 1) * max(manifest.capture.max_kept, 1)
         super().__init__(path, manifest, number, score_schema(manifest.kind, manifest.capture), what, check)
         self._kind = manifest.kind
         self._capture = manifest.capture
+        self._vocab_size = manifest.tokenizer.vocab_size
+        self._check_tokens = check_tokens
         with self.shard_errors():
             image_token = self.footer.get("image_token_id")
             self.image_token_id = int(image_token) if image_token else None
         text = self.footer.get("token_classes", "")
         order = TokenOrder(classes_from_text(text.encode(), manifest.tokenizer.vocab_size, str(path)))
         self._codec = CodecSettings(order, manifest.capture.quantizer, keep_codes)
+
+    def max_column_bytes(self, num_rows: int) -> int:
+        """Returns the bytes of 8 a token, or of 4 a kept entry, of so many rows."""
+        return 8 * num_rows * self._num_values
 
     def read_sizes(self, group: int) -> npt.NDArray[np.int32]:
         """Reads the numbers of tokens and of images of each row of a group, int32 [rows, 2], without decoding the rows.
@@ -221,7 +230,24 @@ class ShardFile(ParquetShard):
 
     def _to_encoded(self, table: pa.Table, prefix: str) -> list[EncodedChat]:
         ids, spans = (_from_lists(table.column(prefix + name)) for name in ("input_ids", "response_spans"))
+        if self._check_tokens:
+            for row in zip(ids, spans, strict=True):
+                self._check_conversation(*row)
         return [EncodedChat(*row, self.image_token_id) for row in zip(ids, spans, strict=True)]
+
+    def _check_conversation(self, ids_T: npt.NDArray[np.int32], spans: npt.NDArray[np.int32]) -> None:
+        """Raises ShardError if an id is past the vocabulary, or a span past the tokens."""
+        if ids_T.min(initial=0) < 0 or ids_T.max(initial=0) >= self._vocab_size:
+            raise ShardError(
+                f"{self.path}: token ids from {ids_T.min()} to {ids_T.max()}, the tokenizer has {self._vocab_size}; "
+                "the shard is damaged"
+            )
+        edges = spans.reshape(-1)
+        if edges.size and (edges[0] < 1 or edges[-1] > len(ids_T) or (np.diff(edges) < 0).any()):
+            raise ShardError(
+                f"{self.path}: scored ranges {spans[:3].tolist()} leave a sequence of {len(ids_T)} tokens; "
+                "the shard is damaged"
+            )
 
     def _to_conversations(self, table: pa.Table, prefix: str, first_row: int) -> list[ScoredConversation]:
         spans, own, rest, counts, tables = (

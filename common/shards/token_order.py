@@ -93,7 +93,11 @@ def classes_from_text(text: bytes, vocab_size: int, where: str) -> npt.NDArray[n
     """
     try:
         frame = base64.b64decode(text, validate=True)
-        data = zstandard.ZstdDecompressor().decompress(frame, (1 + MAX_TABLES // 2) * vocab_size)
+        limit = (1 + MAX_TABLES // 2) * vocab_size
+        # A frame that names its size has that much allocated, whatever the limit is.
+        if zstandard.frame_content_size(frame) > limit:
+            raise ValueError(f"it claims {zstandard.frame_content_size(frame):,} bytes, expected at most {limit:,}")
+        data = zstandard.ZstdDecompressor().decompress(frame, limit)
     except (ValueError, zstandard.ZstdError) as error:
         raise ShardError(f"{where}: its token classes cannot be read ({error}); the file is damaged") from error
     highest_V, pairs = np.split(np.frombuffer(data, np.uint8), [vocab_size])

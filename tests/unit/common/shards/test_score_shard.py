@@ -1,6 +1,8 @@
+import base64
 import hashlib
 import math
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -24,6 +26,7 @@ from common.shards.manifest import (
     read_receipt,
     receipt_path,
     shard_path,
+    write_with_digest,
 )
 from common.shards.score_shard import (
     ROWS_PER_GROUP,
@@ -34,8 +37,8 @@ from common.shards.score_shard import (
     write_shard,
 )
 from common.shards.scores import TeacherScores, scores_from_topk
-from tests.support.builders import IMAGE_TOKEN_ID, make_manifest, make_rows, read_table
-from tests.support.outputs import rewrite_receipt
+from tests.support.builders import IMAGE_TOKEN_ID, VOCAB_SIZE, make_manifest, make_rows, read_table
+from tests.support.outputs import rewrite_receipt, rewrite_shard
 
 # Settings of the capture and of `make_rows` for each kind of kept entries.
 CAPTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -396,3 +399,67 @@ def test_sizes_are_read_without_decoding_the_rows(tmp_path: Path, kind: Kind) ->
     assert sizes.dtype == np.int32
     # Every conversation of `make_rows` has 12 tokens, of which the last is scored.
     assert sizes.tolist() == [[12, len(row.sample.images)] for row in rows[ROWS_PER_GROUP:]]
+
+
+def _rewrite(output: Path, **columns: Any) -> None:
+    """Replaces columns of shard 0, and writes a receipt that matches its bytes."""
+    path = output / "shard-00000.parquet"
+    table = read_table(path)
+    for name, values in columns.items():
+        position = table.schema.get_field_index(name)
+        field = table.schema.field(position)
+        table = table.set_column(position, field, pa.array(values, field.type))
+    pq.write_table(table, path, compression="zstd")
+    rewrite_receipt(output, 0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"input_ids": [[1, 2, VOCAB_SIZE]] * 3}, "token ids from 1 to .*, the tokenizer has"),
+        ({"input_ids": [[1, 2, -1]] * 3}, "token ids from -1"),
+        ({"response_spans": [[{"start": 2, "stop": 2**31 - 1}]] * 3}, "leave a sequence of"),
+        ({"response_spans": [[{"start": -5, "stop": 2}]] * 3}, "leave a sequence of"),
+        ({"response_spans": [[{"start": 5, "stop": 3}]] * 3}, "leave a sequence of"),
+    ],
+)
+def test_ids_and_spans_beyond_their_range_are_refused_by_name(
+    tmp_path: Path, columns: dict[str, Any], found: str
+) -> None:
+    write_shard(tmp_path, 0, make_manifest(), make_rows("kd", 3), ())
+    _rewrite(tmp_path, **columns)
+    shard = ShardFile(shard_path(tmp_path, 0), make_manifest(), 0)
+    with pytest.raises(ShardError, match=f"shard-00000.parquet: .*{found}"):
+        shard.read_unscored(0)
+    with pytest.raises(ShardError, match=r"shard-00000\.parquet: .*the shard is damaged"):
+        shard.read_group(0)
+
+
+def test_a_small_file_that_claims_much_memory_is_refused_before_any_is_taken(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, make_manifest(), make_rows("kd", 3), ())
+    _rewrite(tmp_path, sample_id=["a" * (300 << 20), "b", "c"])
+    assert shard_path(tmp_path, 0).stat().st_size < 1 << 20
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    with pytest.raises(ShardError, match=r"shard-00000.parquet: row group 0: column sample_id would take 314,"):
+        ShardFile(shard_path(tmp_path, 0), make_manifest(), 0)
+    assert tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - before < 40 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_row_more_or_less_than_the_receipt_says_is_refused_by_name(tmp_path: Path, change: int) -> None:
+    receipt = write_shard(tmp_path, 0, make_manifest(), make_rows("kd", 3), ())
+    path = receipt_path(tmp_path, 0)
+    write_with_digest(path, receipt.model_copy(update={"num_rows": 3 + change}))
+    with pytest.raises(ShardError, match=rf"shard-00000.parquet: has 3 rows, its receipt says {3 + change}"):
+        ShardFile(shard_path(tmp_path, 0), make_manifest(), 0)
+
+
+def test_token_classes_that_claim_terabytes_are_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, make_manifest(), make_rows("kd", 3), ())
+    # The header of a zstd frame with a content size of 2^42 bytes.
+    frame = b"\x28\xb5\x2f\xfd\xe0" + (2**42).to_bytes(8, "little") + b"\x01\x00\x00"
+    rewrite_shard(tmp_path, 0, token_classes=base64.b64encode(frame).decode())
+    with pytest.raises(ShardError, match=r"shard-00000.parquet: its token classes cannot be read \(it claims 4,398"):
+        ShardFile(shard_path(tmp_path, 0), make_manifest(), 0)
