@@ -65,6 +65,9 @@ def _describe_error(error: BaseException) -> str:
     """Returns the message for whatever ended a command; one that is not a DecantError gets a single line."""
     if isinstance(error, DecantError):
         return f"error: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror}; check the path, its permissions and the disk (--debug shows where)"
     message = " ".join(str(error).split())
     if len(message) > _MAX_MESSAGE_CHARS:
         message = f"{message[:_MAX_MESSAGE_CHARS]} …"

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from common.data.chat_template import ChatTemplate, Span, TemplateRefusalError
 from common.data.samples import IMAGE_MARKER, Sample, Turn
 from common.errors import ConfigError, DataError, ModelError
+from common.storage.files import is_file, read_bytes
 
 # "response" scores every assistant turn, "last" the last one, "all" every token but images and the first.
 ScoredTokens = Literal["response", "last", "all"]
@@ -309,7 +310,7 @@ class ChatEncoder:
 
 def _read_template_file(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_bytes(path).decode()
     except OSError as error:
         raise ConfigError(f"{path}: the chat template cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -321,9 +322,9 @@ def _read_model_template(model_dir: Path, tokenizer: Any) -> str:
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     processor_file = model_dir / "chat_template.json"
-    if processor_file.is_file():
+    if is_file(processor_file):
         try:
-            return str(json.loads(processor_file.read_text("utf-8"))["chat_template"])
+            return str(json.loads(read_bytes(processor_file))["chat_template"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{processor_file}: has no readable chat_template ({error})") from error
     raise ConfigError(f"{model_dir}: has no chat template; give one with chat_template = FILE")

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from common.errors import ConfigError
+from common.storage.files import read_bytes
 from train.config import TrainConfig
 
 # Longest part of a message that repeats a value.
@@ -51,7 +52,7 @@ def build_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     }
     if config.run.deepspeed is not None:
         try:
-            user_settings = json.loads(config.run.deepspeed.read_text("utf-8"))
+            user_settings = json.loads(read_bytes(config.run.deepspeed))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{config.run.deepspeed}: cannot be read as DeepSpeed JSON ({error})") from error
         _check_deepspeed_file(config.run.deepspeed, user_settings)

@@ -23,7 +23,7 @@ from typing import Any
 
 from common.errors import ShardError, StorageError
 from common.shards.manifest import file_sha256
-from common.storage.files import publish
+from common.storage.files import publish, read_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ MARKER = "complete.json"
 _MAX_HASH_THREADS = 16
 
 # What `_open_checked` raises for a checkpoint that is not to be loaded.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ShardError)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ShardError, StorageError)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _open_checked(checkpoint: Path) -> Checkpoint:
 
 def _read_marker(path: Path) -> dict[str, Any]:
     try:
-        marker = json.loads(path.read_bytes())
+        marker = json.loads(read_bytes(path))
         if not isinstance(marker, dict):
             raise ValueError("expected an object")  # noqa: TRY004 - the same as for other damage
     except ValueError as error:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from common.config import digest
 from common.errors import ConfigError, ProvenanceError, StorageError
 from common.shards.manifest import list_differences
-from common.storage.files import publish
+from common.storage.files import publish, read_bytes
 from train.config import TrainConfig
 from train.data.preflight import BadSample
 from train.data.sources import ExampleSource, MixtureSource
@@ -167,8 +167,8 @@ def append_start(config: TrainConfig, source: ExampleSource, place: StartPlace, 
     """Appends this start to starts.json, with what changed since the last; a damaged file is replaced."""
     path = config.output / "starts.json"
     try:
-        starts = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        starts = json.loads(read_bytes(path))
+    except (OSError, ValueError, StorageError):
         starts = []
     sources: Sequence[ExampleSource] = source.sources if isinstance(source, MixtureSource) else (source,)
     starts.append(
@@ -201,7 +201,7 @@ def device_name(device: torch.device) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """Reads a record. Raises ValueError if it is missing or damaged."""
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(read_bytes(path))
     except OSError as error:
         raise ValueError(error.strerror) from error
     if not isinstance(record, dict):
@@ -265,7 +265,7 @@ def _without_image_roots(sets: Any) -> Any:
 
 def _file_digest(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(path)).hexdigest()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 

@@ -28,7 +28,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from common.data.bad_samples import check_skipped_share, list_problems
 from common.data.chat_encoding import ChatEncoder
-from common.errors import ConfigError, DataError, DecantError
+from common.errors import ConfigError, DataError, DecantError, StorageError
 from train.config import LossConfig, TrainConfig
 from train.data.collator import Collator
 from train.data.feature_source import open_feature_source
@@ -152,6 +152,9 @@ class _Process:
                 result = function()
             except DecantError as error:
                 failure = error
+            except OSError as error:
+                # Raised on every rank, so that none waits for one that has ended.
+                failure = StorageError(f"{error.filename or 'a file'}: {error.strerror or error}; check the disk")
         if self.group is not None:
             outcome = [result, failure]
             torch.distributed.broadcast_object_list(outcome, src=0, group=self.group, device=torch.device("cpu"))

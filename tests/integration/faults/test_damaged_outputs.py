@@ -10,22 +10,27 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
+from common.data.chat_encoding import ChatEncoder
 from common.errors import DecantError
 from common.shards.manifest import published_shards, read_manifest, read_receipts, shard_path
 from common.shards.parquet_shard import read_footer
 from common.shards.token_order import classes_from_text
 from precompute.config import PrecomputeConfig
+from precompute.inspection.collect import inspect_output, open_target
+from precompute.inspection.unpack import unpack_output
 from precompute.logits.run import run_capture
+from precompute.merge import merge_outputs
 from precompute.verify.logits import verify_logits
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config, preference_records
 from tests.support.outputs import read_all_rows, read_published_files, rewrite_receipt, row_values
+from train.data.sources import ShardSource
 
 ROOT = Path(__file__).parents[3]
 
@@ -136,6 +141,60 @@ def test_flipped_bits_are_reported_or_change_nothing(
     record_counts(f"500 flipped bits, {name}: {summarise(damaged.counts)}")
 
 
+def read_by_every_command(output: Path, out: Path, llava_dir: Path) -> list[str]:
+    """Reads an output by each command but verify-shards; returns the names of those that refuse it."""
+    encoder = ChatEncoder.load(llava_dir)
+
+    def train() -> None:
+        source = ShardSource(output, encoder, "pad")
+        for position in range(len(source)):
+            source[position]
+
+    readers: dict[str, Callable[[], object]] = {
+        "inspect": lambda: check_problems(inspect_output(output, max_groups=None, progress=False).problems),
+        "unpack": lambda: check_problems(unpack_output(open_target(output), out / "unpacked", progress=False).problems),
+        "merge": lambda: merge_outputs([output], out / "merged", progress=False),
+        "train": train,
+    }
+    refused = []
+    for name, read in readers.items():
+        try:
+            read()
+        except DecantError:
+            refused.append(name)
+    return refused
+
+
+def check_problems(problems: Sequence[object]) -> None:
+    if problems:
+        raise DecantError(str(problems[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAPTURES)
+def test_flipped_bits_end_no_reader_otherwise_than_by_an_error(
+    outputs: dict[str, Path], name: str, llava_dir: Path, tmp_path: Path, record_counts: Record
+) -> None:
+    """Flips 500 of 2,000 bits; each reader refuses the output or reads the values that were written.
+
+    A signal, such as an exception of pyarrow that nobody catches, would end this process.
+    """
+    output, rng = outputs[name], random.Random(f"every command {name}")
+    files = read_published_files(output)
+    assert read_by_every_command(output, tmp_path / "intact", llava_dir) == []
+    counts: Counter[str] = Counter()
+    for number in range(500):
+        file, bit = choose_bit(rng, files)
+        (output / file).write_bytes(flip_bit(files[file], bit))
+        refused = read_by_every_command(output, tmp_path / f"out-{number}", llava_dir)
+        counts.update(refused)
+        counts["read"] += 4 - len(refused)
+        shutil.rmtree(tmp_path / f"out-{number}", ignore_errors=True)
+        (output / file).write_bytes(files[file])
+    assert min(counts[reader] for reader in ("inspect", "unpack", "merge", "train")) > 250
+    record_counts(f"500 flipped bits, {name}, read by four commands: {dict(counts)}, 0 signals")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAPTURES)
 def test_flipped_bits_behind_a_matching_receipt_are_reported_or_change_nothing(
@@ -221,6 +280,8 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 from precompute.config import PrecomputeConfig
+from precompute.inspection.collect import inspect_output, open_target
+from precompute.inspection.unpack import unpack_output
 from precompute.logits.run import run_capture
 from tests.support.fake_teacher import FakeTeacher
 
