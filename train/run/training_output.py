@@ -13,7 +13,7 @@ from train.run.checkpoint import MARKER
 
 # Names in an output, and in `final`, that a run may write.
 _OWN_NAMES = re.compile(
-    r"(config|starts|diverged|expert-load)\.json|metrics\.jsonl|expert-load\.png|tensorboard|checkpoints|final"
+    r"(config|starts|broken-step|expert-load)\.json|metrics\.jsonl|expert-load\.png|tensorboard|checkpoints|final"
 )
 _MODEL_NAMES = re.compile(
     r"(.+\.)?(safetensors|safetensors\.index\.json|jinja|model)|"

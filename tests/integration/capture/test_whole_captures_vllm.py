@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from common.data.chat_encoding import ChatEncoder
+from common.data.samples import Kind
 from common.shards.manifest import published_shards
 from common.shards.scores import TeacherScores
 from precompute.config import PrecomputeConfig
@@ -20,7 +22,13 @@ from precompute.scorer import RequestKey, ScoreRequest, ScoringResult
 from precompute.verify.logits import verify_logits
 from precompute.verify.recompute_logits import recompute_logits
 from tests.support.fake_teacher import conversation_records, make_config, preference_records
+from tests.support.fused_rows import row_logits
 from tests.support.hf_reference import ENGINE, TOP_K, assert_agrees, read_rows, reference_rows
+from train.config import LossConfig
+from train.data.collator import Collator, StudentInputs
+from train.data.image_cache import ImageCache
+from train.data.sources import ShardSource
+from train.loss.objective import compute_terms
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engine_in_this_process")]
 
@@ -113,3 +121,31 @@ def test_recomputed_rows_agree_and_other_scores_are_found(llava: Teacher, llava_
     wrong = recompute_logits(shifted.output, llava_dir, 5, progress=False)
     assert not wrong.ok
     assert wrong.max_own_difference == pytest.approx(0.01, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kd", "dpo"])
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(
+    kind: Kind, llava: Teacher, llava_dir: Path, tmp_path: Path
+) -> None:
+    """The output layer has 13 padding rows, which neither side's softmax may hold."""
+    records = (conversation_records if kind == "kd" else preference_records)(tmp_path, NUM_SAMPLES)
+    config = configure(tmp_path, llava_dir, records, kind=kind)
+    run_capture(config, progress=False, start_teacher=lambda _: Reused(llava))
+    encoder = ChatEncoder.load(llava_dir)
+    source = ShardSource(config.output, encoder, "pad")
+    student = StudentInputs(ImageCache.load(llava_dir, "pad"), encoder.image_token_id, 0)
+    batch = Collator(student, kind=kind, image_root=tmp_path, max_tokens=512)([source[i] for i in range(NUM_SAMPLES)])
+    model = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(**batch.sequence_inputs, pixel_values=batch.pixel_values).logits.flatten(0, 1)[batch.rows]
+    assert logits.shape[1] == encoder.vocab_size + 13
+    filled = None if batch.topk_logprobs is None else batch.topk_logprobs > -torch.inf
+    ids = None if kind == "dpo" else batch.topk_ids
+    rows = row_logits(logits, batch.targets, ids, None if ids is None else filled, vocab_size=encoder.vocab_size)
+    loss = LossConfig(distillation=1.0) if kind == "kd" else LossConfig(preference=1.0)
+    terms = compute_terms(rows, batch, loss, vocab_size=encoder.vocab_size)
+    if kind == "kd":
+        assert abs(float(terms["distillation"].total)) / batch.num_rows < 1e-5
+    else:
+        assert float(terms["preference"].total) / NUM_SAMPLES == pytest.approx(np.log(2), abs=1e-5)
+        assert float(terms["rewards/margins"].total) / NUM_SAMPLES == pytest.approx(0.0, abs=1e-4)
