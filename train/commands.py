@@ -88,14 +88,20 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
             help="Dense student to upcycle, instead of composing one.", show_default=False, callback=check_local_path
         ),
     ] = None,
-    experts: Annotated[int, typer.Option(min=2, help="Experts in each sparse layer, with --dense.")] = 4,
-    top_k: Annotated[int, typer.Option(min=1, help="Experts a token is sent to, with --dense.")] = 2,
+    experts: Annotated[int | None, typer.Option(min=2, help="Experts in each sparse layer, with --dense (4).")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts a token is sent to, with --dense (2).")] = None,
     layers: Annotated[
-        str, typer.Option(help="Sparse layers: every-second, sparse, first-half, second-half, all, or as 1,3.")
-    ] = "every-second",
+        str | None,
+        typer.Option(
+            help="Sparse layers, with --dense: every-second (default), sparse, first-half, second-half, all, or as 1,3."
+        ),
+    ] = None,
     noise: Annotated[
-        float, typer.Option(min=0.0, help="Gaussian noise on each expert, in standard deviations of its dense weight.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0.0, help="Gaussian noise on each expert, in standard deviations of its dense weight, with --dense (0)."
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Seed of the fresh adapter, or of routers and noise.")
     ] = 0,
@@ -106,9 +112,19 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
     """
     if (dense is None) == (vision is None and language is None) or (dense is None and not (vision and language)):
         raise typer.BadParameter("give --vision and --language, or --dense alone")
+    sparse = {"--experts": experts, "--top-k": top_k, "--layers": layers, "--noise": noise}
+    if dense is None and (given := [name for name, value in sparse.items() if value is not None]):
+        raise typer.BadParameter(f"{', '.join(given)}: for upcycling a dense student; give --dense, or leave them out")
     hide_loading_bars()
     if dense is not None:
-        _upcycle(dense, out, _moe_settings(experts, top_k, layers, noise), seed)
+        pattern = "every-second" if layers is None else layers
+        moe = _moe_settings(experts or 4, top_k or 2, pattern, noise or 0.0)
+        _upcycle(
+            dense,
+            out,
+            moe,
+            seed,
+        )
     else:
         assert vision is not None
         assert language is not None

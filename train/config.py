@@ -60,6 +60,14 @@ class MoEConfig(StrictModel):
     layers: SparsePattern | Annotated[tuple[int, ...], FROM_LIST, Field(min_length=1)] = "every-second"
     noise: float = Field(0.0, ge=0.0)
 
+    @model_validator(mode="after")
+    def _check_top_k(self) -> "MoEConfig":
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k = {self.top_k} exceeds num_experts = {self.num_experts}; lower top_k or raise num_experts"
+            )
+        return self
+
 
 def _wrap_single_path(value: Any) -> Any:
     return [value] if isinstance(value, str | os.PathLike | UPath) else value

@@ -90,7 +90,7 @@ class ChatTemplate:
     def _find_response(self, messages: list[Message], position: int, text: str, where: str) -> Span | None:
         # Templates cannot render a conversation without a turn.
         before = self._apply(messages[:position], where, generation_prompt=True) if position else ""
-        through = self._apply(messages[: position + 1], where)
+        through = text if position + 1 == len(messages) else self._apply(messages[: position + 1], where)
         survives = text.startswith(through) and through.startswith(before)
         return (len(before), len(through)) if survives else None
 

@@ -97,7 +97,7 @@ def compute_terms(  # noqa: PLR0913 - a pure function of one forward pass; a rec
     if router_logits:
         token_mask = batch.token_mask.flatten()
         balance = load_balancing_loss(router_logits, token_mask, top_k=router_top_k)
-        terms["balance"] = Term(balance * batch.num_tokens, "tokens", config.balance)
+        terms["balance"] = Term(balance * token_mask.sum(), "tokens", config.balance)
         z_T = router_z_loss(router_logits).masked_fill(~token_mask, 0.0)
         terms["router_z"] = Term(z_T.sum(), "tokens", config.router_z)
         with torch.no_grad():

@@ -186,10 +186,8 @@ def sparse_config(dense: PreTrainedConfig, moe: MoEConfig, *, normalise: bool = 
     Raises:
         ModelError: the text model's architecture is not in this module's table, or a setting of it has no exact
             counterpart there.
-        ConfigError: `moe.layers` does not fit the number of layers, or `moe.top_k` the number of experts.
+        ConfigError: `moe.layers` does not fit the number of layers.
     """
-    if moe.top_k > moe.num_experts:
-        raise ConfigError(f"moe.top_k: found {moe.top_k}, expected at most num_experts = {moe.num_experts}")
     _check_exact_upcycling(dense)
     layers = sparse_layers(moe.layers, dense.num_hidden_layers)
     settings = {name: copy.deepcopy(getattr(dense, name)) for name in _COPIED_SETTINGS}

@@ -37,6 +37,7 @@ _CHANGEABLE = {
 
 # A set of samples that was corrected has about as many as before; one of another size is another set.
 _MAX_CHANGE_OF_DATA = 0.05
+_MAX_CHANGED_SAMPLES = 10
 
 
 def _may_grow(before: Any, now: Any) -> bool:
@@ -51,6 +52,7 @@ _RECORDED: dict[str, Callable[[Any, Any], bool]] = {
     "config.optim.max_steps": _may_grow,
     "config.optim.micro_batch_size": lambda _before, _now: True,
     "config.data.max_tokens": _may_grow,
+    "skipped": lambda _before, _now: True,
     "config.data.image_root": lambda _before, _now: True,
     "config.data.follow_symlinks": lambda _before, _now: True,
     "config.data.mix": lambda before, now: _without_image_roots(before) == _without_image_roots(now),
@@ -211,13 +213,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _comparable(record: dict[str, Any], newest: dict[str, Any]) -> dict[str, Any]:
     """Returns what of a record a continuation has to match."""
-    record = {key: value for key, value in record.items() if key not in ("config_sha256", "skipped")}
+    record = {key: value for key, value in record.items() if key != "config_sha256"}
     # Validation adds keys that are newer than the run, with their defaults, because the run had their effect. It fails
     # for keys that this version no longer has; they stay and show up as differences.
     with suppress(ValidationError):
         record["config"] = TrainConfig.model_validate(record["config"]).model_dump(mode="json")
     # What earlier versions did not record cannot be compared.
-    for key in ("template_date", "files"):
+    for key in ("template_date", "files", "skipped"):
         record.setdefault(key, newest[key])
     # An output may be moved or renamed.
     record["config"].pop("output", None)
@@ -244,11 +246,16 @@ def _is_allowed(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
         is_same_place = all(
             _at(before, name) == _at(now, name) for name in ("config.data.shards", "config.data.dataset")
         )
-        return is_same_place and abs(counts[0] - counts[1]) <= _MAX_CHANGE_OF_DATA * counts[0]
+        return is_same_place and abs(counts[0] - counts[1]) <= max(
+            _MAX_CHANGED_SAMPLES, _MAX_CHANGE_OF_DATA * counts[0]
+        )
     return key in _RECORDED and _RECORDED[key](_at(before, key), _at(now, key))
 
 
 def _describe(key: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    if key == "skipped":
+        old, new = ({bad["position"] for bad in side[key]} for side in (before, now))
+        return [f"skipped: the run left out {len(old)} samples, this start {len(new)}, {len(new - old)} of them others"]
     return list_differences({key: _at(before, key)}, {key: _at(now, key)}, names=("the run", "this start"))
 
 

@@ -382,6 +382,8 @@ def _build_trainer(
 def _record_start(run: _Run, model: PreTrainedModel, args: TrainingArguments, num_trainable: int) -> None:
     """Adds the start to starts.json, and logs the student, the device and the sizes of the run."""
     config, num_ranks = run.config, run.process.num_ranks
+    # A JSON file may have changed it.
+    zero_stage = build_deepspeed_config(config)["zero_optimization"]["stage"]
     place = StartPlace(run.start_step, num_ranks, device_name(args.device))
     append_start(config, run.splits.train.source, place, run.changes)
     for change in run.changes:
@@ -396,7 +398,7 @@ def _record_start(run: _Run, model: PreTrainedModel, args: TrainingArguments, nu
         ", ".join(sorted(config.groups)),
         args.device,
         config.run.precision,
-        config.run.zero_stage,
+        zero_stage,
         text_config(model)._attn_implementation,  # noqa: SLF001 - transformers has no public name for it
         num_ranks,
         run.accumulation,
@@ -404,7 +406,7 @@ def _record_start(run: _Run, model: PreTrainedModel, args: TrainingArguments, nu
         run.start_step,
         run.max_steps,
     )
-    if config.run.precision == "bf16" and config.run.zero_stage == 0:
+    if config.run.precision == "bf16" and zero_stage == 0:
         _log.warning(
             "bf16 with zero_stage 0: DeepSpeed's bf16 optimiser starts Adam at another step there, and losses "
             "differ from those of stages 1 to 3; prefer zero_stage 1, which costs nothing on one rank"

@@ -141,6 +141,8 @@ class StudentTrainer(Trainer):
         self._since_log = TermSums()
         self._logged_at = time.monotonic()
         self._waited_s = 0.0
+        # The step of the last validation, and its metrics.
+        self._evaluated: tuple[int, dict[str, float]] | None = None
         # PrinterCallback prints every log as a dictionary, but our logs go to the progress bar and to files.
         self.remove_callback(PrinterCallback)
 
@@ -335,6 +337,9 @@ class StudentTrainer(Trainer):
         """Logs and returns the means of all terms over the held-out samples, as eval_<term>; {} without any."""
         if self.eval_dataset is None:
             return {}
+        if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return self._evaluated[1]
+        started = time.monotonic()
         model = self.model_wrapped
         model.eval()
         sums = TermSums()
@@ -344,9 +349,11 @@ class StudentTrainer(Trainer):
                 sums.add_terms(self.compute_batch_terms(model, batch.to(self.args.device)))
         means = sums.means(self.accelerator.reduce, self.args.device, counts_are_global=False)
         metrics = {f"eval_{name}": mean for name, mean in means.items()}
-        self._logged_at = time.monotonic()
+        # The time of validation is no part of the next line's, whose counts begin before it.
+        self._logged_at += time.monotonic() - started
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._evaluated = self.state.global_step, metrics
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

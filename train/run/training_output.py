@@ -31,7 +31,10 @@ def check_training_output(config: TrainConfig) -> None:
     output = config.output
     kind = OutputKind(
         "train",
-        markers={"config.json": _is_record},
+        # A damaged record of a run with checkpoints is reported where the run continues.
+        markers={
+            "config.json": lambda found: _is_record(found) or (found is None and bool(_names(output / "checkpoints")))
+        },
         is_own=lambda name: _OWN_NAMES.fullmatch(name) is not None,
     )
     model = config.model
@@ -62,9 +65,9 @@ def _is_record(content: Any) -> bool:
 
 
 def _names(directory: Path) -> list[str]:
-    """Returns the names in a directory but those that begin with a dot; none if there is no such directory."""
+    """Returns the names in a directory; none if there is no such directory."""
     try:
-        return sorted(name for name in os.listdir(directory) if not name.startswith("."))  # noqa: PTH208 - names only
+        return sorted(os.listdir(directory))  # noqa: PTH208 - names are all that is needed
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -127,6 +127,7 @@ def test_lengths_of_shards_are_those_of_the_batch_and_decode_no_row(
     assert [mixed.length(12 + i, TOKENS_PER_IMAGE) for i in range(40)] == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kd", "dpo"])
 def test_estimated_lengths_of_dataset_files_have_the_order_of_the_real_ones(root: Path, kind: Kind) -> None:
     source = DatasetSource(root / "a" / f"{kind}.json", kind, ChatEncoder.load(root / "model"))

@@ -174,6 +174,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_no_operation_makes_a_tensor_of_tokens_by_vocabulary() -> None:
     layer = Layer(rows=300, hidden=8, vocab=1000)
     leaves = layer.leaves(torch.bfloat16)
@@ -185,6 +186,7 @@ def test_no_operation_makes_a_tensor_of_tokens_by_vocabulary() -> None:
     assert fused.largest == 300 * 64
 
 
+@pytest.mark.slow
 def test_the_default_chunk_bounds_logits_and_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.loss.fused_output._CHUNK_ENTRIES", {"cpu": 6000})
     monkeypatch.setattr("train.loss.fused_output._MIN_CHUNK_IDS", 2)

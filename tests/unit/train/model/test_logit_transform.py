@@ -55,6 +55,7 @@ def test_the_transform_is_the_one_of_the_configuration(name: str) -> None:
     assert found.is_identity == (name == "qwen2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_gradients_are_those_of_the_models_own_logits(name: str) -> None:
     model = make_model(name).train()

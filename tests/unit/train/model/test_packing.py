@@ -257,6 +257,7 @@ def test_a_packed_batch_is_the_padded_one_without_its_padding(root: Path, kind: 
     assert unit_counts(found) == counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", BATCHES[:4])
 def test_images_and_dummies_stay_within_their_segment(root: Path, numbers: list[int]) -> None:
     model = LiveTeacher(root / "dense", root / "data")

@@ -77,6 +77,7 @@ def test_the_saved_config_is_that_without_the_hook(dense_llava: Path, tmp_path: 
     assert text_config(load_student(tmp_path, dtype=F32)).output_router_logits is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [{"router"}, {"experts", "router", "adapter"}])
 def test_router_logits_have_the_same_gradient_under_activation_checkpointing(
     dense_llava: Path, groups: set[str]

@@ -177,6 +177,7 @@ def count_from_router_inputs(model: PreTrainedModel, batch: Batch, pixels: Tenso
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_pass_counts_the_experts_that_its_real_tokens_were_sent_to(dense: Path, checkpointing: bool) -> None:
     model = sparse(dense).train()

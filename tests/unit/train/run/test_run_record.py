@@ -11,6 +11,7 @@ import pytest
 from common.errors import ConfigError, ProvenanceError, StorageError
 from tests.support.training import stage
 from train.config import TrainConfig
+from train.data.preflight import BadSample
 from train.data.sources import Example
 from train.run.run_record import RunRecord, StartPlace, append_start, find_template_date
 
@@ -158,7 +159,7 @@ def test_what_an_error_advises_may_change_and_nothing_else(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "is_allowed"), [(200, True), (199, True), (190, True), (210, True), (189, False)]
+    ("num_samples", "is_allowed"), [(200, True), (199, True), (190, True), (210, True), (180, False)]
 )
 def test_a_set_that_was_corrected_continues_and_another_one_does_not(
     tmp_path: Path, num_samples: int, is_allowed: bool
@@ -173,7 +174,7 @@ def test_a_set_that_was_corrected_continues_and_another_one_does_not(
     if is_allowed:
         assert any("data_sha256: the run has" in line for line in _check(config, source(num_samples, "b")))
     else:
-        with pytest.raises(ProvenanceError, match=r"num_samples: the run has 200, this start has 189"):
+        with pytest.raises(ProvenanceError, match=r"num_samples: the run has 200, this start has 180"):
             _check(config, source(num_samples, "b"))
 
 
@@ -202,3 +203,13 @@ def test_the_date_of_the_chat_template_is_that_of_the_run(tmp_path: Path) -> Non
     assert find_template_date(config, continues=True) == day
     settings["model"]["chat_template_date"] = "2024-01-02"
     assert find_template_date(TrainConfig.model_validate(settings), continues=True) == datetime.date(2024, 1, 2)
+
+
+def test_other_samples_that_are_skipped_are_a_change_that_is_recorded(tmp_path: Path) -> None:
+    config = TrainConfig.model_validate(make_settings(tmp_path))
+    RunRecord.of(config, SOURCE, None, {"x": [BadSample(3, "too long")]}).write(config.output)
+    again = RunRecord.of(config, SOURCE, None, {"x": [BadSample(3, "too long")]})
+    assert again.check_continuation(config) == []
+    other = RunRecord.of(config, SOURCE, None, {"x": [BadSample(3, "too long"), BadSample(5, "gone")]})
+    (change,) = other.check_continuation(config)
+    assert change == "skipped: the run left out 1 samples, this start 2, 1 of them others"
