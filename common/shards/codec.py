@@ -192,7 +192,8 @@ def _pack_batch(
     keys_N = order.ranks.reshape(-1).take(cells_N, mode="clip").astype(_key_type(precision))
     keys_N <<= 8 * num_bytes
     keys_N |= np.concatenate([_quantize(each, quantizer) for each in scores])
-    keys_N, steps_N = _in_bands(functools.partial(_sort_ranks, num_value_bits=8 * num_bytes), counts_R, keys_N)
+    sort = functools.partial(_sort_ranks, num_value_bits=8 * num_bytes)
+    keys_N, steps_N = _in_bands(sort, (counts_R,), (keys_N,))
     assert steps_N.min(initial=0) >= 0, "a row keeps an id twice"
 
     escaped = np.flatnonzero(steps_N >= _NUM_LITERALS)
@@ -266,7 +267,7 @@ def _unpack_batch(
     keys_N = _sort_keys(planes, quantizer, where)
 
     decode = functools.partial(_decode_rows, settings=settings, where=where)
-    ids_N, logprobs_N, *others = _in_bands(decode, counts_R, rest_R, tables_R, steps_N, keys_N)
+    ids_N, logprobs_N, *others = _in_bands(decode, (counts_R, rest_R, tables_R), (steps_N, keys_N))
     draws_N = others[0] if precision is None else None
     codes_N = others[0] if settings.keep_codes and quantizer.levels is not None else None
     return KeptEntries(ids_N, logprobs_N, draws_N, codes_N)
@@ -397,32 +398,35 @@ def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _in_bands(
-    function: Callable[..., tuple[npt.NDArray[Any], ...]], counts_R: npt.NDArray[np.int32], *arrays: npt.NDArray[Any]
+    function: Callable[..., tuple[npt.NDArray[Any], ...]],
+    of_rows: tuple[npt.NDArray[Any], ...],
+    of_entries: tuple[npt.NDArray[Any], ...],
 ) -> list[npt.NDArray[Any]]:
     """Applies a function of independent rows to bands of rows of about the same length.
 
     A rectangle of all rows would take memory for as many entries as if all were as long as the longest.
 
     Args:
-        function: takes `counts_R` and `arrays` of some rows, and gives arrays [N].
-        counts_R: the number of entries of each row.
-        arrays: [N], or [R] if they have that length and N is another.
+        function: takes the arrays of some rows, then those of their entries, and gives arrays [N].
+        of_rows: arrays [R], the first of which has the number of entries of each row.
+        of_entries: arrays [N].
 
     Returns:
         The arrays that the function gives, for all rows.
     """
+    counts_R = of_rows[0]
     num_entries, num_rows = int(counts_R.sum()), len(counts_R)
     padded = int(counts_R.max(initial=0)) * num_rows
     if padded <= max(_MAX_PADDING * num_entries, _MAX_BATCH_ENTRIES):
-        return list(function(counts_R, *arrays))
+        return list(function(*of_rows, *of_entries))
     results: list[npt.NDArray[Any]] = []
     # Rows of a band are at most twice as long as others.
     bands_R = np.frexp(counts_R)[1]
     for band in np.unique(bands_R):
         rows = np.flatnonzero(bands_R == band)
         entries = row_indices(counts_R, rows)
-        parts = [array[entries if len(array) == num_entries else rows] for array in arrays]
-        for number, found in enumerate(function(counts_R[rows], *parts)):
+        parts = *(array[rows] for array in of_rows), *(array[entries] for array in of_entries)
+        for number, found in enumerate(function(*parts)):
             if number == len(results):
                 results.append(np.empty(num_entries, found.dtype))
             results[number][entries] = found

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import ShardError
@@ -327,8 +327,18 @@ def test_codes_are_written_again_as_they_are(case: tuple[list[TeacherScores], in
             assert getattr(a, name).tobytes() == getattr(b, name).tobytes()
 
 
+# Two rows with two entries and none: an array's length does not tell whether it is of rows or of entries.
+AS_MANY_ROWS_AS_ENTRIES = scores_from_topk(
+    np.array([-0.5, -0.6], np.float32),
+    np.array([[0, 1], [0, 1]]),
+    np.array([[-0.7, -0.7], [-np.inf, -np.inf]], np.float32),
+)
+
+
 @settings(max_examples=25, deadline=None)
 @given(conversations(max_vocab=400), st.sampled_from(PRECISIONS))
+@example(([AS_MANY_ROWS_AS_ENTRIES], 2), "fp32")
+@example(([AS_MANY_ROWS_AS_ENTRIES], 2), "q8")
 def test_rows_in_bands_of_their_lengths_have_the_same_bytes(
     drawn: tuple[list[TeacherScores], int], form: StoredPrecision
 ) -> None:
