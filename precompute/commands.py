@@ -72,7 +72,7 @@ def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option 
     model: Annotated[
         Path,
         typer.Option(
-            help="LLaVA or CLIP directory with the vision tower of the student.",
+            help="LLaVA, CLIP or SigLIP directory with the vision tower of the student.",
             show_default=False,
             callback=check_local_path,
         ),

@@ -23,6 +23,7 @@ from common.console import (
     report_interrupt,
 )
 from common.errors import DecantError
+from train.choices import AdapterType
 
 if TYPE_CHECKING:
     from train.config import MoEConfig
@@ -71,7 +72,9 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
     vision: Annotated[
         Path | None,
         typer.Option(
-            help="LLaVA or CLIP directory whose vision tower is taken.", show_default=False, callback=check_local_path
+            help="Directory with a CLIP or SigLIP vision tower, alone or in a LLaVA.",
+            show_default=False,
+            callback=check_local_path,
         ),
     ] = None,
     language: Annotated[
@@ -102,6 +105,13 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
             min=0.0, help="Gaussian noise on each expert, in standard deviations of its dense weight, with --dense (0)."
         ),
     ] = None,
+    adapter: Annotated[
+        AdapterType | None,
+        typer.Option(
+            help="Adapter to make: mlp (default), linear, or attention, two self-attention blocks before the mlp.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Seed of the fresh adapter, or of routers and noise.")
     ] = 0,
@@ -115,6 +125,8 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
     sparse = {"--experts": experts, "--top-k": top_k, "--layers": layers, "--noise": noise}
     if dense is None and (given := [name for name, value in sparse.items() if value is not None]):
         raise typer.BadParameter(f"{', '.join(given)}: for upcycling a dense student; give --dense, or leave them out")
+    if dense is not None and adapter is not None:
+        raise typer.BadParameter("--adapter: a dense student has its adapter; leave it out")
     hide_loading_bars()
     if dense is not None:
         pattern = "every-second" if layers is None else layers
@@ -128,7 +140,7 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
     else:
         assert vision is not None
         assert language is not None
-        _compose(vision, language, out, seed)
+        _compose(vision, language, out, adapter or "mlp", seed)
 
 
 def export(
@@ -168,7 +180,7 @@ def import_checkpoint(  # noqa: PLR0913, PLR0917 - each argument is an option of
     vision: Annotated[
         Path | None,
         typer.Option(
-            help="CLIP directory of the vision tower, which original checkpoints only name.",
+            help="CLIP or SigLIP directory of the vision tower, which original checkpoints only name.",
             show_default=False,
             callback=check_local_path,
         ),
@@ -225,10 +237,10 @@ def _log_traceback() -> Iterator[None]:
         raise
 
 
-def _compose(vision: Path, language: Path, out: Path, seed: int) -> None:
+def _compose(vision: Path, language: Path, out: Path, adapter: AdapterType, seed: int) -> None:
     from train.model.compose import compose_student
 
-    student = compose_student(vision, language, out, seed=seed)
+    student = compose_student(vision, language, out, adapter=adapter, seed=seed)
     echo(
         f"{out}: {student.num_parameters / 1e6:,.1f}M parameters; <image> is token {student.image_token_id} "
         f"({student.image_token_row})"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.data.images import AspectRatio, ImageSpec
+from common.data.images import AspectRatio, ImageSpec, read_json
 from common.errors import ModelError, ProvenanceError
 from common.shards.feature_shard import to_bfloat16
 from common.shards.manifest import EncoderIdentity, FeatureManifest, list_differences
@@ -41,6 +41,15 @@ _OUTPUT_SETTINGS = (
 )
 _TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 
+# Key in the configuration of a vision tower: the number of the first layer that belongs to the student's adapter, as do
+# those after it (train.model.adapter). Absent if there are none.
+FIRST_ADAPTER_LAYER = "first_adapter_layer"
+
+# SigLIP's pooling head, which no LLaVA uses.
+_POOLING_HEAD = "head."
+
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+
 _MAX_CHUNK_VALUES = 1 << 22
 
 
@@ -64,10 +73,14 @@ class StoredTensor:
 
 
 def load_vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
-    """Reads the vision configuration of a LLaVA or CLIP directory.
+    """Reads the vision configuration of a LLaVA, CLIP or SigLIP directory.
+
+    Where the last layers of the tower belong to the adapter, what they take is what counts: all tokens of the last
+    layer before them.
 
     Returns:
-        The configuration of the tower, the numbers of the hidden states that are taken, and the select strategy.
+        The configuration of the tower without the adapter's layers, the numbers of the hidden states that are taken,
+        and the select strategy.
 
     Raises:
         ModelError: it is another kind of model, or the tower is neither CLIP's nor SigLIP's.
@@ -79,17 +92,23 @@ def load_vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
         vision = config.vision_config
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"{model_dir}: its config.json names no vision tower ({error}); expected a LLaVA or CLIP directory"
+            f"{model_dir}: its config.json names no vision tower ({error}); expected a LLaVA, CLIP or SigLIP directory"
         ) from error
-    if config.model_type not in ("llava", "clip") or vision.model_type not in _TOWER_TYPES:
+    if config.model_type not in ("llava", "clip", "siglip") or vision.model_type not in _TOWER_TYPES:
         raise ModelError(
-            f"{model_dir}: found a {config.model_type} with a {vision.model_type}; expected a LLaVA or CLIP directory "
-            f"with one of {', '.join(_TOWER_TYPES)}"
+            f"{model_dir}: found a {config.model_type} with a {vision.model_type}; expected a LLaVA, CLIP or "
+            f"SigLIP directory with one of {', '.join(_TOWER_TYPES)}"
         )
-    # A CLIP directory does not say which layer, so LLaVA-1.5's is taken.
+    if vision.model_type == "siglip_vision_model":
+        vision.vision_use_head = False
+    if (first := getattr(vision, FIRST_ADAPTER_LAYER, None)) is not None:
+        vision.num_hidden_layers = first
+        return vision, (first,), "full"
+    # A CLIP or SigLIP directory does not say which layer, so LLaVA-1.5's is taken. SigLIP has no class token to drop.
     found = getattr(config, "vision_feature_layer", -2)
     layers = tuple(found) if isinstance(found, list | tuple) else (found,)
-    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    whole = "full" if config.model_type == "siglip" else "default"
+    strategy = getattr(config, "vision_feature_select_strategy", whole)
     num_states = vision.num_hidden_layers + 1
     if strategy not in ("default", "full") or not all(-num_states <= layer < num_states for layer in layers):
         raise ModelError(
@@ -125,7 +144,7 @@ def compute_encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> Enco
         processor_sha256=spec.sha256,
         aspect_ratio=aspect_ratio,
         dtype="bfloat16",
-        tokens_per_image=spec.tokens_per_image,
+        tokens_per_image=_num_patches(vision) + _num_class_tokens(vision) - (strategy == "default"),
         num_channels=vision.hidden_size * len(layers),
     )
 
@@ -149,14 +168,22 @@ def check_encoder(manifest: FeatureManifest, cache: Location, model_dir: Path, a
 def tower_tensors(model_dir: Path) -> dict[str, StoredTensor]:
     """Returns the tower's floating-point tensors, by the names that transformers' vision model gives them.
 
+    SigLIP's pooling head and layers that belong to the adapter are left out.
+
     Raises:
         ModelError: there are no safetensors, a file is damaged, a tensor is there twice, or none belongs to a tower.
     """
     found: dict[str, StoredTensor] = {}
+    vision = read_json(model_dir / "config.json").get("vision_config")
+    first_adapter_layer = (vision or {}).get(FIRST_ADAPTER_LAYER)
     for file in sorted(model_dir.glob("*.safetensors")):
         for tensor in _list_tensors(file):
-            name = _tower_name(tensor.name)
-            if name is None or tensor.dtype not in _FLOAT_TYPES:
+            # A tower alone may have no prefix.
+            name = _tower_name(tensor.name) if vision else tensor.name.removeprefix("vision_model.")
+            if name is None or name.startswith(_POOLING_HEAD) or tensor.dtype not in _FLOAT_TYPES:
+                continue
+            layer = _LAYER.match(name)
+            if layer is not None and first_adapter_layer is not None and int(layer[1]) >= first_adapter_layer:
                 continue
             if name in found:
                 raise ModelError(
@@ -164,8 +191,17 @@ def tower_tensors(model_dir: Path) -> dict[str, StoredTensor]:
                 )
             found[name] = tensor
     if not found:
-        raise ModelError(f"{model_dir}: its *.safetensors hold no vision tower; expected a LLaVA or CLIP directory")
+        raise ModelError(f"{model_dir}: its *.safetensors hold no vision tower; expected a LLaVA, CLIP or SigLIP")
     return found
+
+
+def _num_patches(vision: Any) -> int:
+    num_patches: int = (vision.image_size // vision.patch_size) ** 2
+    return num_patches
+
+
+def _num_class_tokens(vision: Any) -> int:
+    return 1 if vision.model_type == "clip_vision_model" else 0
 
 
 def _tower_name(name: str) -> str | None:

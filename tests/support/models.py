@@ -27,6 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -136,6 +139,24 @@ def tiny_llava(  # noqa: PLR0913 - keyword options, of which a test names one or
         num_additional_image_tokens=1,
     ).save_pretrained(directory)
     images.save_pretrained(directory)
+    return directory
+
+
+def tiny_siglip(directory: Path, *, seed: int = 0) -> Path:
+    """Saves a random SigLIP vision tower, pooling head included, with its image processor and returns `directory`."""
+    model = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+        )
+    )
+    randomise(model.named_parameters(), seed)
+    model.save_pretrained(directory)
+    SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(directory)
     return directory
 
 

@@ -32,21 +32,21 @@ _MAX_CACHED_BYTES = 256 << 20
 class FeatureSource:
     """Finds the features of images: by content if a sample holds the image file itself, otherwise by its path.
 
-    `caches` lists for each image root the feature caches that are searched for its paths. `dtype` is the student's.
+    `caches` lists for each image root the feature caches that are searched for its paths. `dtype` is the student's, and
+    `tokens_per_image` its number of placeholders of an image, which may be less than P: the self-attention blocks of an
+    adapter take the tower's class token too.
     """
 
-    def __init__(self, caches: Mapping[ImageRoot | None, Sequence[FeatureCache]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, caches: Mapping[ImageRoot | None, Sequence[FeatureCache]], dtype: torch.dtype, tokens_per_image: int
+    ) -> None:
         self._caches = caches
         self._dtype = dtype
+        self.tokens_per_image = tokens_per_image
         encoder = next(iter(caches.values()))[0].manifest.encoder
         self._shape = encoder.tokens_per_image, encoder.num_channels
         self._cached: OrderedDict[tuple[Location, int], Tensor] = OrderedDict()
         self._cached_bytes = 0
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Returns P, the number of placeholders of an image."""
-        return self._shape[0]
 
     def pixels(self, requests: Sequence[ImageRequest]) -> Tensor:
         """Returns the features of I images, [I, P, D] in the student's dtype.
@@ -113,7 +113,8 @@ def open_feature_source(config: TrainConfig) -> FeatureSource | None:
     if not config.data.has_features:
         return None
     model: Path = config.model.path
-    if ImageSpec.load(model) is None:
+    spec = ImageSpec.load(model)
+    if spec is None:
         raise ConfigError(f"data.features: {model} is a student without a vision tower; leave the key out")
     opened: dict[Location, FeatureCache] = {}
     caches: dict[ImageRoot | None, list[FeatureCache]] = {}
@@ -136,4 +137,5 @@ def open_feature_source(config: TrainConfig) -> FeatureSource | None:
             "features were computed in bfloat16%s: losses are close to those of a live vision tower, not equal to them",
             " and stored in 8 bits" if any(cache.manifest.form == "q8" for cache in opened.values()) else "",
         )
-    return FeatureSource(caches, torch.bfloat16 if config.run.precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    return FeatureSource(caches, dtype, spec.tokens_per_image)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from common.errors import ConfigError, ModelError, shorten
@@ -107,7 +107,7 @@ def _widest_dtype(weights: OriginalWeights) -> torch.dtype:
     return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
 
 
-def _load_tower(tower: CLIPVisionModel, weights: Mapping[str, Tensor], source: Path) -> None:
+def _load_tower(tower: PreTrainedModel, weights: Mapping[str, Tensor], source: Path) -> None:
     """Replaces the tower's weights by those that the checkpoint holds, if it was trained too."""
     if not weights:
         return
@@ -117,7 +117,8 @@ def _load_tower(tower: CLIPVisionModel, weights: Mapping[str, Tensor], source: P
     renamed = {
         name if name in names else name.removeprefix(prefix): tensor
         for name, tensor in weights.items()
-        if not name.endswith("position_ids")
+        # SigLIP's pooling head is not used, and load_vision leaves it out.
+        if not name.endswith("position_ids") and not name.removeprefix(prefix).startswith("head.")
     }
     try:
         tower.load_state_dict(renamed, strict=True)

@@ -18,12 +18,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, LlavaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from common.errors import ModelError
-from common.shards.encoder_identity import tower_tensors
+from common.shards.encoder_identity import FIRST_ADAPTER_LAYER, tower_tensors
 
 # The settings of a LLaVA that choose the tower and which of its outputs are used.
 _TOWER_SETTINGS = ("vision_config", "vision_feature_layer", "vision_feature_select_strategy")
+
+
+_LAYERS: dict[str, type[nn.Module]] = {"clip_vision_model": CLIPEncoderLayer, "siglip_vision_model": SiglipEncoderLayer}
 
 
 class _CachedTowerConfig(PreTrainedConfig):
@@ -31,10 +36,16 @@ class _CachedTowerConfig(PreTrainedConfig):
 
     # True if LLaVA drops the first token of the tower's output.
     drops_first_token: bool = False
+    # The tower's own configuration if its last layers, from the second of these on, belong to the adapter.
+    tower: PreTrainedConfig | None = None
+    first_adapter_layer: int | None = None
 
 
 class _CachedTower(PreTrainedModel):
-    """A vision tower without parameters that returns its input."""
+    """A vision tower that returns its input, or what the adapter's self-attention blocks make of it.
+
+    It has no parameters but those of the blocks.
+    """
 
     config_class = _CachedTowerConfig
     _supports_sdpa = True
@@ -44,15 +55,30 @@ class _CachedTower(PreTrainedModel):
 
     def __init__(self, config: _CachedTowerConfig) -> None:
         super().__init__(config)
+        if config.tower is not None and config.first_adapter_layer is not None:
+            tower = config.tower
+            tower._attn_implementation = config._attn_implementation  # noqa: SLF001 - transformers has no public name
+            numbers = range(config.first_adapter_layer, tower.num_hidden_layers)
+            # The modules have the names of the tower's own, as they are in the student's files.
+            self.vision_model = nn.Module()
+            self.vision_model.encoder = nn.Module()
+            self.vision_model.encoder.layers = nn.ModuleDict(
+                {str(n): _LAYERS[tower.model_type](tower) for n in numbers}
+            )
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Returns the features [I, P, D] as the only hidden state, after a first token of zeros if LLaVA drops one.
 
+        With blocks of the adapter, the features are those of all tokens, and the hidden state is the blocks' output.
+
         The view that LLaVA takes of it then has the memory layout of a live tower's output. With another layout the
         projector's matrix product would take another path and round differently.
         """
         state = nn.functional.pad(pixel_values, (0, 0, 1, 0)) if self.config.drops_first_token else pixel_values
+        if self.config.tower is not None:
+            for block in self.vision_model.encoder.layers.values():
+                state = block(state, None)
         return BaseModelOutputWithPooling(hidden_states=(state,))
 
 
@@ -67,15 +93,19 @@ def cached_tower_config(config: PreTrainedConfig) -> PreTrainedConfig:
     AutoModel.register(_CachedTowerConfig, _CachedTower, exist_ok=True)
     layers, width = config.vision_feature_layer, config.vision_config.hidden_size
     is_single_layer = isinstance(layers, int)
+    first = getattr(config.vision_config, FIRST_ADAPTER_LAYER, None)
     # With several layers LLaVA drops the first token of each and then copies them into one tensor, so that there is no
     # view whose layout has to be kept.
-    drops_first_token = is_single_layer and config.vision_feature_select_strategy == "default"
+    drops_first_token = is_single_layer and first is None and config.vision_feature_select_strategy == "default"
     changed = copy.deepcopy(config)
     changed.vision_config = _CachedTowerConfig(
-        hidden_size=width if is_single_layer else width * len(layers), drops_first_token=drops_first_token
+        hidden_size=width if is_single_layer else width * len(layers),
+        drops_first_token=drops_first_token,
+        **({} if first is None else {"tower": copy.deepcopy(config.vision_config), FIRST_ADAPTER_LAYER: first}),
     )
     changed.vision_feature_layer = 0
-    changed.vision_feature_select_strategy = "default" if drops_first_token else "full"
+    if first is None:
+        changed.vision_feature_select_strategy = "default" if drops_first_token else "full"
     return changed
 
 

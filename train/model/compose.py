@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
@@ -20,17 +21,19 @@ from transformers import (
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    SiglipVisionModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from common.data.samples import IMAGE_MARKER
-from common.errors import ModelError
+from common.errors import ModelError, shorten
+from common.shards.encoder_identity import FIRST_ADAPTER_LAYER, tower_tensors
+from train.choices import AdapterType
+from train.model.adapter import LINEAR, add_attention_blocks, initialise_projector
 from train.model.logit_transform import find_logit_transform
 from train.model.student import (
-    LOAD_ERRORS,
-    SAFE_WEIGHTS,
     atomic_directory,
-    check_all_weights_loaded,
     language_model,
     load_component,
     load_config,
@@ -40,8 +43,11 @@ from train.model.student import (
 
 _log = logging.getLogger(__name__)
 
-# CLIP's class token, which "default" drops again.
-_NUM_ADDITIONAL_IMAGE_TOKENS = 1
+# Vision towers by their type in config.json. The patches of a SigLIP 2 of fixed resolution are a SigLIP's.
+_TOWERS: dict[str, type[PreTrainedModel]] = {
+    "clip_vision_model": CLIPVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
 
 
 @dataclass(frozen=True)
@@ -66,40 +72,49 @@ class LlavaParts:
     tokenizer           its tokenizer; changed if it has no `<image>`, which becomes a special token
     tokenizer_from      the directory that the tokenizer was loaded from
     template            chat template to give the tokenizer; None for its own
-    adapter             state of the adapter (`linear_1`, `linear_2`); None to draw a fresh one
+    adapter             state of the projector (`linear_1`, `linear_2`); None to draw a fresh one
+    is_linear           True for a projector of one linear layer
     feature_layer       hidden state of the tower that is taken, counted from the end if negative
     select_strategy     "default" drops the first token of the tower's output, "full" keeps it
     grid                resolutions [height, width] into which LLaVA-NeXT cuts a large image; None for LLaVA
     image_newline       embedding after each row of such a grid, [H]; with `grid`
     """
 
-    tower: CLIPVisionModel
+    tower: PreTrainedModel
     processor: Any
     language: PreTrainedModel
     tokenizer: Any
     tokenizer_from: Path
     template: str | None = None
     adapter: Mapping[str, Tensor] | None = None
+    is_linear: bool = False
     feature_layer: int = -2
     select_strategy: Literal["default", "full"] = "default"
     grid: Sequence[Sequence[int]] | None = None
     image_newline: Tensor | None = None
 
 
-def compose_student(
-    vision_from: Path, language_from: Path, out: Path, *, seed: int, dtype: torch.dtype = torch.float32
+def compose_student(  # noqa: PLR0913 - where the parts come from, and what is drawn
+    vision_from: Path,
+    language_from: Path,
+    out: Path,
+    *,
+    seed: int,
+    adapter: AdapterType = "mlp",
+    dtype: torch.dtype = torch.float32,
 ) -> ComposedStudent:
-    """Joins a CLIP vision tower and a language model by a fresh adapter, and saves the resulting LLaVA.
+    """Joins a vision tower and a language model by a fresh adapter, and saves the resulting LLaVA.
 
-    The adapter is LLaVA-1.5's (arXiv 2310.03744): linear, GELU, linear, on the patches of the second-to-last
-    vision layer, initialised as `nn.Linear` is by default: uniform on +-1/sqrt(inputs).
+    The adapter (train.model.adapter) takes the patches of the second-to-last vision layer, as LLaVA-1.5 does.
 
     Args:
-        vision_from: a LLaVA or CLIP directory: its vision tower and image processor settings are taken.
+        vision_from: a directory that holds a CLIP or SigLIP tower, alone or in a LLaVA, CLIP or SigLIP: the tower and
+            the image processor's settings are taken.
         language_from: a causal language model or LLaVA directory: its text model and tokenizer are taken. If
             the tokenizer has no `<image>`, it becomes a special token.
         out: a new or empty directory.
         seed: of the adapter, and of the new rows if the embedding is resized.
+        adapter: its kind.
         dtype: of all saved parameters.
 
     Raises:
@@ -111,7 +126,21 @@ def compose_student(
         source = load_student(language_from, dtype=dtype)
         _check_logits_unchanged(source, language_from)
         tokenizer = load_component(AutoTokenizer, language_from, "tokenizer")
-        parts = LlavaParts(tower, processor, source, tokenizer, tokenizer_from=language_from)
+        feature_layer = LlavaParts.feature_layer
+        if adapter == "attention":
+            add_attention_blocks(tower, feature_layer, torch.Generator().manual_seed(seed))
+            feature_layer = -1
+        parts = LlavaParts(
+            tower,
+            processor,
+            source,
+            tokenizer,
+            tokenizer_from=language_from,
+            is_linear=adapter == "linear",
+            feature_layer=feature_layer,
+            # CLIP's first token is that of the class, a SigLIP's one is a patch.
+            select_strategy="default" if _num_class_tokens(tower) else "full",
+        )
         return save_llava(parts, staging, seed=seed)
 
 
@@ -176,7 +205,7 @@ def _join_models(parts: LlavaParts, image_token_id: int, seed: int) -> PreTraine
         text_config=decoder.config,
         image_token_index=image_token_id,
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
-        projector_hidden_act="gelu",
+        projector_hidden_act=LINEAR if parts.is_linear else "gelu",
         vision_feature_layer=parts.feature_layer,
         vision_feature_select_strategy=parts.select_strategy,
         tie_word_embeddings=decoder.config.tie_word_embeddings,
@@ -198,12 +227,12 @@ def _join_models(parts: LlavaParts, image_token_id: int, seed: int) -> PreTraine
     if parts.adapter is not None:
         adapter.load_state_dict(parts.adapter)
         return model
-    generator = torch.Generator().manual_seed(seed)
-    for linear in (adapter.linear_1, adapter.linear_2):
-        bound = linear.in_features**-0.5
-        nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
+    initialise_projector(adapter, torch.Generator().manual_seed(seed), is_linear=parts.is_linear)
     return model
+
+
+def _num_class_tokens(tower: PreTrainedModel) -> int:
+    return 1 if isinstance(tower, CLIPVisionModel) else 0
 
 
 def _save_processor(parts: LlavaParts, out: Path) -> None:
@@ -211,7 +240,7 @@ def _save_processor(parts: LlavaParts, out: Path) -> None:
         "tokenizer": parts.tokenizer,
         "patch_size": parts.tower.config.patch_size,
         "vision_feature_select_strategy": parts.select_strategy,
-        "num_additional_image_tokens": _NUM_ADDITIONAL_IMAGE_TOKENS,
+        "num_additional_image_tokens": _num_class_tokens(parts.tower),
     }
     if parts.grid is None:
         parts.processor.save_pretrained(out)
@@ -225,35 +254,45 @@ def _save_processor(parts: LlavaParts, out: Path) -> None:
     LlavaNextProcessor(image_processor=images, **settings).to_json_file(out / "processor_config.json")
 
 
-def load_vision(path: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, Any]:
-    """Loads the vision tower and the image processor of a LLaVA or CLIP directory.
+def load_vision(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """Loads the vision tower and the image processor of a directory; the weights of other parts are not read.
+
+    SigLIP's pooling head is left out, because a LLaVA does not use it.
 
     Raises:
-        ModelError: the directory holds no CLIP tower, or an image processor for images of another size.
+        ModelError: the directory holds no CLIP or SigLIP tower, or one that ends in an adapter; weights are missing,
+            unknown or of another shape; or the image processor is for images of another size.
     """
     config = load_config(path)
-    if config.model_type == "llava":
-        tower = load_student(path, dtype=dtype).model.vision_tower
-    elif config.model_type in ("clip", "clip_vision_model"):
-        try:
-            tower, report = CLIPVisionModel.from_pretrained(path, dtype=dtype, output_loading_info=True, **SAFE_WEIGHTS)
-        except LOAD_ERRORS as error:
-            raise ModelError(
-                f"{path}: the vision tower cannot be loaded ({error}). Expected safetensors that fit config.json"
-            ) from error
-        # A whole CLIP also has the weights of a text tower, which stays unused.
-        check_all_weights_loaded(path, {**report, "unexpected_keys": ()})
-    else:
-        raise ModelError(f"{path}: found model type '{config.model_type}', expected 'llava' or 'clip'")
-    if not isinstance(tower, CLIPVisionModel):
-        # Other towers have no class token, which the "default" selection would drop.
-        raise ModelError(f"{path}: found a {type(tower).__name__}, expected a CLIP vision tower")
+    vision = getattr(config, "vision_config", config)
+    if vision.model_type not in _TOWERS:
+        found = f"'{config.model_type}'" + (f" with a '{vision.model_type}'" if vision is not config else "")
+        raise ModelError(f"{path}: found a model of type {found}, expected one with a vision tower of CLIP or SigLIP")
+    if hasattr(vision, FIRST_ADAPTER_LAYER):
+        raise ModelError(
+            f"{path}: the last layers of its vision tower are an adapter; take the tower from the directory that this "
+            "student was made from"
+        )
+    if vision.model_type == "siglip_vision_model":
+        vision.vision_use_head = False
+    with no_init_weights():
+        tower = _TOWERS[vision.model_type](vision).to(dtype).eval()
+    # transformers names them with or without the prefix, depending on its version.
+    names = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
+    try:
+        weights = {}
+        for name, stored in tower_tensors(path).items():
+            with safe_open(stored.file, framework="pt") as file:
+                weights[names.get(name, name)] = file.get_tensor(stored.name)
+        tower.load_state_dict(weights, strict=True)
+    except (RuntimeError, SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: its vision tower cannot be loaded ({shorten(str(error))})") from error
     processor = load_component(AutoImageProcessor, path, "image processor")
-    size = dict(processor.crop_size if processor.do_center_crop else processor.size)
+    size = dict(processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size)
     side = size.get("height") or size.get("shortest_edge")
-    if side != tower.config.image_size:
+    if side != vision.image_size:
         raise ModelError(
             f"{path}: the image processor makes images of {side} pixels, the vision tower expects "
-            f"{tower.config.image_size}; correct preprocessor_config.json"
+            f"{vision.image_size}; correct preprocessor_config.json"
         )
     return tower, processor

@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from common.errors import ModelError, StorageError
 from common.model_layout import check_not_original_layout
 from train.choices import PARAMETER_GROUPS
+from train.model.adapter import is_adapter_block, is_frozen_identity
 from train.model.cached_tower import cached_tower_config, full_config, full_state_dict
 
 # A setting in the text config of an upcycled Qwen2-MoE: its shared expert is frozen zeros, see train.moe.upcycle.
@@ -131,9 +132,10 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
     """Makes the parameters of the named groups trainable and freezes all others.
 
-    Groups: "vision_tower"; "adapter"; "language_model", everything of the text model with its embeddings and
-    output layer; "experts", the expert FFNs of its sparse layers; "router". The zero shared expert of an
-    upcycled Qwen2-MoE always stays frozen.
+    Groups: "vision_tower"; "adapter", which may have its own self-attention blocks (train.model.adapter);
+    "language_model", everything of the text model with its embeddings and output layer; "experts", the expert FFNs of
+    its sparse layers; "router". The zero shared expert of an upcycled Qwen2-MoE and the identity of a linear adapter
+    always stay frozen.
 
     Returns:
         The number of trainable parameters; one that ZeRO-3 has partitioned is counted whole.
@@ -141,7 +143,10 @@ def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
     Raises:
         ModelError: a group is unknown, or this model does not have it.
     """
-    found = {name: parameter_groups(name) for name, _ in model.named_parameters()}
+    found = {
+        name: frozenset({"adapter"}) if is_adapter_block(name, model.config) else parameter_groups(name)
+        for name, _ in model.named_parameters()
+    }
     present = frozenset[str]().union(*found.values())
     if absent := trainable - present:
         raise ModelError(
@@ -151,7 +156,7 @@ def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
     keeps_zeros = getattr(text_config(model), ZERO_SHARED_EXPERT, False)
     num_trainable = 0
     for name, parameter in model.named_parameters():
-        frozen = keeps_zeros and ".mlp.shared_expert" in name
+        frozen = (keeps_zeros and ".mlp.shared_expert" in name) or is_frozen_identity(name, model.config)
         parameter.requires_grad_(bool(found[name] & trainable) and not frozen)
         if parameter.requires_grad:
             num_trainable += getattr(parameter, "ds_numel", parameter.numel())

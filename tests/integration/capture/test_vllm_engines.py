@@ -16,8 +16,13 @@ from precompute.config import EngineConfig
 from precompute.engine.generate import generate_answers
 from precompute.logits.run import run_capture
 from precompute.verify.logits import verify_logits
+from precompute.verify.recompute_logits import recompute_logits
 from tests.support.fake_teacher import conversation_records, make_config
 from tests.support.hf_reference import ENGINE, TOP_K, assert_agrees, greedy_answers, read_rows, reference_rows
+from tests.support.models import randomise, tiny_siglip
+from train.choices import AdapterType
+from train.model.compose import compose_student
+from train.model.student import load_student, save_student
 
 pytestmark = pytest.mark.vllm
 
@@ -56,6 +61,25 @@ def test_generation_with_the_engine_in_this_process_is_transformers_greedy_text(
     engine = EngineConfig.model_validate(ENGINE)
     answers = generate_answers(llava_dir, samples, max_new_tokens=6, image_root=tmp_path, engine=engine)
     assert answers == greedy_answers(llava_dir, samples, tmp_path)
+
+
+@pytest.mark.usefixtures("engine_in_this_process")
+@pytest.mark.parametrize(("tower", "adapter"), [("siglip", "linear"), ("clip", "attention")])
+def test_vllm_serves_students_of_every_tower_and_adapter(
+    llava_dir: Path, tmp_path: Path, tower: str, adapter: AdapterType
+) -> None:
+    """All parameters are drawn anew, but for the identity behind a linear projector."""
+    vision = tiny_siglip(tmp_path / "siglip") if tower == "siglip" else llava_dir
+    compose_student(vision, llava_dir, tmp_path / "student", seed=0, adapter=adapter)
+    student = load_student(tmp_path / "student", dtype=torch.float32)
+    randomise([(name, p) for name, p in student.named_parameters() if "projector.linear_2" not in name], seed=1)
+    save_student(student, tmp_path / "student", tmp_path / "model")
+    config = make_config(tmp_path, tmp_path / "model", conversation_records(tmp_path, 4), engine=ENGINE)
+    run_capture(config, progress=False)
+    result = recompute_logits(config.output, tmp_path / "model", 4, progress=False)
+    assert result.ok
+    assert result.num_rows == 4
+    assert result.max_own_difference < 1e-4
 
 
 @pytest.mark.usefixtures("engine_in_this_process")

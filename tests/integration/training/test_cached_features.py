@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from common.shards.manifest import FeatureForm
 from precompute.features.run import FeatureSettings, run_features
 from tests.support.models import tiny_llava
 from tests.support.training import LiveTeacher, launch, losses, run_stages, stage, weights, write_mixed_dataset
+from train.model.compose import compose_student
 from train.model.export import export_student
 from train.model.student import load_student
 
@@ -43,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
         "run": {"zero_stage": 1},
         "loss": {"cross_entropy": 0.0, "preference": 1.0},
     },
+    # Two self-attention blocks of the adapter stand between the cached features and the projector.
+    "attention adapter": {"trainable": ["adapter", "language_model"], "run": {"zero_stage": 2}},
     "validated": {"run": {"zero_stage": 1, "eval_steps": 2}, "data": {"validation_fraction": 0.2}},
 }
 
@@ -51,11 +55,17 @@ CASES: dict[str, dict[str, Any]] = {
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stages")
     student, data = tiny_llava(root / "student", num_layers=2), root / "data"
+    compose_student(student, student, root / "attention", seed=0, adapter="attention")
     for kind in ("kd", "dpo"):
         write_mixed_dataset(data, 20, kind)
         LiveTeacher(student, data).write_output(root / f"{kind}-scores", data / f"{kind}.json", kind)
-    for form in ("bf16", "q8"):
-        run_features(FeatureSettings(student, data / "kd.json", data, root / form, form, "pad", 3, 4), progress=False)
+    caches: list[tuple[Path, str, FeatureForm]] = [
+        (student, "bf16", "bf16"),
+        (student, "q8", "q8"),
+        (root / "attention", "attention-bf16", "bf16"),
+    ]
+    for model, name, form in caches:
+        run_features(FeatureSettings(model, data / "kd.json", data, root / name, form, "pad", 3, 4), progress=False)
     (root / "plain-linear.json").write_text(json.dumps({"zero_optimization": {"memory_efficient_linear": False}}))
     return root
 
@@ -68,10 +78,11 @@ def make_stage(root: Path, name: str, source: str, output: str | None = None) ->
         changes["run"]["deepspeed"] = str(root / changes["run"]["deepspeed"])
     changes["loss"] = {"cross_entropy": 1.0} | changes.get("loss", {})
     changes["optim"] = {"max_steps": 6, "global_batch_size": 4} | changes.get("optim", {})
-    images = {"image_root": str(root / "data")} if source == "live" else {"features": str(root / source)}
+    student, prefix = ("attention", "attention-") if name == "attention adapter" else ("student", "")
+    images = {"image_root": str(root / "data")} if source == "live" else {"features": str(root / (prefix + source))}
     shards = root / ("dpo-scores" if name == "pairs" else "kd-scores")
     changes["data"] = {"shards": str(shards)} | images | changes.get("data", {})
-    return stage(root / (output or f"{name}-{source}"), root / "student", **changes)
+    return stage(root / (output or f"{name}-{source}"), root / student, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +100,8 @@ def test_losses_and_weights_are_those_of_a_live_tower_bit_for_bit(trained: Path,
     expected, found = weights(live), weights(cached)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) and expected[key].dtype == found[key].dtype for key in expected)
-    assert sum("vision_tower.vision_model" in key for key in found) == 55
+    # The attention adapter has two blocks in the place of the tower's last one.
+    assert sum("vision_tower.vision_model" in key for key in found) == (71 if name == "attention adapter" else 55)
     for path in (live / "final").iterdir():
         if path.suffix == ".json":
             assert json.loads(path.read_text()) == json.loads((cached / "final" / path.name).read_text())

@@ -71,7 +71,7 @@ def open_features(root: Path, **changes: Any) -> FeatureSource:
 def test_features_replace_pixels(root: Path, dtype: torch.dtype) -> None:
     live, cached = (load_student(root / "student", dtype=dtype, tower=tower) for tower in (True, False))
     cache = FeatureCache(root / "bf16")
-    features = FeatureSource({None: [cache]}, dtype).pixels(requests("4.png", "0.png", "4.png"))
+    features = FeatureSource({None: [cache]}, dtype, 16).pixels(requests("4.png", "0.png", "4.png"))
     assert (features.shape, features.dtype) == ((3, 16, 64), dtype)
     seen: list[torch.Tensor] = []
     for model in (live, cached):
@@ -142,7 +142,7 @@ def test_a_damaged_shard_is_named(root: Path, tmp_path: Path) -> None:
     damaged = output / shard_path(output, 0).name
     for position in range(4, damaged.stat().st_size // 2, 8):
         flip_bit(damaged, position)
-    features = FeatureSource({None: [FeatureCache(output)]}, F32)
+    features = FeatureSource({None: [FeatureCache(output)]}, F32, 16)
     with pytest.raises(ShardError, match=r"shard-00000\.parquet: has SHA-256"):
         features.pixels(requests("0.png"))
     assert features.pixels(requests("8.png")).isfinite().all()

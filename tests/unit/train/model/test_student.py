@@ -271,7 +271,7 @@ def test_an_image_processor_of_another_size_is_refused(broken: Path, lm: Path, t
 
 
 def test_composing_from_a_text_model_without_a_vision_tower_is_refused(lm: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="expected 'llava' or 'clip'"):
+    with pytest.raises(ModelError, match="type 'llama', expected one with a vision tower of CLIP or SigLIP"):
         compose_student(lm, lm, tmp_path / "student", seed=0)
     assert list(tmp_path.iterdir()) == []
 
@@ -340,6 +340,6 @@ def test_a_clip_with_damaged_weights_is_refused(broken: Path, lm: Path, tmp_path
     config = CLIPConfig(vision_config=load_student(broken, dtype=F32).config.vision_config.to_dict())
     config.save_pretrained(clip)
     (clip / "model.safetensors").write_bytes(b"{}")
-    with pytest.raises(ModelError, match="clip: the vision tower cannot be loaded"):
+    with pytest.raises(ModelError, match=r"clip/model\.safetensors: cannot be read as safetensors"):
         compose_student(clip, lm, tmp_path / "student", seed=0)
     assert not (tmp_path / "student").exists()
