@@ -29,7 +29,7 @@ from common.estimates import Estimate, EstimateTable, format_value
 from train.choices import ParameterGroup, Precision, ZeroStage
 from train.config import TRAINABLE, TrainConfig
 from train.model.cached_tower import cached_tower_config
-from train.model.student import is_multimodal, parameter_groups, set_trainable
+from train.model.student import parameter_groups, set_trainable, trained_groups
 from train.moe.upcycle import is_sparse, upcycle
 
 STAGES: tuple[ZeroStage, ...] = get_args(ZeroStage)
@@ -130,8 +130,6 @@ def estimate_training_memory(
     model = build_on_meta(student, tower=config is None or not config.data.has_features)
     origin = "counted from config.json"
     groups: frozenset[ParameterGroup] = frozenset(TRAINABLE["dense-to-dense"])
-    if not is_multimodal(model):
-        groups -= {"adapter"}
     precision: Precision = "bf16"
     stage = "dense-to-dense"
     if config is not None:
@@ -140,6 +138,7 @@ def estimate_training_memory(
             with torch.device("meta"):
                 model = upcycle(model, config.moe, seed=config.seed)
             origin += f", upcycled to {config.moe.num_experts} experts"
+    groups = trained_groups(model, groups, is_default=config is None or config.trainable is None)
     set_trainable(model, groups)
     expert_parallel_size = 1 if config is None else config.run.expert_parallel_size
     counts = _count_parameters(model, expert_parallel_size)

@@ -41,6 +41,9 @@ MAX_KEPT_RATIO = 500
 # MPO, the JPEGs of phones with more than one picture. AVIF needs Pillow 11.3.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
+# Types of models whose images all have the same number of tokens: LLaVA, and the towers of its kind.
+_FIXED_TOKENS = ("llava", "clip", "siglip")
+
 _GREY_OF_MANY_LEVELS = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
 
@@ -75,19 +78,25 @@ class ImageSpec:
         """Reads config.json and preprocessor_config.json. Returns None for a model without a vision tower.
 
         Raises:
-            ModelError: one of the files is missing or broken, or the vision tower has no fixed number of tokens.
+            ModelError: one of the files is missing or broken, or the model's images have no fixed number of tokens.
         """
         config = read_json(model_dir / "config.json")
         vision = config.get("vision_config")
         if vision is None:
             return None
+        if config.get("model_type") not in _FIXED_TOKENS:
+            raise ModelError(
+                f"{model_dir}/config.json: found a model of type {config.get('model_type')!r}, whose images take as "
+                "many tokens as their size asks for; served so far: text-only models and "
+                f"{', '.join(_FIXED_TOKENS)}"
+            )
         processor = read_json(_find_processor_file(model_dir))
         processor = processor.get("image_processor", processor)
         try:
             num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise ModelError(
-                f"{model_dir}/config.json: vision_config has no {error}; expected a CLIP-like tower"
+                f"{model_dir}/config.json: vision_config needs image_size and patch_size, one number each ({error})"
             ) from error
         # CLIP puts a class token first, SigLIP does not. "default" drops the first token, "full" keeps all.
         num_class_tokens = 0 if "siglip" in vision.get("model_type", "clip_vision_model") else 1

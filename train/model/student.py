@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from common.errors import ModelError, StorageError
 from common.model_layout import check_not_original_layout
-from train.choices import PARAMETER_GROUPS
+from train.choices import PARAMETER_GROUPS, ParameterGroup
 from train.model.adapter import is_adapter_block, is_frozen_identity
 from train.model.cached_tower import cached_tower_config, full_config, full_state_dict
 
@@ -127,6 +127,24 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """Returns the config object that `language_model(model)` reads."""
     config: PreTrainedConfig = model.config.text_config if is_multimodal(model) else model.config
     return config
+
+
+def trained_groups(
+    model: PreTrainedModel, groups: frozenset[ParameterGroup], *, is_default: bool
+) -> frozenset[ParameterGroup]:
+    """Returns the parameter groups to train: of a stage's default ones, only those that a text-only student may have.
+
+    Raises:
+        ModelError: no group is left.
+    """
+    if not is_default or is_multimodal(model):
+        return groups
+    if fitting := groups - {"adapter"}:
+        return fitting
+    raise ModelError(
+        f"{type(model).__name__}: takes no images, so it has no adapter, which is all that this stage trains; leave "
+        "the stage out, or name what to train (trainable)"
+    )
 
 
 def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
@@ -278,6 +296,7 @@ def parameter_groups(parameter_name: str) -> frozenset[str]:
         return frozenset({"adapter"})
     if ".mlp.experts." in name:
         return frozenset({"language_model", "experts"})
-    if ".mlp.gate." in name:
+    # gpt-oss calls its gate a router.
+    if ".mlp.gate." in name or ".mlp.router." in name:
         return frozenset({"language_model", "router"})
     return frozenset({"language_model"})

@@ -169,13 +169,15 @@ class RouterMonitor:
             if not hasattr(block, "experts"):
                 continue
             self._layers.append(number)
-            if hasattr(block, "router"):
+            # gpt-oss calls its gate a router, DeepSpeed a module around the gate.
+            router = getattr(block, "router", None) or block.gate
+            if hasattr(router, "gate"):
                 # DeepSpeed's router returns scores, experts and counts. Its experts get the tokens of all ranks, so
                 # that a hook on them would count too much.
-                weight = block.router.gate.weight
-                hook = block.router.register_forward_hook(lambda _module, _args, out: self._selected.append(out[1]))
+                weight = router.gate.weight
+                hook = router.register_forward_hook(lambda _module, _args, out: self._selected.append(out[1]))
             else:
-                weight = block.gate.weight
+                weight = router.weight
                 hook = block.experts.register_forward_pre_hook(lambda _module, args: self._selected.append(args[1]))
             self._handles.append(hook)
             self._routers.append(weight)

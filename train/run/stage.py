@@ -29,6 +29,7 @@ from transformers.utils import is_flash_attn_2_available
 from common.data.bad_samples import check_skipped_share, list_problems
 from common.data.chat_encoding import ChatEncoder
 from common.errors import ConfigError, DataError, DecantError, StorageError
+from train.choices import ParameterGroup
 from train.config import LossConfig, TrainConfig
 from train.data.collator import Collator
 from train.data.feature_source import open_feature_source
@@ -36,7 +37,7 @@ from train.data.preflight import BadSample, Ranks, find_bad_samples
 from train.data.sources import ExampleSource
 from train.loss.fused_output import FusedOutput
 from train.model.packing import check_packing_supported
-from train.model.student import load_student, set_trainable, text_config
+from train.model.student import load_student, set_trainable, text_config, trained_groups
 from train.moe.expert_parallel import check_expert_parallel_supported, check_same_num_ranks, expert_parallel_settings
 from train.moe.router_monitor import RouterMonitor
 from train.moe.upcycle import is_sparse, upcycle
@@ -105,7 +106,8 @@ def _train_locked(config: TrainConfig, process: "_Process") -> StageResult:
     # Only now, because the output is compared with the model's logits on the CPU, where flash-attn does not run.
     if torch.cuda.is_available() and is_flash_attn_2_available() and config.run.precision == "bf16":
         model.set_attn_implementation("flash_attention_2")
-    num_trainable = set_trainable(model, config.groups)
+    groups = trained_groups(model, config.groups, is_default=config.trainable is None)
+    num_trainable = set_trainable(model, groups)
     deepspeed = _configure_deepspeed(run, model)
     args = build_training_arguments(config, deepspeed, accumulation=run.accumulation, max_steps=run.max_steps)
     checkpoint = _convert_checkpoint(run, deepspeed)
@@ -114,7 +116,7 @@ def _train_locked(config: TrainConfig, process: "_Process") -> StageResult:
     shutdown = GracefulShutdown()
     trainer = _build_trainer(run, _Student(model, output), args, shutdown)
     if run.process.is_rank_0:
-        _record_start(run, model, args, num_trainable)
+        _record_start(run, model, args, groups, num_trainable)
     with shutdown:
         trainer.train(resume_from_checkpoint=checkpoint)
     # From here on a signal ends the process: the last step is saved, and the next start continues after it.
@@ -379,7 +381,9 @@ def _build_trainer(
     return trainer
 
 
-def _record_start(run: _Run, model: PreTrainedModel, args: TrainingArguments, num_trainable: int) -> None:
+def _record_start(
+    run: _Run, model: PreTrainedModel, args: TrainingArguments, groups: frozenset[ParameterGroup], num_trainable: int
+) -> None:
     """Adds the start to starts.json, and logs the student, the device and the sizes of the run."""
     config, num_ranks = run.config, run.process.num_ranks
     # A JSON file may have changed it.
@@ -395,7 +399,7 @@ def _record_start(run: _Run, model: PreTrainedModel, args: TrainingArguments, nu
         type(model).__name__,
         sum(p.numel() for p in model.parameters()) / 1e6,
         num_trainable / 1e6,
-        ", ".join(sorted(config.groups)),
+        ", ".join(sorted(groups)),
         args.device,
         config.run.precision,
         zero_stage,

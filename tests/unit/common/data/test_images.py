@@ -434,7 +434,7 @@ PROCESSOR = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "size": {"shorte
 
 def model_dir(directory: Path, config: dict[str, Any], processor: Any, name: str = "preprocessor_config.json") -> Path:
     directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps({"model_type": "llava"} | config))
     if processor is not None:
         (directory / name).write_text(json.dumps(processor))
     return directory
@@ -487,6 +487,16 @@ def test_an_incomplete_model_directory_is_refused(tmp_path: Path, config: dict[s
     processor = PROCESSOR if len(config["vision_config"]) == 1 else None
     with pytest.raises(ModelError, match=str(tmp_path)):
         ImageSpec.load(model_dir(tmp_path, config, processor))
+
+
+@pytest.mark.parametrize("kind", ["internvl", "llava_next", "qwen2_5_vl", None])
+def test_models_whose_images_have_no_fixed_number_of_tokens_are_refused(tmp_path: Path, kind: str | None) -> None:
+    """InternVL's configuration has sizes of height and width."""
+    vision = {"image_size": [448, 448], "patch_size": [14, 14]}
+    with pytest.raises(ModelError, match=f"found a model of type {kind!r}, whose images take as many tokens"):
+        ImageSpec.load(model_dir(tmp_path, {"model_type": kind, "vision_config": vision}, PROCESSOR))
+    with pytest.raises(ModelError, match="vision_config needs image_size and patch_size, one number each"):
+        ImageSpec.load(model_dir(tmp_path, {"vision_config": vision}, PROCESSOR))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff"])

@@ -8,10 +8,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     CLIPConfig,
     CLIPModel,
+    GptOssConfig,
     LlamaModel,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -20,6 +22,7 @@ from transformers import (
 
 from common.errors import ModelError, StorageError
 from tests.support.models import tiny_causal_lm, tiny_llava
+from train.choices import ParameterGroup
 from train.model.compose import compose_student
 from train.model.student import (
     atomic_directory,
@@ -30,6 +33,7 @@ from train.model.student import (
     set_trainable,
     stored_dtype,
     text_config,
+    trained_groups,
 )
 
 F32 = torch.float32
@@ -146,6 +150,33 @@ def test_exactly_the_named_groups_train(student: PreTrainedModel, groups: set[st
     expected = {name: p.numel() for name, p in student.named_parameters() if name.startswith(prefixes)}
     assert trained == set(expected)
     assert num_trainable == sum(expected.values())
+
+
+def test_the_default_groups_fit_a_text_only_student(student: PreTrainedModel, lm: Path) -> None:
+    text, groups = load_student(lm, dtype=F32), frozenset[ParameterGroup]({"adapter", "language_model"})
+    assert trained_groups(student, groups, is_default=True) == groups
+    assert trained_groups(text, groups, is_default=True) == {"language_model"}
+    # What was asked for by name is not left out in silence.
+    assert trained_groups(text, groups, is_default=False) == groups
+    with pytest.raises(ModelError, match="LlamaForCausalLM: takes no images, so it has no adapter"):
+        trained_groups(text, frozenset({"adapter"}), is_default=True)
+
+
+def test_the_experts_and_the_router_of_gpt_oss_are_groups() -> None:
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    assert set_trainable(model, frozenset({"router"})) == 4 * 32 + 4
+    assert set_trainable(model, frozenset({"experts"})) == 4 * (32 * 64 + 64 + 32 * 32 + 32)
 
 
 @pytest.mark.parametrize("group", ["experts", "router", "everything"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 
 from common.errors import ModelError
 from tests.support import reference_losses as reference
@@ -274,3 +274,35 @@ def test_a_text_student_has_only_text_tokens(tmp_path: Path) -> None:
     load = monitor.pop_expert_load(lambda t: t, 1, 0)
     assert not load.image_LE.any()
     assert load.text_LE.sum(1).tolist() == [40, 40]
+
+
+def test_the_routers_of_gpt_oss_are_monitored() -> None:
+    """Its gate is called router and has a bias; the logits are those of transformers' own output."""
+    config = GptOssConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        attn_implementation="eager",
+    )
+    model = AutoModelForCausalLM.from_config(config).train()
+    randomise(model.named_parameters(), seed=3)
+    ids = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+    batch = make_batch(ids, torch.ones(1, 12, dtype=torch.bool))
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_router_logits=True).router_logits
+    monitor = RouterMonitor(model)
+    output = model(**batch.sequence_inputs)
+    for found, layer in zip(monitor.pop_router_logits(), expected, strict=True):
+        torch.testing.assert_close(found, layer)
+    monitor.count_batch(batch)
+    output.logits.sum().backward()
+    assert monitor.metrics(lambda t: t, 1)["router/grad_norm"] > 0
+    load = monitor.pop_expert_load(lambda t: t, 1, 0)
+    chosen = torch.stack([layer.topk(2).indices for layer in expected])
+    assert load.text_LE.tolist() == [torch.bincount(layer.flatten(), minlength=4).tolist() for layer in chosen]
