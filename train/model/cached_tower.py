@@ -3,8 +3,9 @@
     LlavaConfig ── cached_tower_config ──> configuration from which transformers builds and loads everything else
     model ── full_config, full_state_dict ──> what is saved; the tower's part comes from the original model directory
 
-The model stays transformers' own class. The tower is replaced by a module without parameters that returns its input,
-so that the tower's weights are neither loaded nor held, and `pixel_values` are features, not images.
+The model stays transformers' own class. The tower is replaced by a module that returns its input, so that the tower's
+weights are neither loaded nor held, and `pixel_values` are features, not images. It has no parameters, but for those of
+the adapter's self-attention blocks, which are the tower's last layers (train.model.adapter).
 
 Legend: I images, P tokens that the tower gives an image, D channels.
 """
@@ -27,7 +28,7 @@ from common.shards.encoder_identity import FIRST_ADAPTER_LAYER, tower_tensors
 # The settings of a LLaVA that choose the tower and which of its outputs are used.
 _TOWER_SETTINGS = ("vision_config", "vision_feature_layer", "vision_feature_select_strategy")
 
-
+# The self-attention blocks of an adapter, by the type of its tower.
 _LAYERS: dict[str, type[nn.Module]] = {"clip_vision_model": CLIPEncoderLayer, "siglip_vision_model": SiglipEncoderLayer}
 
 
@@ -36,7 +37,7 @@ class _CachedTowerConfig(PreTrainedConfig):
 
     # True if LLaVA drops the first token of the tower's output.
     drops_first_token: bool = False
-    # The tower's own configuration if its last layers, from the second of these on, belong to the adapter.
+    # The tower's own configuration, and the number of its first layer that belongs to the adapter, if there is one.
     tower: PreTrainedConfig | None = None
     first_adapter_layer: int | None = None
 
@@ -68,11 +69,10 @@ class _CachedTower(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Returns the features [I, P, D] as the only hidden state, after a first token of zeros if LLaVA drops one.
+        """Returns the features [I, P, D] as the only hidden state, or what the blocks of the adapter make of them.
 
-        With blocks of the adapter, the features are those of all tokens, and the hidden state is the blocks' output.
-
-        The view that LLaVA takes of it then has the memory layout of a live tower's output. With another layout the
+        If LLaVA drops the first token and there are no blocks, a first token of zeros is put before the features. The
+        view that LLaVA takes of it then has the memory layout of a live tower's output. With another layout the
         projector's matrix product would take another path and round differently.
         """
         state = nn.functional.pad(pixel_values, (0, 0, 1, 0)) if self.config.drops_first_token else pixel_values
