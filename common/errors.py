@@ -45,9 +45,9 @@ class StorageError(DecantError):
     """Reading or writing failed in the storage itself."""
 
 
-def shorten(text: str) -> str:
-    """Returns `text`, cut to 200 characters, because a value from outside may have millions."""
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]} ..."
+def shorten(text: str, limit: int = MAX_SHOWN) -> str:
+    """Returns `text`, cut to `limit` characters, because a value from outside may have millions."""
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
 def describe_value(value: object) -> str:

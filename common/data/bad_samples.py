@@ -8,6 +8,9 @@ from common.errors import DataError, shorten
 _MAX_LISTED_PROBLEMS = 20
 _MAX_LISTED_REASONS = 5
 
+# Characters of a reason. It begins with the paths of the dataset and of an image, which are long in deep folders.
+_MAX_REASON = 1000
+
 # What differs between samples with one and the same problem: which sample it is, paths and other quoted texts, numbers.
 _SAMPLE = re.compile(r"^.*?\bsample (?:'[^']*'|\"[^\"]*\")(?: \([^)]*\))?: ", re.DOTALL)
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\S+\.\w{3,4}\b|\d+")
@@ -35,7 +38,7 @@ def check_skipped_share(reasons: Sequence[str], num_samples: int, max_skipped: f
     for reason in reasons:
         groups.setdefault(_PARTICULARS.sub("*", _SAMPLE.sub("", reason)), []).append(reason)
     largest = sorted(groups.values(), key=len, reverse=True)
-    lines = [f"  {len(group):,} such as: {shorten(group[0])}" for group in largest[:_MAX_LISTED_REASONS]]
+    lines = [f"  {len(group):,} such as: {shorten(group[0], _MAX_REASON)}" for group in largest[:_MAX_LISTED_REASONS]]
     if (more := len(largest) - _MAX_LISTED_REASONS) > 0:
         lines.append(f"  and {more} other reasons")
     share = f"{len(reasons):,} of {num_samples:,} samples ({len(reasons) / num_samples:.0%})"

@@ -34,6 +34,9 @@ def test_a_share_within_the_limit_passes(num_skipped: int, limit: float) -> None
 def test_too_many_bad_samples_end_a_run_before_the_engine_and_a_higher_limit_continues_it(
     tmp_path: Path, llava_dir: Path
 ) -> None:
+    # So long a path that a message of 200 characters would not reach the reason.
+    tmp_path /= "x" * 150
+    tmp_path.mkdir()
     records = conversation_records(tmp_path, 10)
     for record in records[:3]:
         record["image"] = "nowhere.png"
@@ -43,7 +46,9 @@ def test_too_many_bad_samples_end_a_run_before_the_engine_and_a_higher_limit_con
         raise AssertionError("the engine was started")
 
     config = make_config(tmp_path, llava_dir, records, **settings)
-    with pytest.raises(DataError, match=r"3 of 10 samples \(30%\) cannot be used.*\n  2 such as: .*nowhere\.png"):
+    with pytest.raises(
+        DataError, match=r"3 of 10 samples \(30%\) cannot be used.*\n  2 such as: .*nowhere\.png does not"
+    ):
         run_capture(config, progress=False, start_teacher=no_teacher)
     config = make_config(tmp_path, llava_dir, records, **{**settings, "max_skipped": 0.3})
     summary = run_capture(config, progress=False, start_teacher=FakeTeacher)
