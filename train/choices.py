@@ -12,7 +12,7 @@ Stage = Literal["init", "dense-to-dense", "dense-to-sparse", "preference", "sft"
 ParameterGroup = Literal["vision_tower", "adapter", "language_model", "experts", "router"]
 PARAMETER_GROUPS: frozenset[ParameterGroup] = frozenset(get_args(ParameterGroup))
 
-# What stands between the vision tower and the language model of a composed student; see train.model.adapter.
+# Adapters between the vision tower and the language model of a composed student; see train.model.adapter.
 AdapterType = Literal["mlp", "linear", "attention"]
 
 # Layers of a dense student that become sparse.

@@ -41,8 +41,8 @@ MAX_KEPT_RATIO = 500
 # MPO, the JPEGs of phones with more than one picture. AVIF needs Pillow 11.3.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
-# Types of models whose images all have the same number of tokens: LLaVA, and the towers of its kind.
-_FIXED_TOKENS = ("llava", "clip", "siglip")
+# Types of models whose images are taken as LLaVA takes them: scaled to one size, with as many tokens each.
+_LLAVA_LIKE = ("llava", "clip", "siglip")
 
 _GREY_OF_MANY_LEVELS = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
@@ -65,11 +65,13 @@ ImageRoot = Location | LinkedImageRoot
 class ImageSpec:
     """Facts of an image processor and a vision tower that data preparation needs.
 
-    `tokens_per_image` is the number of placeholders of an image; `mean_rgb` the padding colour in 0..255; `sha256`
+    `tokens_per_image` is the number of placeholders of an image, `num_tower_tokens` that of all tokens of the tower's
+    hidden states, class token included; `mean_rgb` the padding colour in 0..255; `sha256`
     (hex) covers the processor's settings that change pixels.
     """
 
     tokens_per_image: int
+    num_tower_tokens: int
     mean_rgb: tuple[int, int, int]
     sha256: str
 
@@ -78,17 +80,16 @@ class ImageSpec:
         """Reads config.json and preprocessor_config.json. Returns None for a model without a vision tower.
 
         Raises:
-            ModelError: one of the files is missing or broken, or the model's images have no fixed number of tokens.
+            ModelError: one of the files is missing or broken, or the model takes images otherwise than LLaVA.
         """
         config = read_json(model_dir / "config.json")
         vision = config.get("vision_config")
         if vision is None:
             return None
-        if config.get("model_type") not in _FIXED_TOKENS:
+        if config.get("model_type") not in _LLAVA_LIKE:
             raise ModelError(
-                f"{model_dir}/config.json: found a model of type {config.get('model_type')!r}, whose images take as "
-                "many tokens as their size asks for; served so far: text-only models and "
-                f"{', '.join(_FIXED_TOKENS)}"
+                f"{model_dir}/config.json: found a model of type {config.get('model_type')!r}, whose images are not "
+                f"laid out as LLaVA's; served so far: text-only models and {', '.join(_LLAVA_LIKE)}"
             )
         processor = read_json(_find_processor_file(model_dir))
         processor = processor.get("image_processor", processor)
@@ -107,6 +108,7 @@ class ImageSpec:
         }
         return cls(
             tokens_per_image=num_patches + num_class_tokens - num_dropped,
+            num_tower_tokens=num_patches + num_class_tokens,
             mean_rgb=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
             sha256=hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest(),
         )

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.data.images import AspectRatio, ImageSpec, read_json
-from common.errors import ModelError, ProvenanceError
+from common.errors import ModelError, ProvenanceError, shorten
 from common.shards.feature_shard import to_bfloat16
 from common.shards.manifest import EncoderIdentity, FeatureManifest, list_differences
 from common.storage.files import Location
@@ -144,7 +144,7 @@ def compute_encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> Enco
         processor_sha256=spec.sha256,
         aspect_ratio=aspect_ratio,
         dtype="bfloat16",
-        tokens_per_image=_num_patches(vision) + _num_class_tokens(vision) - (strategy == "default"),
+        tokens_per_image=spec.num_tower_tokens - (strategy == "default"),
         num_channels=vision.hidden_size * len(layers),
     )
 
@@ -195,13 +195,24 @@ def tower_tensors(model_dir: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _num_patches(vision: Any) -> int:
-    num_patches: int = (vision.image_size // vision.patch_size) ** 2
-    return num_patches
+def load_tower_weights(tower: Any, model_dir: Path) -> None:
+    """Loads the tensors of a directory's tower into a vision model of transformers, every one of both.
 
+    Raises:
+        ModelError: tensors are missing, unknown, damaged or of another shape.
+    """
+    from safetensors import SafetensorError, safe_open
 
-def _num_class_tokens(vision: Any) -> int:
-    return 1 if vision.model_type == "clip_vision_model" else 0
+    # transformers names them with or without the prefix, depending on its version.
+    names = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
+    weights = {}
+    try:
+        for name, stored in tower_tensors(model_dir).items():
+            with safe_open(stored.file, framework="pt") as file:
+                weights[names.get(name, name)] = file.get_tensor(stored.name)
+        tower.load_state_dict(weights, strict=True)
+    except (RuntimeError, SafetensorError, OSError) as error:
+        raise ModelError(f"{model_dir}: its vision tower cannot be loaded ({shorten(str(error))})") from error
 
 
 def _tower_name(name: str) -> str | None:

@@ -17,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoModel
 from transformers.initialization import no_init_weights
 from transformers.utils import is_flash_attn_2_available
 
 from common.errors import ModelError
-from common.shards.encoder_identity import load_vision_config, tower_tensors
+from common.shards.encoder_identity import load_tower_weights, load_vision_config
 from common.shards.manifest import EncoderIdentity
 
 
@@ -41,15 +40,7 @@ class VisionTower:
         self._processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
         with no_init_weights():
             model = AutoModel.from_config(config).to(torch.bfloat16)
-        names = {name.removeprefix("vision_model."): name for name in model.state_dict()}
-        try:
-            weights = {}
-            for name, stored in tower_tensors(model_dir).items():
-                with safe_open(stored.file, framework="pt") as file:
-                    weights[names.get(name, name)] = file.get_tensor(stored.name)
-            model.load_state_dict(weights, strict=True)
-        except (RuntimeError, SafetensorError, OSError) as error:
-            raise ModelError(f"{model_dir}: its vision tower cannot be loaded: {error}") from error
+        load_tower_weights(model, model_dir)
         # The trainer makes the same choice.
         if self.device == "cuda" and is_flash_attn_2_available():
             model.set_attn_implementation("flash_attention_2")

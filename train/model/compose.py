@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
@@ -27,12 +26,13 @@ from transformers.initialization import no_init_weights
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from common.data.samples import IMAGE_MARKER
-from common.errors import ModelError, shorten
-from common.shards.encoder_identity import FIRST_ADAPTER_LAYER, tower_tensors
+from common.errors import ModelError
+from common.shards.encoder_identity import FIRST_ADAPTER_LAYER, load_tower_weights
 from train.choices import AdapterType
 from train.model.adapter import LINEAR, add_attention_blocks, initialise_projector
 from train.model.logit_transform import find_logit_transform
 from train.model.student import (
+    LOAD_ERRORS,
     atomic_directory,
     language_model,
     load_component,
@@ -128,7 +128,8 @@ def compose_student(  # noqa: PLR0913 - where the parts come from, and what is d
         tokenizer = load_component(AutoTokenizer, language_from, "tokenizer")
         feature_layer = LlavaParts.feature_layer
         if adapter == "attention":
-            add_attention_blocks(tower, feature_layer, torch.Generator().manual_seed(seed))
+            # Another seed than the projector's, whose weights would be the same numbers.
+            add_attention_blocks(tower, feature_layer, torch.Generator().manual_seed(seed + 1))
             feature_layer = -1
         parts = LlavaParts(
             tower,
@@ -275,18 +276,12 @@ def load_vision(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         )
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False
-    with no_init_weights():
-        tower = _TOWERS[vision.model_type](vision).to(dtype).eval()
-    # transformers names them with or without the prefix, depending on its version.
-    names = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
     try:
-        weights = {}
-        for name, stored in tower_tensors(path).items():
-            with safe_open(stored.file, framework="pt") as file:
-                weights[names.get(name, name)] = file.get_tensor(stored.name)
-        tower.load_state_dict(weights, strict=True)
-    except (RuntimeError, SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: its vision tower cannot be loaded ({shorten(str(error))})") from error
+        with no_init_weights():
+            tower = _TOWERS[vision.model_type](vision).to(dtype).eval()
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{path}/config.json: describes no vision tower that can be made ({error})") from error
+    load_tower_weights(tower, path)
     processor = load_component(AutoImageProcessor, path, "image processor")
     size = dict(processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size)
     side = size.get("height") or size.get("shortest_edge")

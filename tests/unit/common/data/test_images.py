@@ -490,10 +490,10 @@ def test_an_incomplete_model_directory_is_refused(tmp_path: Path, config: dict[s
 
 
 @pytest.mark.parametrize("kind", ["internvl", "llava_next", "qwen2_5_vl", None])
-def test_models_whose_images_have_no_fixed_number_of_tokens_are_refused(tmp_path: Path, kind: str | None) -> None:
+def test_models_that_take_images_otherwise_than_llava_are_refused(tmp_path: Path, kind: str | None) -> None:
     """InternVL's configuration has sizes of height and width."""
     vision = {"image_size": [448, 448], "patch_size": [14, 14]}
-    with pytest.raises(ModelError, match=f"found a model of type {kind!r}, whose images take as many tokens"):
+    with pytest.raises(ModelError, match=f"found a model of type {kind!r}, whose images are not laid out as LLaVA's"):
         ImageSpec.load(model_dir(tmp_path, {"model_type": kind, "vision_config": vision}, PROCESSOR))
     with pytest.raises(ModelError, match="vision_config needs image_size and patch_size, one number each"):
         ImageSpec.load(model_dir(tmp_path, {"vision_config": vision}, PROCESSOR))

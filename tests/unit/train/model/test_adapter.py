@@ -1,5 +1,6 @@
 """Adapters of composed students, over CLIP and SigLIP: what they compute, what trains, and what is saved."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from tests.support.models import randomise, tiny_causal_lm, tiny_llava, tiny_siglip
+from train.choices import AdapterType
 from train.model.compose import compose_student
 from train.model.student import load_student, save_student, set_trainable
 
@@ -24,8 +26,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def compose(root: Path, out: Path, tower: str, adapter: str) -> nn.Module:
-    compose_student(root / tower, root / "lm", out, seed=3, adapter=adapter)  # type: ignore[arg-type]
+def compose(root: Path, out: Path, tower: str, adapter: AdapterType) -> nn.Module:
+    compose_student(root / tower, root / "lm", out, seed=3, adapter=adapter)
     return load_student(out, dtype=F32)
 
 
@@ -51,7 +53,7 @@ def patches(root: Path, tower: str) -> Tensor:
 @pytest.mark.parametrize("adapter", ["mlp", "linear", "attention"])
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_a_fresh_adapter_is_its_projector_on_the_towers_patches(
-    root: Path, tmp_path: Path, tower: str, adapter: str
+    root: Path, tmp_path: Path, tower: str, adapter: AdapterType
 ) -> None:
     """Fresh self-attention blocks change nothing."""
     student = compose(root, tmp_path / "student", tower, adapter)
@@ -116,3 +118,12 @@ def test_a_tower_that_ends_in_an_adapter_is_not_taken(root: Path, tmp_path: Path
     compose(root, tmp_path / "student", "clip", "attention")
     with pytest.raises(ModelError, match="the last layers of its vision tower are an adapter"):
         compose_student(tmp_path / "student", root / "lm", tmp_path / "other", seed=0)
+
+
+def test_a_tower_that_cannot_be_made_is_refused(root: Path, tmp_path: Path) -> None:
+    for path in (root / "siglip").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+    with pytest.raises(ModelError, match=r"config\.json: describes no vision tower that can be made"):
+        compose_student(tmp_path, root / "lm", tmp_path / "student", seed=0)

@@ -156,7 +156,7 @@ def test_the_default_groups_fit_a_text_only_student(student: PreTrainedModel, lm
     text, groups = load_student(lm, dtype=F32), frozenset[ParameterGroup]({"adapter", "language_model"})
     assert trained_groups(student, groups, is_default=True) == groups
     assert trained_groups(text, groups, is_default=True) == {"language_model"}
-    # What was asked for by name is not left out in silence.
+    # A group that the configuration names stays, and is refused later.
     assert trained_groups(text, groups, is_default=False) == groups
     with pytest.raises(ModelError, match="LlamaForCausalLM: takes no images, so it has no adapter"):
         trained_groups(text, frozenset({"adapter"}), is_default=True)
