@@ -1,6 +1,8 @@
 """Extras, and lock files for GPU nodes: each names all that its extra asks for, with hashes, without an address."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -58,3 +60,10 @@ def test_flash_attn_is_in_no_other_extra() -> None:
         if any(canonicalize_name(Requirement(text).name) == "flash-attn" for text in texts)
     }
     assert extras == {"flash-attn"}
+
+
+def test_a_new_process_imports_torchvision_beside_a_torch_without_a_gpu() -> None:
+    """As vLLM's processes do; the package index has builds for CUDA only, see .ci/torchvision_cpu.py."""
+    code = "import torch, torchvision.transforms.v2.functional as f; print(f.resize(torch.ones(3, 4, 4), [2, 2]).sum())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "tensor(12.)\n", done.stderr
