@@ -34,6 +34,8 @@ from tests.support.real_weights import smollm2_dir
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
+    from precompute.engine.score_conversion import ExpandedPrompt
+
 TOP_K = 64
 PROMPT_TOKENS = 2048
 VARIANTS = ("stock", "all", "quarter")
@@ -110,7 +112,8 @@ def _measure(model_dir: Path, num_rounds: int) -> dict[str, list[float]]:
     output_layer = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
     hidden = torch.randn(PROMPT_TOKENS, output_layer.shape[1])
 
-    def params(name: str, ids: list[int]) -> "SamplingParams":
+    def params(name: str, read: "ExpandedPrompt") -> "SamplingParams":
+        ids = read.token_ids.tolist()
         num_captured = {"all": len(ids) - 1, "quarter": len(ids) // 4}.get(name, 0)
         return prefill_params(ids, len(output_layer), num_captured=num_captured, stock=name == "stock")
 

@@ -76,6 +76,7 @@ def _write_model(directory: Path) -> Path:
 def _measure(model_dir: Path, way: str, length: int) -> float:
     """Returns the peak in MiB."""
     from precompute.config import EngineConfig
+    from precompute.engine.score_conversion import ExpandedPrompt
     from precompute.engine.vllm_engine import Engine, EngineLimits, Prompt
     from precompute.engine.vllm_patch import start_capture
 
@@ -86,7 +87,8 @@ def _measure(model_dir: Path, way: str, length: int) -> float:
     if problem := start_capture(engine.collective_rpc):
         raise SystemExit(f"no capture in the engine: {problem}")
 
-    def params(way: str, ids: list[int]) -> Any:
+    def params(way: str, read: ExpandedPrompt) -> Any:
+        ids = read.token_ids.tolist()
         num_captured = len(ids) - 1 if way == "in-engine" else 0
         return prefill_params(ids, VOCAB_SIZE, num_captured=num_captured, stock=way == "stock")
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from common.data.chat_encoding import ChatEncoder, expand_placeholders
 from common.data.dataset import Dataset
-from common.data.images import ImageSpec, load_image
+from common.data.images import load_image
+from common.data.model_images import ModelImages, find_model_images, merge_arrays
 from common.data.samples import Sample
 from demo.data import MAX_NEW_TOKENS, contradicts, named_digit, read_lines
 from train.data.collator import Collator, StudentInputs
@@ -40,22 +42,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _LoadedModel:
-    """Model in float32 with its encoder and image processor."""
+    """Model in float32 with its encoder and its treatment of images."""
 
     model: PreTrainedModel
     encoder: ChatEncoder
-    image_spec: ImageSpec
-    image_processor: Any
+    images: ModelImages
 
     @classmethod
     def load(cls, model_dir: Path) -> "_LoadedModel":
-        image_spec = ImageSpec.load(model_dir)
-        assert image_spec is not None
+        images = find_model_images(model_dir)
+        assert images is not None
         return cls(
             model=load_student(model_dir, dtype=torch.float32).eval(),
-            encoder=ChatEncoder.load(model_dir),
-            image_spec=image_spec,
-            image_processor=AutoImageProcessor.from_pretrained(model_dir, local_files_only=True),
+            encoder=ChatEncoder.load(model_dir, placeholder=images.placeholder),
+            images=images,
         )
 
 
@@ -82,17 +82,15 @@ def evaluate(model_dir: Path, questions: Path, scores: Path) -> Evaluation:
 def _nll_and_kl(loaded: _LoadedModel, scores: Path, image_root: Path) -> tuple[float, float]:
     """Returns NLL and KL to the teacher over all scored tokens, in nats a token."""
     encoder = loaded.encoder
-    images = ImageCache(loaded.image_processor, loaded.image_spec, "pad")
-    student = StudentInputs(images, encoder.image_token_id, encoder.tokenizer.pad_token_id)
+    student = StudentInputs(ImageCache(loaded.images, None), encoder.image_token_id, encoder.tokenizer.pad_token_id)
     collator = Collator(student, kind="kd", image_root=image_root, max_tokens=256)
-    source = ShardSource(scores, encoder, "pad", cached_groups=64)
+    source = ShardSource(scores, encoder, loaded.images.default_aspect_ratio, cached_groups=64)
     nll, kl, count = 0.0, 0.0, 0
     output = FusedOutput(loaded.model, encoder.vocab_size)
     for start in range(0, len(source), BATCH_SIZE):
         batch = collator([source[i] for i in range(start, min(start + BATCH_SIZE, len(source)))])
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         with output.scoring(batch, kept=True):
-            loaded.model(**inputs, pixel_values=batch.pixel_values)
+            loaded.model(**batch.model_inputs)
             logits = output.read()
         assert batch.topk_logprobs is not None
         assert batch.rest_mass is not None
@@ -106,21 +104,34 @@ def _nll_and_kl(loaded: _LoadedModel, scores: Path, image_root: Path) -> tuple[f
 @torch.no_grad()
 def _generate_answers(loaded: _LoadedModel, samples: Sequence[Sample], image_root: Path) -> list[str]:
     """Returns greedy answers to each sample's last question."""
-    encoder, spec = loaded.encoder, loaded.image_spec
-    prompts, images = [], []
+    encoder, model_images = loaded.encoder, loaded.images
+    prompts, types, images = [], [], []
     for sample in samples:
         ids = encoder.encode_prompt(sample.conversations[0][:-1])
-        prompts.append(expand_placeholders(ids, encoder.image_token_id, spec.tokens_per_image)[0])
-        images += [load_image(ref, image_root, "pad", spec.mean_rgb, sample.id) for ref in sample.images]
+        opened = [
+            load_image(ref, image_root, model_images.default_aspect_ratio, model_images.mean_rgb, sample.id)
+            for ref in sample.images
+        ]
+        own = [model_images.process(image, sample.id) for image in opened]
+        expanded = expand_placeholders(ids, encoder.image_token_id, [image.token_ids for image in own])
+        prompts.append(expanded.ids)
+        types.append(expanded.place_types([image.token_types for image in own]))
+        images += own
     width = max(map(len, prompts))
     pad = encoder.tokenizer.pad_token_id
     # Padding on the left lets every answer begin in the same column.
-    input_ids = np.stack([np.pad(p, (width - len(p), 0), constant_values=pad) for p in prompts]).astype(np.int64)
-    mask = np.stack([np.pad(np.ones(len(p), np.int64), (width - len(p), 0)) for p in prompts])
+
+    def stack(rows: Sequence[Any], padding: int) -> Tensor:
+        padded = [np.pad(row, (width - len(row), 0), constant_values=padding) for row in rows]
+        return torch.from_numpy(np.stack(padded).astype(np.int64))
+
+    inputs = {name: torch.from_numpy(values) for name, values in merge_arrays(images).items()}
+    if model_images.types_argument is not None:
+        inputs[model_images.types_argument] = stack(types, 0)
     generated = loaded.model.generate(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
-        pixel_values=loaded.image_processor(images=images, return_tensors="pt")["pixel_values"],
+        input_ids=stack(prompts, pad),
+        attention_mask=stack([np.ones(len(prompt)) for prompt in prompts], 0),
+        **inputs,
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
         pad_token_id=pad,

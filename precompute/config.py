@@ -125,8 +125,9 @@ class PrecomputeConfig(StrictModel):
     `store_images` puts the image files into the shards, so that training needs no image folder; those inside the
     dataset are stored in any case. With `ids` "strict" every sample must have a unique `id`; "any" makes ids that are
     missing or repeated from positions. `seed` is for draws and `generate`. `max_tokens` counts an image by the
-    tokens it expands to. With `on_bad_sample` "skip" the run fails if a larger share of the dataset than
-    `max_skipped` is skipped. Of `num_nodes` processes that share an output, the one with number `node_rank` takes
+    tokens it expands to. Without `image_aspect_ratio` images are padded for LLaVA and kept as they are for other
+    teachers. With `on_bad_sample` "skip" the run fails if a larger share of the dataset than `max_skipped` is skipped.
+    Of `num_nodes` processes that share an output, the one with number `node_rank` takes
     every num_nodes-th shard.
     """
 
@@ -139,7 +140,7 @@ class PrecomputeConfig(StrictModel):
     chat_template: LocalPath | None = None
     chat_template_date: IsoDate | None = None
     score: ScoredTokens = "response"
-    image_aspect_ratio: AspectRatio = "pad"
+    image_aspect_ratio: AspectRatio | None = None
     top_k: Annotated[int, Field(ge=0, lt=MAX_VOCAB_SIZE)] | Literal["all"]
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_k: PositiveInt = 1

@@ -22,7 +22,6 @@ class ModelFacts:
     architecture: str
     vocab_size: int
     context_tokens: int | None
-    image_token_id: int | None
 
     @classmethod
     def load(cls, model_dir: Path) -> "ModelFacts":
@@ -33,6 +32,8 @@ class ModelFacts:
         """
         from transformers import AutoConfig
 
+        if not model_dir.is_dir():
+            raise ModelError(f"{model_dir}: no such model directory; models are local Hugging Face directories")
         if not (model_dir / "config.json").is_file():
             raise ModelError(f"{model_dir}: holds no config.json; expected a local Hugging Face model directory")
         check_not_original_layout(model_dir)
@@ -42,12 +43,10 @@ class ModelFacts:
             vocab_size = int(text.vocab_size)
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ModelError(f"{model_dir}/config.json: transformers cannot use it ({error})") from error
-        image_token = getattr(config, "image_token_id", None) if hasattr(config, "vision_config") else None
         return cls(
             architecture=(config.architectures or [type(config).__name__])[0],
             vocab_size=vocab_size,
             context_tokens=getattr(text, "max_position_embeddings", None),
-            image_token_id=image_token,
         )
 
 

@@ -140,7 +140,7 @@ class DataConfig(StrictModel):
     image_root: LocationField | None = None
     follow_symlinks: bool = False
     features: Caches = ()
-    image_aspect_ratio: AspectRatio = "pad"
+    image_aspect_ratio: AspectRatio | None = None
     score: ScoredTokens = "response"
     ids: IdPolicy = "any"
     preflight: bool = True

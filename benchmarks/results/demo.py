@@ -145,9 +145,7 @@ def _token_metrics(root: Path, model_dir: Path) -> dict[str, float]:
     logprobs, targets = [], []
     for start in range(0, len(source), BATCH_SIZE):
         batch: Batch = collator([source[i] for i in range(start, min(start + BATCH_SIZE, len(source)))])
-        output = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values
-        ).logits.flatten(0, 1)[batch.rows]
+        output = model(**batch.model_inputs).logits.flatten(0, 1)[batch.rows]
         logprobs.append(output[:, : encoder.vocab_size].log_softmax(1))
         targets.append(batch.targets)
     return token_metrics(torch.cat(logprobs), torch.cat(targets))

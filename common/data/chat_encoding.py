@@ -68,17 +68,38 @@ def predicting_positions(token_positions: IntArray) -> IntArray:
     return token_positions - 1
 
 
-def expand_placeholders(
-    input_ids: IntArray, image_token_id: int | None, tokens_per_image: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Repeats each image placeholder `tokens_per_image` times.
+@dataclass(frozen=True)
+class ExpandedIds:
+    """A sequence with the tokens of its images in place of their placeholders.
 
-    Returns:
-        The expanded ids, int32 [T'], and the position of each original token in them, int64 [T]. An image's position
-        is that of its last placeholder, because that one predicts the token after the image.
+    ids        int32 [T']
+    is_image   bool [T']: True for tokens of an image
+    positions  int64 [T]: where each original token is now; an image's is that of its last token, because that one
+               predicts the token after the image
     """
-    widths = np.where(input_ids == (-1 if image_token_id is None else image_token_id), tokens_per_image, 1)
-    return np.repeat(input_ids, widths).astype(np.int32), np.cumsum(widths, dtype=np.int64) - 1
+
+    ids: npt.NDArray[np.int32]
+    is_image: npt.NDArray[np.bool_]
+    positions: npt.NDArray[np.int64]
+
+    def place_types(self, image_types: Sequence[IntArray | None]) -> npt.NDArray[np.int64]:
+        """Returns the type of each token, int64 [T']: those of the images' tokens where they stand, 0 for text."""
+        types = np.zeros(len(self.ids), np.int64)
+        if image_types:
+            types[self.is_image] = np.concatenate([each for each in image_types if each is not None])
+        return types
+
+
+def expand_placeholders(input_ids: IntArray, image_token_id: int | None, images: Sequence[IntArray]) -> ExpandedIds:
+    """Replaces the image placeholders in `input_ids` by the tokens of the images, one after the other."""
+    is_placeholder_T = input_ids == (-1 if image_token_id is None else image_token_id)
+    widths_T = np.ones(len(input_ids), np.int64)
+    widths_T[is_placeholder_T] = [len(image) for image in images]
+    ids = np.repeat(input_ids, widths_T).astype(np.int32)
+    is_image = np.repeat(is_placeholder_T, widths_T)
+    if images:
+        ids[is_image] = np.concatenate(images)
+    return ExpandedIds(ids, is_image, np.cumsum(widths_T) - 1)
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -128,15 +149,23 @@ class ChatEncoder:
         ConfigError: the template cannot be compiled.
     """
 
-    def __init__(self, tokenizer: Any, score: ScoredTokens, template: str, date: datetime.date | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        score: ScoredTokens,
+        template: str,
+        date: datetime.date | None = None,
+        placeholder: str = IMAGE_MARKER,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.placeholder = placeholder
         self.score: ScoredTokens = score
         self.vocab_size = len(tokenizer)
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest()
         self.tokenizer_sha256 = tokenizer_sha256(tokenizer)
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+        image_id = tokenizer.convert_tokens_to_ids(placeholder)
         self.image_token_id = None if image_id in (None, tokenizer.unk_token_id) else int(image_id)
-        self.template = ChatTemplate(tokenizer, template, date)
+        self.template = ChatTemplate(tokenizer, template, date, placeholder)
         self._left_out_was_said = False
         # All added special tokens, because a model may name only eos and bos while its end of turn is another one.
         added = tokenizer.added_tokens_decoder.items()
@@ -150,10 +179,12 @@ class ChatEncoder:
         chat_template: Path | None = None,
         score: ScoredTokens = "response",
         date: datetime.date | None = None,
+        placeholder: str = IMAGE_MARKER,
     ) -> "ChatEncoder":
         """Loads the tokenizer and the chat template of a local model directory, or the template of another file.
 
-        A template that shows a date shows `date`, otherwise today's.
+        A template that shows a date shows `date`, otherwise today's. `placeholder` is what stands for an image in the
+        model's text (common.data.model_images).
 
         Raises:
             ModelError: the tokenizer cannot be loaded (`load_tokenizer`).
@@ -162,7 +193,7 @@ class ChatEncoder:
         tokenizer = load_tokenizer(model_dir)
         template = _read_template_file(chat_template) if chat_template else _read_model_template(model_dir, tokenizer)
         try:
-            return cls(tokenizer, score, template, date)
+            return cls(tokenizer, score, template, date, placeholder)
         except ConfigError as error:
             raise ConfigError(f"{chat_template or model_dir}: {error}") from error
 
@@ -171,7 +202,7 @@ class ChatEncoder:
         if date is None or self.template.date in (None, date):
             return self
         other = copy.copy(self)
-        other.template = ChatTemplate(self.tokenizer, self.tokenizer.chat_template, date)
+        other.template = ChatTemplate(self.tokenizer, self.tokenizer.chat_template, date, self.placeholder)
         return other
 
     def encode_sample(self, sample: Sample) -> tuple[EncodedChat, ...]:
@@ -229,7 +260,7 @@ class ChatEncoder:
                 "scored, or rewritten by the chat template; remove the sample"
             )
         if self.image_token_id is not None and any((ids[a:b] == self.image_token_id).any() for a, b in spans):
-            raise DataError(f"{where}: an assistant turn holds an {IMAGE_MARKER}; images belong to user turns")
+            raise DataError(f"{where}: an assistant turn holds an {self.placeholder}; images belong to user turns")
         return EncodedChat(ids, np.asarray(spans, np.int32).reshape(-1, 2), self.image_token_id)
 
     def encode_prompt(
@@ -249,7 +280,7 @@ class ChatEncoder:
 
     def _check_image_token(self, num_images: int, where: str) -> None:
         if num_images and self.image_token_id is None:
-            raise DataError(f"{where}: has {num_images} image(s), but the tokenizer has no {IMAGE_MARKER} token")
+            raise DataError(f"{where}: has {num_images} image(s), but the tokenizer has no {self.placeholder} token")
 
     def _check_placeholders(self, ids: npt.NDArray[np.int32], num_images: int, where: str) -> None:
         num_placeholders = 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())

@@ -42,14 +42,17 @@ class ChatTemplate:
     `date` is the date that is rendered; None if the template shows none.
     """
 
-    def __init__(self, tokenizer: Any, text: str, date: datetime.date | None = None) -> None:
-        """Compiles the template.
+    def __init__(
+        self, tokenizer: Any, text: str, date: datetime.date | None = None, placeholder: str = IMAGE_MARKER
+    ) -> None:
+        """Compiles the template. Where it takes strings, they have `placeholder` for an image.
 
         Raises:
             ConfigError: it cannot be compiled.
         """
         self._tokenizer = tokenizer
         self._text = text
+        self._placeholder = placeholder
         # transformers gives templates the function of this name.
         self.date = (date or datetime.datetime.now().astimezone().date()) if "strftime_now" in text else None
         tokenizer.chat_template = text
@@ -180,7 +183,7 @@ class ChatTemplate:
 
     def _to_content(self, text: str) -> Any:
         if not self._takes_parts:
-            return text
+            return text.replace(IMAGE_MARKER, self._placeholder)
         parts: list[dict[str, str]] = []
         for number, piece in enumerate(text.split(IMAGE_MARKER)):
             if number:

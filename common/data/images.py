@@ -1,8 +1,8 @@
-"""Reading of images, and the facts of a model's image processor that data preparation needs.
+"""Reading of images.
 
-Teacher and student must see the same picture, so both get it from `load_image`: by default padded to a square with
-the image processor's mean colour, as LLaVA-1.5 and LLaVA-MoD train. Each model's own image processor resizes and
-normalises it.
+Teacher and student must see the same picture, so both get it from `load_image`: for LLaVA padded to a square with the
+image processor's mean colour, as LLaVA-1.5 and LLaVA-MoD train, for others as it is. Each model's own processor resizes
+and normalises it (common/data/model_images.py).
 
 A file is opened only if it is a regular one of a format in `FORMATS`, and decoded only if what is made of it is within
 `MAX_PIXELS`.
@@ -41,9 +41,6 @@ MAX_KEPT_RATIO = 500
 # MPO, the JPEGs of phones with more than one picture. AVIF needs Pillow 11.3.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
-# Types of models whose images are taken as LLaVA takes them: scaled to one size, with as many tokens each.
-_LLAVA_LIKE = ("llava", "clip", "siglip")
-
 _GREY_OF_MANY_LEVELS = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
 
@@ -59,59 +56,6 @@ class LinkedImageRoot:
 
 
 ImageRoot = Location | LinkedImageRoot
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """Facts of an image processor and a vision tower that data preparation needs.
-
-    `tokens_per_image` is the number of placeholders of an image, `num_tower_tokens` that of all tokens of the tower's
-    hidden states, class token included; `mean_rgb` the padding colour in 0..255; `sha256`
-    (hex) covers the processor's settings that change pixels.
-    """
-
-    tokens_per_image: int
-    num_tower_tokens: int
-    mean_rgb: tuple[int, int, int]
-    sha256: str
-
-    @classmethod
-    def load(cls, model_dir: Path) -> "ImageSpec | None":
-        """Reads config.json and preprocessor_config.json. Returns None for a model without a vision tower.
-
-        Raises:
-            ModelError: one of the files is missing or broken, or the model takes images otherwise than LLaVA.
-        """
-        config = read_json(model_dir / "config.json")
-        vision = config.get("vision_config")
-        if vision is None:
-            return None
-        if config.get("model_type") not in _LLAVA_LIKE:
-            raise ModelError(
-                f"{model_dir}/config.json: found a model of type {config.get('model_type')!r}, whose images are not "
-                f"laid out as LLaVA's; served so far: text-only models and {', '.join(_LLAVA_LIKE)}"
-            )
-        processor = read_json(_find_processor_file(model_dir))
-        processor = processor.get("image_processor", processor)
-        try:
-            num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        except (KeyError, TypeError) as error:
-            raise ModelError(
-                f"{model_dir}/config.json: vision_config needs image_size and patch_size, one number each ({error})"
-            ) from error
-        # CLIP puts a class token first, SigLIP does not. "default" drops the first token, "full" keeps all.
-        num_class_tokens = 0 if "siglip" in vision.get("model_type", "clip_vision_model") else 1
-        num_dropped = 0 if config.get("vision_feature_select_strategy") == "full" else 1
-        mean = processor.get("image_mean") or [0.5, 0.5, 0.5]
-        relevant = {
-            key: value for key, value in processor.items() if key not in ("processor_class", "image_processor_type")
-        }
-        return cls(
-            tokens_per_image=num_patches + num_class_tokens - num_dropped,
-            num_tower_tokens=num_patches + num_class_tokens,
-            mean_rgb=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
-            sha256=hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest(),
-        )
 
 
 def image_root_of(location: Location | None, follow_symlinks: bool) -> ImageRoot | None:
@@ -203,8 +147,14 @@ def read_image_and_digest(path: str, image_root: ImageRoot | None, where: str) -
     return hashlib.sha256(data).hexdigest(), data
 
 
-def check_image(ref: ImageRef, image_root: ImageRoot | None, aspect_ratio: AspectRatio, where: str) -> None:
-    """Checks that an image is there and what its header says, without decoding it; of an object, only that it is there.
+def check_image(
+    ref: ImageRef, image_root: ImageRoot | None, aspect_ratio: AspectRatio, where: str, *, need_size: bool = False
+) -> tuple[int, int] | None:
+    """Checks that an image is there and what its header says, without decoding it.
+
+    Returns:
+        Width and height of what `load_image` makes of it. Of an object in a store it is only checked that it is there,
+        and None is returned, unless `need_size`.
 
     Raises:
         DataError: there is no such file, it is no regular file or outside `image_root`, too large or of another format.
@@ -215,10 +165,14 @@ def check_image(ref: ImageRef, image_root: ImageRoot | None, aspect_ratio: Aspec
         if not isinstance(path, Path):
             if not _object_exists(path):
                 raise DataError(f"{where}: image {path} does not exist; check image_root")
-            return
+            if not need_size:
+                return None
     source = _open_source(ref, image_root, where)
     with _image_errors(ref, where), open_image(source) as opened:
         _check_size(opened, aspect_ratio, ref, where)
+        width, height = opened.size
+    side = max(width, height)
+    return (side, side) if aspect_ratio == "pad" else (width, height)
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -247,11 +201,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{path}: found a JSON {type(found).__name__}, expected an object")
     return found
-
-
-def _find_processor_file(model_dir: Path) -> Path:
-    separate = model_dir / "preprocessor_config.json"
-    return separate if is_file(separate) else model_dir / "processor_config.json"
 
 
 @functools.cache

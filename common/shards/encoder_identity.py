@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.data.images import AspectRatio, ImageSpec, read_json
+from common.data.images import AspectRatio, read_json
+from common.data.model_images import LlavaImages
 from common.errors import ModelError, ProvenanceError, shorten
 from common.shards.feature_shard import to_bfloat16
 from common.shards.manifest import EncoderIdentity, FeatureManifest, list_differences
@@ -127,8 +128,7 @@ def compute_encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> Enco
         ModelError: the directory has no vision tower, or one that is not supported.
     """
     vision, layers, strategy = load_vision_config(model_dir)
-    spec = ImageSpec.load(model_dir)
-    assert spec is not None
+    images = LlavaImages.load(model_dir)
     settings = json.dumps({name: getattr(vision, name) for name in _OUTPUT_SETTINGS}, sort_keys=True)
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tower_tensors(model_dir).items()):
@@ -141,10 +141,10 @@ def compute_encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> Enco
         config_sha256=hashlib.sha256(settings.encode()).hexdigest(),
         layers=layers,
         select_strategy="full" if strategy == "full" else "default",
-        processor_sha256=spec.sha256,
+        processor_sha256=images.sha256,
         aspect_ratio=aspect_ratio,
         dtype="bfloat16",
-        tokens_per_image=spec.num_tower_tokens - (strategy == "default"),
+        tokens_per_image=images.num_tower_tokens - (strategy == "default"),
         num_channels=vision.hidden_size * len(layers),
     )
 

@@ -76,11 +76,11 @@ class TokenizerIdentity(StrictModel):
 
 
 class ImageIdentity(StrictModel):
-    """Image processor of the teacher, the aspect ratio and the number of tokens of an image."""
+    """Processor of the teacher, the aspect ratio, and the number of tokens of an image, None if that varies."""
 
     processor_sha256: str
     aspect_ratio: AspectRatio
-    tokens_per_image: int
+    tokens_per_image: int | None
 
 
 class DatasetIdentity(StrictModel):

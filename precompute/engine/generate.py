@@ -6,8 +6,9 @@ from pathlib import Path
 from vllm import SamplingParams
 
 from common.data.chat_encoding import ChatEncoder
-from common.data.images import ImageSpec, load_image
-from common.data.samples import Sample, without_last_response
+from common.data.images import load_image
+from common.data.model_images import find_model_images
+from common.data.samples import IMAGE_MARKER, Sample, without_last_response
 from common.errors import DataError, ModelError
 from precompute.config import EngineConfig
 from precompute.engine.vllm_engine import Engine, EngineLimits, Prompt
@@ -27,28 +28,31 @@ def generate_answers(  # noqa: PLR0913 - four options of one call, each with a d
     """Returns the model's greedy answer in place of each sample's last turn, without special tokens.
 
     `max_tokens` bounds prompt and answer together, images expanded; it is lowered to the model's context. Images are
-    padded to squares, and decoded ahead of the engine only as far as requests fit into it.
+    padded to squares for LLaVA, and decoded ahead of the engine only as far as requests fit into it.
 
     Raises:
         ModelError: vLLM cannot load the model.
         DataError: an image cannot be read, or a prompt leaves no room for an answer.
     """
-    encoder = ChatEncoder.load(model_dir)
-    spec = ImageSpec.load(model_dir)
+    images = find_model_images(model_dir)
+    encoder = ChatEncoder.load(model_dir, placeholder=IMAGE_MARKER if images is None else images.placeholder)
     context = ModelFacts.load(model_dir).context_tokens
     limit = max_tokens if context is None else min(max_tokens, context)
-    if spec is None and any(sample.images for sample in samples):
+    if images is None and any(sample.images for sample in samples):
         raise ModelError(f"{model_dir}: has no vision tower, but there are images to look at")
-    mean_rgb = (0, 0, 0) if spec is None else spec.mean_rgb
 
     def make_prompt(sample: Sample) -> Prompt:
         where = f"sample {sample.id!r}"
-        images = tuple(load_image(ref, image_root, "pad", mean_rgb, where) for ref in sample.images)
-        return Prompt(encoder.encode_prompt(without_last_response(sample.conversations[0])), images, where)
+        loaded = tuple(
+            load_image(ref, image_root, images.default_aspect_ratio, images.mean_rgb, where)
+            for ref in sample.images
+            if images is not None
+        )
+        return Prompt(encoder.encode_prompt(without_last_response(sample.conversations[0])), loaded, where)
 
     limits = EngineLimits(
         max_model_len=limit,
-        max_images=0 if spec is None else max(1, limit // spec.tokens_per_image),
+        max_images=0 if images is None else max(1, limit // images.min_tokens_per_image),
         max_logprobs=0,
     )
     running = Engine(model_dir, engine or EngineConfig(), limits)

@@ -5,12 +5,13 @@ D draws, V the output layer's entries.
 """
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from common.data.chat_encoding import EncodedChat
+from common.data.chat_encoding import EncodedChat, expand_placeholders
 from common.errors import ModelError
 from common.shards.scores import TeacherScores, scores_from_draws, scores_from_topk
 from precompute.engine.row_request import CapturedRows, RowRequest, draw_from_distributions, request_uniforms
@@ -20,33 +21,58 @@ if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
 
 
+# Ids that an error shows on either side of the first difference.
+_SHOWN_IDS = 8
+
+
+@dataclass(frozen=True)
+class ExpandedPrompt:
+    """A prompt as the engine reads it: token ids int32 [T'], and (first position, number of tokens) of each image."""
+
+    token_ids: npt.NDArray[np.int32]
+    images: tuple[tuple[int, int], ...]
+
+
 def draw_seed(seed: int, sample_id: str, conversation: int) -> str:
     """Returns the seed of all that is drawn for a conversation: 128 bits in hexadecimal, the same in every run."""
     return hashlib.sha256(f"{seed}\0{sample_id}\0{conversation}".encode()).hexdigest()[:32]
 
 
-def expanded_positions(expanded_ids: npt.NDArray[np.int32], encoded: EncodedChat, where: str) -> npt.NDArray[np.int64]:
+def expanded_positions(prompt: ExpandedPrompt, encoded: EncodedChat, where: str) -> npt.NDArray[np.int64]:
     """Returns the positions of the scored tokens in the engine's sequence, int64 [R].
 
-    The text tokens of both sequences must be the same; an image may have become any number of placeholders.
+    The text tokens of both sequences must be the same; an image may have become any tokens.
 
     Args:
-        expanded_ids: int32 [T'], the prompt as the engine reads it.
+        prompt: the conversation as the engine reads it.
         encoded: the conversation, with one placeholder an image.
         where: names the conversation in errors.
 
     Raises:
-        ModelError: the text tokens differ.
+        ModelError: the text tokens differ, or the engine put an image elsewhere.
     """
-    image_token_id = -1 if encoded.image_token_id is None else encoded.image_token_id
-    own_text = np.flatnonzero(encoded.input_ids != image_token_id)
-    expanded_text = np.flatnonzero(expanded_ids != image_token_id)
-    if not np.array_equal(encoded.input_ids[own_text], expanded_ids[expanded_text]):
+    own_images = [prompt.token_ids[start : start + length] for start, length in prompt.images]
+    if encoded.num_images != len(own_images):
+        raise ModelError(f"{where}: vLLM read {len(own_images)} images, the conversation has {encoded.num_images}")
+    expected = expand_placeholders(encoded.input_ids, encoded.image_token_id, own_images)
+    if not np.array_equal(expected.ids, prompt.token_ids):
         raise ModelError(
-            f"{where}: vLLM read {len(expanded_text)} text tokens that are not the conversation's {len(own_text)}; "
-            "this model's image tokens cannot be aligned"
+            f"{where}: vLLM does not read the conversation's tokens; this model's images cannot be aligned\n"
+            + show_difference("conversation", expected.ids, "vLLM", prompt.token_ids)
         )
-    return expanded_text[np.searchsorted(own_text, encoded.response_positions)]
+    return expected.positions[encoded.response_positions]
+
+
+def show_difference(name: str, ids: npt.NDArray[np.int32], other_name: str, others: npt.NDArray[np.int32]) -> str:
+    """Returns two lines with the ids of both sequences around the first position at which they differ."""
+    num_common = min(len(ids), len(others))
+    differing = np.flatnonzero(ids[:num_common] != others[:num_common])
+    first = int(differing[0]) if len(differing) else num_common
+    shown = slice(max(0, first - _SHOWN_IDS), first + _SHOWN_IDS)
+    return "\n".join(
+        f"  {each}, {len(found):,} ids, from {shown.start}: {found[shown].tolist()}"
+        for each, found in ((name, ids), (other_name, others))
+    )
 
 
 def rows_from_flat_logprobs(

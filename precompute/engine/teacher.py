@@ -17,6 +17,7 @@ from common.data.chat_encoding import predicting_positions
 from common.errors import ModelError
 from precompute.engine.row_request import CapturedRows, CapturedSamplerSteps, RowRequest
 from precompute.engine.score_conversion import (
+    ExpandedPrompt,
     draw_seed,
     expanded_positions,
     rows_from_flat_logprobs,
@@ -62,6 +63,8 @@ class Teacher:
             prefix_caching=settings.generate is not None,
             data_parallel_rank=settings.node_rank,
         )
+        # Of vLLM's own log-probs, by the request's key: which rows are wanted.
+        self._wanted: dict[RequestKey, RowRequest] = {}
         self._mask_padding_rows()
         self.in_engine = self._start_capture()
 
@@ -130,20 +133,22 @@ class Teacher:
             logger.info("capture: the wanted rows, in the engine")
         return not problem
 
-    def _scoring_params(self, key: tuple[ScoreRequest, int], expanded_ids: list[int]) -> SamplingParams:
+    def _scoring_params(self, key: tuple[ScoreRequest, int], prompt: ExpandedPrompt) -> SamplingParams:
         """Returns vLLM's parameters of a conversation that is to be scored."""
         request, _ = key
         params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
+        wanted = self._row_request(request, prompt)
         if self.in_engine:
-            params.extra_args = self._row_request(request, expanded_ids).extra_args()
+            params.extra_args = wanted.extra_args()
         else:
+            self._wanted[request.key] = wanted
             params.prompt_logprobs = _num_stock_logprobs(self.settings)
             params.flat_logprobs = True
         return params
 
-    def _generating_params(self, key: tuple[ScoreRequest, int], expanded_ids: list[int]) -> SamplingParams:
+    def _generating_params(self, key: tuple[ScoreRequest, int], prompt: ExpandedPrompt) -> SamplingParams:
         """Returns vLLM's parameters of a prompt that is to be answered."""
         (request, number), settings = key, self.settings
         assert settings.generate is not None
@@ -151,7 +156,7 @@ class Teacher:
         # An image token would stand for an image that does not exist.
         banned = {request.encoded.image_token_id} - {None}
         params = SamplingParams(
-            max_tokens=min(settings.generate.max_new_tokens, settings.max_tokens - len(expanded_ids)),
+            max_tokens=min(settings.generate.max_new_tokens, settings.max_tokens - len(prompt.token_ids)),
             temperature=settings.generate.temperature,
             top_p=settings.generate.top_p,
             seed=int(seed[:15], 16),
@@ -186,9 +191,9 @@ class Teacher:
             raise ModelError(f"{request.where}: vLLM returned no scores")
         return GeneratedResponse(number, response_ids, scores_from_rows(rows, settings, request.where))
 
-    def _row_request(self, request: ScoreRequest, expanded_ids: list[int]) -> RowRequest:
+    def _row_request(self, request: ScoreRequest, prompt: ExpandedPrompt) -> RowRequest:
         """Returns which rows of the expanded prompt score the response tokens of a conversation."""
-        positions_R = expanded_positions(np.asarray(expanded_ids, np.int32), request.encoded, request.where)
+        positions_R = expanded_positions(prompt, request.encoded, request.where)
         return RowRequest(
             rows=predicting_positions(positions_R).astype(np.int32),
             targets=request.encoded.response_ids.astype(np.int32),
@@ -200,12 +205,11 @@ class Teacher:
 
     def _scored_rows(self, output: RequestOutput, request: ScoreRequest) -> CapturedRows:
         """Returns the rows of a conversation, captured in the engine or taken out of vLLM's own log-probs."""
-        assert output.prompt_token_ids is not None
         found = output.prompt_logprobs
         if isinstance(found, CapturedRows):
             rows = found
         elif isinstance(found, FlatLogprobs):
-            row_request = self._row_request(request, output.prompt_token_ids)
+            row_request = self._wanted.pop(request.key)
             # vLLM stores the distribution that token i is drawn from at i; the row that predicts it is i - 1.
             rows = rows_from_flat_logprobs(found, row_request, row_request.rows + 1, request.where)
         else:

@@ -30,6 +30,7 @@ from vllm.platforms import current_platform
 from common.concurrency import Prefetcher
 from common.errors import ConfigError, ModelError
 from precompute.config import EngineConfig
+from precompute.engine.score_conversion import ExpandedPrompt
 from precompute.scorer import RejectedRequest
 
 logger = logging.getLogger(__name__)
@@ -119,13 +120,12 @@ class Engine:
                 raise ModelError(f"{model_dir}: vLLM cannot start with it: {error}") from error
 
     def run(
-        self, prompts: Iterable[tuple[KeyT, Prompt]], params: Callable[[KeyT, list[int]], SamplingParams]
+        self, prompts: Iterable[tuple[KeyT, Prompt]], params: Callable[[KeyT, ExpandedPrompt], SamplingParams]
     ) -> Generator[tuple[KeyT, RequestOutput | RejectedRequest], None, None]:
         """Yields the key of each prompt with its finished output, in the order in which they finish.
 
         A prompt that vLLM refuses is yielded as a RejectedRequest. Prompts are taken in a thread and enter in their
-        own order; `params` is called there with the key and the ids of the prompt as the engine reads it, images
-        expanded.
+        own order; `params` is called there with the key and the prompt as the engine reads it.
 
         Raises:
             ModelError: the engine died. Whatever `prompts` or `params` raises.
@@ -167,7 +167,7 @@ class Engine:
         torch.set_num_threads, compiler_config.disable = self._torch_state_before
 
     def _render_all(
-        self, prompts: Iterable[tuple[KeyT, Prompt]], params: Callable[[KeyT, list[int]], SamplingParams]
+        self, prompts: Iterable[tuple[KeyT, Prompt]], params: Callable[[KeyT, ExpandedPrompt], SamplingParams]
     ) -> Iterator[tuple[KeyT, _RenderedPrompt | RejectedRequest]]:
         """Yields each prompt as the engine reads it, or the reason why vLLM's renderer refuses it."""
         for key, prompt in prompts:
@@ -176,7 +176,7 @@ class Engine:
             except (ValueError, VLLMError) as error:
                 yield key, _make_rejected(prompt.where, error)
             else:
-                yield key, _RenderedPrompt(inputs, params(key, inputs["prompt_token_ids"]), prompt.where)
+                yield key, _RenderedPrompt(inputs, params(key, _read_expansion(inputs)), prompt.where)
 
     def _render(self, prompt: Prompt) -> Any:
         inputs: dict[str, Any] = {"prompt_token_ids": prompt.input_ids.tolist()}
@@ -240,6 +240,13 @@ def _engine_arguments(
     if unknown := sorted(set(arguments) - known):
         raise ConfigError(f"engine.options: vLLM {vllm.__version__} has no {', '.join(unknown)}")
     return arguments
+
+
+def _read_expansion(inputs: Any) -> ExpandedPrompt:
+    """Returns the token ids of a rendered prompt, and where its images stand."""
+    found = inputs.get("mm_placeholders", {}).get("image", ())
+    token_ids = np.asarray(inputs["prompt_token_ids"], np.int32)
+    return ExpandedPrompt(token_ids, tuple((image.offset, image.length) for image in found))
 
 
 def _make_rejected(where: str, error: Exception) -> RejectedRequest:

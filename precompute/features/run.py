@@ -30,7 +30,8 @@ from tqdm import tqdm
 from common.concurrency import prefetch_map
 from common.console import plain_text
 from common.data.dataset import Dataset
-from common.data.images import AspectRatio, ImageRoot, ImageSpec, load_image, read_image_and_digest
+from common.data.images import AspectRatio, ImageRoot, load_image, read_image_and_digest
+from common.data.model_images import LlavaImages
 from common.data.samples import ImageRef
 from common.errors import DataError, ModelError, ShardError
 from common.shards.encoder_identity import compute_encoder_identity
@@ -177,8 +178,7 @@ def run_features(settings: FeatureSettings, *, progress: bool = True) -> Feature
 def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
     """Returns the distinct images, and the manifest that they and the tower give."""
     encoder = compute_encoder_identity(settings.model, settings.aspect_ratio)
-    spec = ImageSpec.load(settings.model)
-    assert spec is not None
+    mean_rgb = LlavaImages.load(settings.model).mean_rgb
     # The kind does not matter, because only images are read.
     dataset = Dataset.open(settings.dataset, "kd")
     # If the output lists the images of another dataset, its manifest differs from the one below and is refused.
@@ -198,7 +198,7 @@ def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
         images_per_group=images_per_group(encoder.tokens_per_image, encoder.num_channels),
     )
     embedded = {} if all(image.paths for image in images) else _find_embedded(dataset)
-    return _FeatureJob(settings, manifest, dataset, images, embedded, spec.mean_rgb)
+    return _FeatureJob(settings, manifest, dataset, images, embedded, mean_rgb)
 
 
 def _known_images(output: Location) -> list[CachedImage] | None:

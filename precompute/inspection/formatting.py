@@ -38,7 +38,7 @@ def provenance_fields(inspection: Inspection) -> Fields:
             "images",
             "none"
             if image is None
-            else f"{image.tokens_per_image} tokens each, {image.aspect_ratio}, {_STORED[capture.images]}",
+            else f"{image.tokens_per_image or 'varying'} tokens each, {image.aspect_ratio}, {_STORED[capture.images]}",
         ),
         *([("image processor", image.processor_sha256)] if image is not None else []),
         ("dataset", f"{dataset.name}, {dataset.num_samples:,} samples"),

@@ -2,6 +2,7 @@
 
 open_inputs ─> CaptureInputs    dataset, encoder, image settings; weight files may be missing
     .load_encoded(i)            one sample encoded and checked, except for what needs its images decoded
+    .find_probes()              the first samples with images, on which the engine's reading of them is checked
 prepare_job ─> CaptureJob       the inputs, and the manifest, which also needs the teacher's weights
     .with_image_bytes(i, s)     the sample with its image files, if shards are to hold them
     .load_images(i, s)          a sample's images, as the teacher is to see them
@@ -23,8 +24,9 @@ from common.data.bad_samples import check_skipped_share, list_problems
 from common.data.chat_encoding import ChatEncoder, EncodedChat
 from common.data.chat_template import TemplateRefusalError, describe_template
 from common.data.dataset import Dataset
-from common.data.images import ImageSpec, check_image, load_image, read_image
-from common.data.samples import Sample, without_last_response
+from common.data.images import AspectRatio, check_image, load_image, read_image
+from common.data.model_images import LlavaImages, ModelImages, describe_aspect_ratio, find_model_images
+from common.data.samples import IMAGE_MARKER, ImageRef, Sample, without_last_response
 from common.errors import ConfigError, DataError, ModelError, ShardError
 from common.shards.manifest import (
     NUM_RECEIPT_READERS,
@@ -49,8 +51,32 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class EncodedSample:
+    """Sample `index` of the dataset in tokens.
+
+    `encoded` has an entry for each conversation, `image_tokens` the number of tokens of each image for the teacher.
+    """
+
+    index: int
+    sample: Sample
+    encoded: tuple[EncodedChat, ...]
+    image_tokens: tuple[int, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Returns the number of tokens of each conversation, images expanded."""
+        added = sum(self.image_tokens) - len(self.image_tokens)
+        return [len(conversation.input_ids) + added for conversation in self.encoded]
+
+    @property
+    def num_tokens(self) -> int:
+        """Returns the number of tokens that the teacher reads for all conversations."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
 class CaptureInputs:
-    """Dataset, encoder and image settings of a capture.
+    """Dataset, encoder and image treatment of a capture.
 
     `max_tokens` is the configured limit, or the teacher's if that is less.
     """
@@ -58,7 +84,7 @@ class CaptureInputs:
     config: PrecomputeConfig
     dataset: Dataset
     encoder: ChatEncoder
-    image_spec: ImageSpec | None
+    images: ModelImages | None
     facts: ModelFacts
     max_tokens: int
     # Held while encoding, because fast tokenizers may not be called from two threads at once.
@@ -68,30 +94,42 @@ class CaptureInputs:
         """Returns the name of a sample for messages."""
         return self.dataset.where(index)
 
-    def load_encoded(self, index: int) -> tuple[Sample, tuple[EncodedChat, ...], int]:
-        """Returns a sample, its encoded conversations, and the number of tokens that the teacher reads for them.
+    @property
+    def aspect_ratio(self) -> AspectRatio:
+        """Returns the configured choice, or the teacher's own."""
+        return self.config.image_aspect_ratio or (self.images.default_aspect_ratio if self.images else "pad")
+
+    def load_encoded(self, index: int) -> EncodedSample:
+        """Returns a sample with its encoded conversations.
 
         Raises:
             DataError: the sample is malformed, too long or has nothing to score, or an image is not there.
         """
         sample = self.dataset[index]
         where = self.where(index)
-        if sample.images and self.image_spec is None:
-            raise DataError(f"{where}: has {len(sample.images)} image(s), but the teacher has no vision tower")
-        for image in sample.images:
-            check_image(image, self.config.images_below, self.config.image_aspect_ratio, where)
+        image_tokens = tuple(self._count_image_tokens(image, where) for image in sample.images)
         with self._encoder_lock:
             encoded = self._encode_prompt(sample) if self.config.generate else self.encoder.encode_sample(sample)
-        added = 0 if self.image_spec is None else len(sample.images) * (self.image_spec.tokens_per_image - 1)
-        lengths = [len(conversation.input_ids) + added for conversation in encoded]
+        found = EncodedSample(index, sample, encoded, image_tokens)
         # A response that is yet to be generated needs room for at least one token.
-        needed = max(lengths) + (self.config.generate is not None)
+        needed = max(found.lengths) + (self.config.generate is not None)
         if needed > self.max_tokens:
             raise DataError(
                 f"{where}: needs {needed:,} tokens, images expanded; the limit is {self.max_tokens:,}; "
                 'shorten it, raise max_tokens as far as the teacher allows, or set on_bad_sample = "skip"'
             )
-        return sample, encoded, sum(lengths)
+        return found
+
+    def _count_image_tokens(self, image: ImageRef, where: str) -> int:
+        """Returns the number of tokens of an image for the teacher. Raises DataError, as `check_image`."""
+        if self.images is None:
+            raise DataError(f"{where}: has image {image}, but the teacher has no vision tower")
+        fixed = self.images.tokens_per_image
+        size = check_image(image, self.config.images_below, self.aspect_ratio, where, need_size=fixed is None)
+        if fixed is not None:
+            return fixed
+        assert size is not None
+        return self.images.count_tokens(*size, f"{where}: image {image}")
 
     def _encode_prompt(self, sample: Sample) -> tuple[EncodedChat, ...]:
         """Returns the prompt that the teacher is to answer, without a scored token."""
@@ -114,13 +152,12 @@ class CaptureJob(CaptureInputs):
     @property
     def scorer_settings(self) -> ScorerSettings:
         """Settings that the teacher starts with."""
-        spec = self.image_spec
         capture = self.manifest.capture
         return ScorerSettings(
             model_dir=self.config.teacher,
             engine=self.config.engine,
             max_tokens=self.max_tokens,
-            max_images=0 if spec is None else max(1, self.max_tokens // spec.tokens_per_image),
+            max_images=0 if self.images is None else max(1, self.max_tokens // self.images.min_tokens_per_image),
             top_k=capture.top_k,
             top_p=capture.top_p,
             min_k=capture.min_k,
@@ -138,9 +175,9 @@ class CaptureJob(CaptureInputs):
         Raises:
             DataError: an image is unreadable or too large.
         """
-        mean_rgb = (0, 0, 0) if self.image_spec is None else self.image_spec.mean_rgb
+        mean_rgb = (0, 0, 0) if self.images is None else self.images.mean_rgb
         return tuple(
-            load_image(image, self.config.images_below, self.config.image_aspect_ratio, mean_rgb, self.where(index))
+            load_image(image, self.config.images_below, self.aspect_ratio, mean_rgb, self.where(index))
             for image in sample.images
         )
 
@@ -171,15 +208,17 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
         ConfigError: `top_k` exceeds the number of the tokenizer's ids.
     """
     dataset = Dataset.open(config.dataset, config.kind, config.ids)
-    encoder = ChatEncoder.load(config.teacher, config.chat_template, config.score, _template_date(config))
+    facts = ModelFacts.load(config.teacher)
+    images = find_model_images(config.teacher)
+    placeholder = IMAGE_MARKER if images is None else images.placeholder
+    date = _template_date(config)
+    encoder = ChatEncoder.load(config.teacher, config.chat_template, config.score, date, placeholder)
     ends_turns = encoder.template.ends_turns or config.generate is not None
     for line in describe_template(ends_turns, encoder.template.has_generation_prompt):
         logger.warning("%s: %s", config.chat_template or config.teacher, line)
-    image_spec = ImageSpec.load(config.teacher)
-    facts = ModelFacts.load(config.teacher)
-    if facts.image_token_id is not None and facts.image_token_id != encoder.image_token_id:
+    if isinstance(images, LlavaImages) and images.image_token_id != encoder.image_token_id:
         raise ModelError(
-            f"{config.teacher}: config.json says image token {facts.image_token_id}, the tokenizer says "
+            f"{config.teacher}: config.json says image token {images.image_token_id}, the tokenizer says "
             f"{encoder.image_token_id}; expected a llava-hf layout, in which they agree"
         )
     if encoder.vocab_size > facts.vocab_size:
@@ -193,7 +232,10 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
         )
     # The engine generates at least one token, which takes one place of the teacher's context.
     limit = config.max_tokens if facts.context_tokens is None else min(config.max_tokens, facts.context_tokens - 1)
-    return CaptureInputs(config, dataset, encoder, image_spec, facts, limit)
+    inputs = CaptureInputs(config, dataset, encoder, images, facts, limit)
+    if images is not None:
+        logger.info("%s: %s", config.teacher, describe_aspect_ratio(images, inputs.aspect_ratio))
+    return inputs
 
 
 def _template_date(config: PrecomputeConfig) -> datetime.date | None:
@@ -214,7 +256,7 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
         ConfigError: `top_k` exceeds the number of the tokenizer's ids.
     """
     inputs = open_inputs(config)
-    dataset, encoder, image_spec, facts = inputs.dataset, inputs.encoder, inputs.image_spec, inputs.facts
+    dataset, encoder, images = inputs.dataset, inputs.encoder, inputs.images
     logger.info("taking the fingerprint of %s", config.teacher)
     manifest = Manifest(
         kind=config.kind,
@@ -228,11 +270,11 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
             has_generation_prompt=encoder.template.has_generation_prompt,
         ),
         image=None
-        if image_spec is None
+        if images is None
         else ImageIdentity(
-            processor_sha256=image_spec.sha256,
-            aspect_ratio=config.image_aspect_ratio,
-            tokens_per_image=image_spec.tokens_per_image,
+            processor_sha256=images.sha256,
+            aspect_ratio=inputs.aspect_ratio,
+            tokens_per_image=images.tokens_per_image,
         ),
         dataset=DatasetIdentity(name=config.dataset.name, sha256=dataset.sha256, num_samples=len(dataset)),
         capture=CaptureSettings(
@@ -251,7 +293,7 @@ def prepare_job(config: PrecomputeConfig) -> CaptureJob:
         engine=find_engine_identity(config.engine.dtype),
         samples_per_shard=config.samples_per_shard,
     )
-    return CaptureJob(config, dataset, encoder, image_spec, facts, inputs.max_tokens, manifest)
+    return CaptureJob(config, dataset, encoder, images, inputs.facts, inputs.max_tokens, manifest)
 
 
 def stored_precision(config: PrecomputeConfig) -> StoredPrecision:

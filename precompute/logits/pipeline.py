@@ -21,12 +21,12 @@ from PIL import Image
 
 from common.concurrency import prefetch_map
 from common.data.chat_encoding import EncodedChat
-from common.data.samples import Sample, Turn, without_last_response
+from common.data.samples import Turn, without_last_response
 from common.errors import DataError
 from common.shards.manifest import SkippedSample
 from common.shards.score_shard import ScoredConversation, ShardRow, write_shard
 from common.shards.scores import TeacherScores
-from precompute.logits.job import CaptureJob
+from precompute.logits.job import CaptureJob, EncodedSample
 from precompute.scorer import GeneratedResponse, RejectedRequest, Scorer, ScoreRequest, ScoringResult
 from precompute.shard_writer import ShardWriter
 
@@ -62,23 +62,10 @@ class CaptureCounter:
 
 
 @dataclass(frozen=True)
-class _EncodedSample:
-    """Sample `index` of the dataset in tokens.
-
-    `encoded` has an entry for each conversation; `num_tokens` counts the tokens of all of them, images expanded.
-    """
-
-    index: int
-    sample: Sample
-    encoded: tuple[EncodedChat, ...]
-    num_tokens: int
-
-
-@dataclass(frozen=True)
 class _LoadedSample:
     """An encoded sample with its decoded images."""
 
-    sample: _EncodedSample
+    sample: EncodedSample
     images: tuple[Image.Image, ...]
 
 
@@ -86,7 +73,7 @@ class _LoadedSample:
 class _OpenSample:
     """A sample that the teacher works on. `results` has a list for each conversation, up to `num_expected` long."""
 
-    encoded_sample: _EncodedSample
+    encoded_sample: EncodedSample
     num_expected: int
     results: list[list[ScoringResult]]
 
@@ -107,7 +94,7 @@ class _OpenSample:
         return rows or [ShardRow(index, sample, tuple(scored))]
 
 
-def _generated_row(job: CaptureJob, prompt: _EncodedSample, response: GeneratedResponse) -> ShardRow:
+def _generated_row(job: CaptureJob, prompt: EncodedSample, response: GeneratedResponse) -> ShardRow:
     """Returns the sample with a response that the teacher wrote, whose tokens are all scored."""
     (encoded,), (turns,) = prompt.encoded, prompt.sample.conversations
     input_ids = np.concatenate([encoded.input_ids, response.response_ids])
@@ -209,13 +196,13 @@ def _load_ahead(job: CaptureJob, indices: Iterable[int]) -> Generator[_LoadedSam
     Images are decoded after sorting, so that no window of them has to fit in memory.
     """
 
-    def encode(index: int) -> _EncodedSample | SkippedSample:
+    def encode(index: int) -> EncodedSample | SkippedSample:
         try:
-            return _EncodedSample(index, *job.load_encoded(index))
+            return job.load_encoded(index)
         except DataError as error:
             return job.skip_or_raise(index, error)
 
-    def load(item: _EncodedSample | SkippedSample) -> _LoadedSample | SkippedSample:
+    def load(item: EncodedSample | SkippedSample) -> _LoadedSample | SkippedSample:
         if isinstance(item, SkippedSample):
             return item
         try:
@@ -231,8 +218,8 @@ def _load_ahead(job: CaptureJob, indices: Iterable[int]) -> Generator[_LoadedSam
             yield from loaded
 
 
-def _longest_first(items: Iterator[_EncodedSample | SkippedSample]) -> Iterator[_EncodedSample | SkippedSample]:
+def _longest_first(items: Iterator[EncodedSample | SkippedSample]) -> Iterator[EncodedSample | SkippedSample]:
     """Yields windows of `items`, each sorted by length, longest first; skipped samples come last."""
     while window := list(islice(items, _WINDOW)):
-        window.sort(key=lambda item: -item.num_tokens if isinstance(item, _EncodedSample) else 0)
+        window.sort(key=lambda item: -item.num_tokens if isinstance(item, EncodedSample) else 0)
         yield from window

@@ -65,12 +65,13 @@ GPUS = (
 class ForwardCounts:
     """Counts of forward passes: `tokens`, of which `image_tokens` come from the tower and `scored` get logits.
 
-    `squares` is the sum of T^2 over the sequences.
+    `squares` is the sum of T^2 over the sequences, `image_squares` that of an image's tokens, squared.
     """
 
     tokens: Amount
     squares: Amount
     image_tokens: Amount
+    image_squares: Amount
     scored: Amount
 
 
@@ -94,7 +95,7 @@ class Flops:
         return self.body + self.attention + self.adapter + self.vision + self.output
 
 
-def forward_flops(shape: ModelShape, counts: ForwardCounts, tokens_per_image: int) -> Flops:
+def forward_flops(shape: ModelShape, counts: ForwardCounts) -> Flops:
     """Returns the operations of forward passes over `counts`.
 
     The tower is assumed to have as many patches as it gives tokens, and each patch to attend to all of an image.
@@ -103,8 +104,8 @@ def forward_flops(shape: ModelShape, counts: ForwardCounts, tokens_per_image: in
         body=2 * shape.body_parameters * counts.tokens,
         attention=4 * shape.num_layers * shape.num_heads * shape.head_size * counts.squares / 2,
         adapter=2 * shape.adapter_parameters * counts.image_tokens,
-        vision=(2 * shape.vision_parameters + 4 * shape.vision_layers * shape.vision_hidden_size * tokens_per_image)
-        * counts.image_tokens,
+        vision=2 * shape.vision_parameters * counts.image_tokens
+        + 4 * shape.vision_layers * shape.vision_hidden_size * counts.image_squares,
         output=2 * shape.hidden_size * shape.vocab_size * counts.scored,
     )
 
@@ -165,7 +166,7 @@ def _estimate_dataset(inputs: CaptureInputs, workload: Workload) -> EstimateTabl
 
     where = "exact" if counted == num_samples else f"{counted:,} random samples, extrapolated ± one standard error"
     generate = inputs.config.generate
-    per_image = 0 if inputs.image_spec is None else inputs.image_spec.tokens_per_image
+    per_image = None if inputs.images is None else inputs.images.tokens_per_image
     notes = tuple(f"cannot be used: {reason}" for reason in workload.reasons)
     if generate is not None:
         longest = f"{generate.num_samples} x at most {generate.max_new_tokens:,} tokens"
@@ -176,7 +177,10 @@ def _estimate_dataset(inputs: CaptureInputs, workload: Workload) -> EstimateTabl
             Estimate("samples", num_samples, "in the file"),
             estimate("samples that cannot be used", workload.unusable_n),
             estimate("images", workload.images_n),
-            estimate(f"image tokens, {per_image:,} an image", workload.image_tokens_n),
+            estimate(
+                "image tokens" if per_image is None else f"image tokens, {per_image:,} an image",
+                workload.image_tokens_n,
+            ),
             estimate("prompt tokens, images included", workload.prompt_n),
             estimate("response tokens, scored", workload.scored_n),
             estimate("tokens that the teacher reads", workload.prompt_n + workload.scored_n),
@@ -323,16 +327,16 @@ def _estimate_hours(inputs: CaptureInputs, shape: ModelShape, workload: Workload
     read_n = workload.prompt_n if config.generate else workload.prompt_n + workload.scored_n
     # vLLM's own prompt log-probs need the logits of every position.
     rows_n = read_n if config.engine.capture == "stock" else workload.scored_n
-    counts_n = ForwardCounts(read_n, workload.squares_n, workload.image_tokens_n, rows_n)
+    counts_n = ForwardCounts(read_n, workload.squares_n, workload.image_tokens_n, workload.image_squares_n, rows_n)
     counts = ForwardCounts(
         workload.total(counts_n.tokens).value,
         workload.total(counts_n.squares).value,
         workload.total(counts_n.image_tokens).value,
+        workload.total(counts_n.image_squares).value,
         workload.total(counts_n.scored).value,
     )
-    tokens_per_image = 0 if inputs.image_spec is None else inputs.image_spec.tokens_per_image
-    total = workload.total(forward_flops(shape, counts_n, tokens_per_image).total)
-    estimates = _estimate_flops(shape, counts, tokens_per_image)
+    total = workload.total(forward_flops(shape, counts_n).total)
+    estimates = _estimate_flops(shape, counts)
     estimates.append(Estimate("all operations", total.value, "their sum", "FLOP", total.error))
     notes = [
         f"assumed: {COMPUTE_UTILISATION} of the data sheet's dense bf16 peak; 3,600 seconds an hour",
@@ -358,9 +362,9 @@ def _estimate_hours(inputs: CaptureInputs, shape: ModelShape, workload: Workload
     return EstimateTable("GPU hours", tuple(estimates), tuple(notes))
 
 
-def _estimate_flops(shape: ModelShape, counts: ForwardCounts, tokens_per_image: int) -> list[Estimate]:
+def _estimate_flops(shape: ModelShape, counts: ForwardCounts) -> list[Estimate]:
     """Returns the operations of each part of the model; those of the tower only where there are images."""
-    parts = forward_flops(shape, counts, tokens_per_image)
+    parts = forward_flops(shape, counts)
     heads = f"{shape.num_layers} x {shape.num_heads} x {shape.head_size}"
     estimates = [
         Estimate("language model", parts.body, f"2 x {shape.body_parameters:,} x {counts.tokens:,.0f} tokens", "FLOP"),
@@ -373,8 +377,8 @@ def _estimate_flops(shape: ModelShape, counts: ForwardCounts, tokens_per_image: 
         ),
     ]
     if counts.image_tokens:
-        patches = f"4 x {shape.vision_layers} x {shape.vision_hidden_size} x {tokens_per_image}"
-        tower = f"(2 x {shape.vision_parameters:,} + {patches}) x {counts.image_tokens:,.0f}"
+        patches = f"4 x {shape.vision_layers} x {shape.vision_hidden_size} x {counts.image_squares:.3e}"
+        tower = f"2 x {shape.vision_parameters:,} x {counts.image_tokens:,.0f} + {patches}"
         adapter = f"2 x {shape.adapter_parameters:,} x {counts.image_tokens:,.0f}"
         estimates += [
             Estimate("vision tower", parts.vision, tower, "FLOP"),

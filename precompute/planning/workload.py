@@ -13,12 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from common.data.chat_encoding import EncodedChat
 from common.data.chat_template import TemplateRefusalError
-from common.data.samples import Sample
 from common.errors import ConfigError, DataError, ModelError
 from precompute.config import GenerateConfig
-from precompute.logits.job import CaptureInputs
+from precompute.logits.job import CaptureInputs, EncodedSample
 
 # Standard errors fall with the square root of this. 2,000 samples take seconds and give totals to a few percent.
 NUM_COUNTED = 2000
@@ -43,10 +41,10 @@ class Workload:
     """Counts of randomly chosen samples, int64 [n] each; 0 for samples that cannot be used.
 
     `prompt_n` and `scored_n` are the tokens that the teacher reads, images expanded, over all conversations of a
-    sample; `squares_n` is the sum of T^2 over its conversations. `text_bytes_n` is what a shard repeats of a sample:
-    its messages, and 4 bytes for each token id, where an image is one token. With `generate`, each response is assumed
-    to be as long as allowed; `prompt_n` counts a prompt once for each response, and `squares_n` is over prompts.
-    `reasons` say why the first unusable samples cannot be used.
+    sample; `squares_n` is the sum of T^2 over its conversations, `image_squares_n` that of its images' tokens, squared.
+    `text_bytes_n` is what a shard repeats of a sample: its messages, and 4 bytes for each token id, where an image is
+    one token. With `generate`, each response is assumed to be as long as allowed; `prompt_n` counts a prompt once for
+    each response, and `squares_n` is over prompts. `reasons` say why the first unusable samples cannot be used.
     """
 
     num_samples: int
@@ -56,6 +54,7 @@ class Workload:
     squares_n: Counts
     images_n: Counts
     image_tokens_n: Counts
+    image_squares_n: Counts
     text_bytes_n: Counts
     unusable_n: Counts
 
@@ -116,7 +115,7 @@ class ModelShape:
         in_decoder = sum(p.numel() for p in decoder.parameters())
         in_experts = sum(p.numel() for name, p in decoder.named_parameters() if ".experts." in name)
         in_output = 0 if output.weight is embedding.weight else output.weight.numel()
-        in_tower = sum(p.numel() for name, p in model.named_parameters() if ".vision_tower." in f".{name}")
+        in_tower = 0 if vision is None else sum(p.numel() for p in model.get_encoder(modality="image").parameters())
         num_experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
         idle_share = 1 - text.num_experts_per_tok / num_experts if in_experts else 0
         return cls(
@@ -127,8 +126,9 @@ class ModelShape:
             *sizes,
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            vision_layers=getattr(vision, "num_hidden_layers", 0),
-            vision_hidden_size=getattr(vision, "hidden_size", 0),
+            # Qwen2-VL's tower is as wide as its embed_dim; its hidden_size is the language model's.
+            vision_layers=getattr(vision, "num_hidden_layers", getattr(vision, "depth", 0)),
+            vision_hidden_size=getattr(vision, "embed_dim", getattr(vision, "hidden_size", 0)),
         )
 
 
@@ -163,28 +163,25 @@ def measure_workload(
     num_refused = 0
     for index in tqdm(np.sort(chosen), desc="counting", unit=" samples", disable=not progress):
         try:
-            sample, encoded, _ = inputs.load_encoded(int(index))
+            sample = inputs.load_encoded(int(index))
         except DataError as error:
             reasons.append(str(error))
             num_refused += isinstance(error, TemplateRefusalError)
-            rows.append((0, 0, 0, 0, 0, 0, 1))
+            rows.append((0, 0, 0, 0, 0, 0, 0, 1))
         else:
-            rows.append((*_count_sample(inputs, sample, encoded), 0))
+            rows.append((*_count_sample(inputs, sample), 0))
     if num_refused == len(rows):
         raise ConfigError(f"the chat template refuses every sample, such as: {reasons[0]}")
     columns = np.array(rows, np.int64).T
     return Workload(num_samples, tuple(reasons[:_LISTED_REASONS]), *columns)
 
 
-def _count_sample(
-    inputs: CaptureInputs, sample: Sample, encoded: tuple[EncodedChat, ...]
-) -> tuple[int, int, int, int, int, int]:
-    """Returns prompt tokens, scored tokens, T^2, images, image tokens and bytes of text, in the order of `Workload`."""
-    tokens_per_image = 0 if inputs.image_spec is None else inputs.image_spec.tokens_per_image
-    added = len(sample.images) * (tokens_per_image - 1) if sample.images else 0
-    lengths = [len(conversation.input_ids) + added for conversation in encoded]
+def _count_sample(inputs: CaptureInputs, found: EncodedSample) -> tuple[int, int, int, int, int, int, int]:
+    """Returns the counts of a sample in the order of `Workload`, from prompt tokens to bytes of text."""
+    sample, encoded, lengths = found.sample, found.encoded, found.lengths
     scored = sum(len(conversation.response_ids) for conversation in encoded)
-    image_tokens = len(encoded) * len(sample.images) * tokens_per_image
+    image_tokens = len(encoded) * sum(found.image_tokens)
+    image_squares = len(encoded) * sum(count**2 for count in found.image_tokens)
     text_bytes = sum(_ID_BYTES * len(conversation.input_ids) for conversation in encoded)
     text_bytes += sum(len(turn.content.encode()) for turns in sample.conversations for turn in turns)
     prompt, squares = sum(lengths) - scored, sum(length**2 for length in lengths)
@@ -194,7 +191,7 @@ def _count_sample(
         squares = inputs.config.generate.num_samples * length**2
         # A new token adds its id and about as many bytes of text.
         text_bytes = inputs.config.generate.num_samples * text_bytes + 2 * _ID_BYTES * scored
-    return prompt, scored, squares, len(sample.images), image_tokens, text_bytes
+    return prompt, scored, squares, len(sample.images), image_tokens, image_squares, text_bytes
 
 
 def _count_generated(prompt_tokens: int, max_tokens: int, generate: GenerateConfig) -> tuple[int, int]:

@@ -33,8 +33,9 @@ def manifest_problems(manifest: Manifest) -> Iterator[str]:
         yield f"has a vocabulary of {vocab_size:,} tokens, expected 1 to {MAX_VOCAB_SIZE:,}"
     if manifest.teacher.vocab_size < vocab_size:
         yield f"has {manifest.teacher.vocab_size:,} rows in the output layer for {vocab_size:,} tokens"
-    if manifest.image is not None and manifest.image.tokens_per_image < 1:
-        yield f"has images of {manifest.image.tokens_per_image} tokens"
+    tokens_per_image = None if manifest.image is None else manifest.image.tokens_per_image
+    if tokens_per_image is not None and tokens_per_image < 1:
+        yield f"has images of {tokens_per_image} tokens"
     if capture.num_draws is None:
         if capture.top_k < 0 or capture.min_k < 1 or not 0 < (1 if capture.top_p is None else capture.top_p) <= 1:
             yield f"keeps entries by top_k {capture.top_k}, top_p {capture.top_p} and min_k {capture.min_k}"

@@ -15,7 +15,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from common.console import plain_text
-from common.data.images import ImageRoot, ImageSpec, load_image, read_image_and_digest
+from common.data.images import ImageRoot, load_image, read_image_and_digest
+from common.data.model_images import LlavaImages
 from common.data.samples import ImageRef
 from common.errors import DataError
 from common.shards.encoder_identity import check_encoder
@@ -81,8 +82,7 @@ def recompute_features(  # noqa: PLR0913 - its arguments are the options of veri
     cache = FeatureCache(output)
     aspect_ratio = cache.manifest.encoder.aspect_ratio
     check_encoder(cache.manifest, output, model_dir, aspect_ratio)
-    spec, tower = ImageSpec.load(model_dir), VisionTower(model_dir, cache.manifest.encoder)
-    assert spec is not None
+    images, tower = LlavaImages.load(model_dir), VisionTower(model_dir, cache.manifest.encoder)
     with_path = [index for index, image in enumerate(cache.images) if image.paths]
     if not with_path:
         raise DataError(f"{output}: all its images are inside the dataset; --recompute needs image files")
@@ -96,7 +96,7 @@ def recompute_features(  # noqa: PLR0913 - its arguments are the options of veri
             digest, data = read_image_and_digest(path, image_root, str(output))
             if digest != image.sha256:
                 raise DataError(f"{output}: image {path} is another file than features were computed from")
-            opened = load_image(ImageRef(path, data), image_root, aspect_ratio, spec.mean_rgb, str(output))
+            opened = load_image(ImageRef(path, data), image_root, aspect_ratio, images.mean_rgb, str(output))
             group = cache.group_range(index)
             stored_PD = cache.read(group)[index - group.start]
             recomputed_PD = tower.encode(tower.preprocess([opened]))[0]

@@ -20,10 +20,11 @@ import torch
 from rich.console import RenderableType
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from common.data.chat_encoding import expand_placeholders, predicting_positions
-from common.data.images import ImageRoot, ImageSpec, image_root_of, load_image
+from common.data.images import ImageRoot, image_root_of, load_image
+from common.data.model_images import ProcessedImage, find_model_images, merge_arrays
 from common.errors import DataError, ModelError, ProvenanceError
 from common.shards.manifest import Manifest, list_differences, published_shards, read_manifest, read_receipt, shard_path
 from common.shards.score_shard import ShardFile, ShardRow
@@ -153,13 +154,12 @@ class ReferenceTeacher:
         self._manifest = manifest
         self._image_root = image_root
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._spec = ImageSpec.load(model_dir)
+        self._images = find_model_images(model_dir)
         loader: Any = AutoModelForCausalLM
-        if self._spec is not None:
+        if self._images is not None:
             assert manifest.image is not None
-            if self._spec.sha256 != manifest.image.processor_sha256:
+            if self._images.sha256 != manifest.image.processor_sha256:
                 raise ProvenanceError(f"{model_dir}: its image processor has other settings than the teacher's had")
-            self._processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
             loader = AutoModelForImageTextToText
         try:
             model = loader.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
@@ -170,28 +170,32 @@ class ReferenceTeacher:
     @torch.inference_mode()
     def logprobs(self, row: ShardRow) -> Iterator[npt.NDArray[np.float32]]:
         """Yields float32 [R, V] for each conversation of `row`: the distribution from which a scored token is drawn."""
-        inputs: dict[str, Any] = {}
-        if row.sample.images:
-            assert self._spec is not None
-            assert self._manifest.image is not None
-            where = f"sample {row.sample.id!r}"
-            aspect_ratio = self._manifest.image.aspect_ratio
-            images = [
-                load_image(ref, self._image_root, aspect_ratio, self._spec.mean_rgb, where) for ref in row.sample.images
-            ]
-            inputs["pixel_values"] = self._processor(images=images, return_tensors="pt")["pixel_values"]
+        images = self._process_images(row)
         for scored in row.conversations:
             encoded = scored.encoded
-            ids, positions_T = expand_placeholders(
-                encoded.input_ids, encoded.image_token_id, 1 if self._spec is None else self._spec.tokens_per_image
+            expanded = expand_placeholders(
+                encoded.input_ids, encoded.image_token_id, [image.token_ids for image in images]
             )
-            inputs["input_ids"] = torch.from_numpy(ids.astype(np.int64))[None]
-            logits = self._model(**{name: value.to(self._device) for name, value in inputs.items()}).logits[0]
-            rows_R = predicting_positions(positions_T[encoded.response_positions])
+            inputs = {"input_ids": expanded.ids[None].astype(np.int64), **(merge_arrays(images) if images else {})}
+            if self._images is not None and (argument := self._images.types_argument):
+                inputs[argument] = expanded.place_types([image.token_types for image in images])[None]
+            tensors = {name: torch.from_numpy(values).to(self._device) for name, values in inputs.items()}
+            logits = self._model(**tensors).logits[0]
+            rows_R = predicting_positions(expanded.positions[encoded.response_positions])
             logits_RV = logits[torch.from_numpy(rows_R).to(self._device)].float()
             # Padding rows stand for no token.
             logits_RV[:, self._manifest.tokenizer.vocab_size :] = float("-inf")
             yield torch.log_softmax(logits_RV, dim=-1).cpu().numpy()
+
+    def _process_images(self, row: ShardRow) -> list[ProcessedImage]:
+        where = f"sample {row.sample.id!r}"
+        images, identity = self._images, self._manifest.image
+        assert not row.sample.images or (images is not None and identity is not None)
+        return [
+            images.process(load_image(ref, self._image_root, identity.aspect_ratio, images.mean_rgb, where), where)
+            for ref in row.sample.images
+            if images is not None and identity is not None
+        ]
 
 
 def bucketed_kl(scores: TeacherScores, logprobs_RV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

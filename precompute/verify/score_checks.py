@@ -30,9 +30,11 @@ def token_problems(encoded: EncodedChat, num_images: int, manifest: Manifest) ->
         yield f"token ids from {ids_T.min()} to {ids_T.max()}, the tokenizer has {vocab_size}"
     if encoded.num_images != num_images:
         yield f"{encoded.num_images} image placeholders for {num_images} images"
-    added = 0 if manifest.image is None else encoded.num_images * (manifest.image.tokens_per_image - 1)
-    if len(ids_T) + added > manifest.capture.max_tokens:
-        yield f"{len(ids_T) + added} tokens, images expanded; the limit was {manifest.capture.max_tokens}"
+    # Where images have different numbers of tokens, the number is not stored.
+    tokens_per_image = 1 if manifest.image is None else manifest.image.tokens_per_image or 1
+    num_expanded = len(ids_T) + encoded.num_images * (tokens_per_image - 1)
+    if num_expanded > manifest.capture.max_tokens:
+        yield f"{num_expanded} tokens, images expanded; the limit was {manifest.capture.max_tokens}"
     edges = spans.astype(np.int64).reshape(-1)
     if not len(spans):
         yield "no scored tokens"

@@ -1,8 +1,22 @@
 """A forward pass of a tiny model with inputs that are the same for all models of a kind."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+
+def expand(
+    input_ids: npt.NDArray[np.int32], image_token_id: int | None, width: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Returns the ids with each placeholder `width` times, and the (last) position of each original token in them."""
+    expanded: list[int] = []
+    positions = []
+    for token in input_ids.tolist():
+        expanded += [token] * (width if token == image_token_id else 1)
+        positions.append(len(expanded) - 1)
+    return np.array(expanded, np.int32), np.array(positions, np.int64)
 
 
 def inputs(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.data.chat_encoding import ChatEncoder, expand_placeholders, predicting_positions
+from common.data.chat_encoding import ChatEncoder, predicting_positions
 from common.data.dataset import Dataset
-from common.data.images import ImageSpec, load_image
+from common.data.images import load_image
+from common.data.model_images import LlavaImages
 from common.data.samples import Kind, Sample
 from common.shards.manifest import (
     CaptureSettings,
@@ -30,6 +31,7 @@ from common.shards.manifest import (
 )
 from common.shards.score_shard import ScoredConversation, ShardRow, write_shard
 from common.shards.scores import scores_from_draws, scores_from_topk
+from tests.support.forward import expand
 from train.model.student import is_multimodal, load_student
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +72,7 @@ class LiveTeacher:
     def __init__(self, model_dir: Path, image_root: Path | None) -> None:
         self.model = load_student(model_dir, dtype=torch.float32).eval()
         self.encoder = ChatEncoder.load(model_dir)
-        self._spec = ImageSpec.load(model_dir) if is_multimodal(self.model) else None
+        self._spec = LlavaImages.load(model_dir) if is_multimodal(self.model) else None
         self._root = image_root
         self._model_dir = model_dir
 
@@ -80,7 +82,7 @@ class LiveTeacher:
 
         encoded = self.encoder.encode_sample(sample)[number]
         width = 1 if self._spec is None else self._spec.tokens_per_image
-        ids, positions = expand_placeholders(encoded.input_ids, encoded.image_token_id, width)
+        ids, positions = expand(encoded.input_ids, encoded.image_token_id, width)
         inputs: dict[str, Tensor] = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
         if sample.images:
             assert self._spec is not None

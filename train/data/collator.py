@@ -11,8 +11,8 @@ there is no padding: positions that begin again at 0 say where the next sequence
 equal and in the same order both ways, so losses and gradients are equal too, up to rounding.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -25,9 +25,10 @@ from common.data.images import ImageRoot
 from common.data.samples import Kind
 from common.errors import DataError
 from common.shards.scores import TeacherScores
-from train.data.feature_source import FeatureSource
-from train.data.image_cache import ImageCache, ImageRequest
+from train.data.image_cache import BatchImages, ImageRequest, ImageSource
 from train.data.sources import Example
+
+_IMAGES = "images."
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,12 @@ class Batch:
     attention_mask                 int64 [L, T] of 0 and 1; None where packed, because with any mask transformers does
                                    not look for borders
     position_ids                   int64 [L, T], beginning at 0 with each sequence; None where padded
-    pixel_values                   float32 [I, 3, height, width], images in the order of their placeholders; cached
-                                   features are [I, patches, channels] in the student's dtype
+    images                         arguments of the student's forward that come with images: of a LLaVA `pixel_values`,
+                                   float32 [I, 3, height, width], in the order of the placeholders, or cached features
+                                   [I, patches, channels] in the student's dtype; of others what their processors
+                                   return, and token types, int64 [L, T]
     token_mask                     bool [L, T]: True for real tokens, False for padding and dummies
+    image_mask                     bool [L, T]: True for tokens of images
     rows                           int64 [R]: position in [L * T] whose output predicts each scored token
     targets                        int64 [R]: the scored tokens
     row_sequence                   int64 [R]: which of the B sequences a row belongs to, ascending
@@ -59,8 +63,9 @@ class Batch:
     rows: Tensor
     targets: Tensor
     row_sequence: Tensor
+    image_mask: Tensor
     position_ids: Tensor | None = None
-    pixel_values: Tensor | None = None
+    images: Mapping[str, Tensor] = field(default_factory=dict)
     topk_ids: Tensor | None = None
     topk_logprobs: Tensor | None = None
     rest_mass: Tensor | None = None
@@ -84,8 +89,8 @@ class Batch:
         return (self.attention_mask == 0).sum().float()
 
     @property
-    def sequence_inputs(self) -> dict[str, Any]:
-        """Returns the arguments of a model's forward, without images.
+    def model_inputs(self) -> dict[str, Any]:
+        """Returns the arguments of a model's forward.
 
         The cache, which transformers uses by default, is off, because with it packed sequences see each other.
         """
@@ -94,28 +99,36 @@ class Batch:
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
             "use_cache": False,
+            **self.images,
         }
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns all tensors by name; those of `images` have names that begin with "images."."""
+        own = {each.name: value for each in fields(self) if isinstance(value := getattr(self, each.name), Tensor)}
+        return own | {f"{_IMAGES}{name}": value for name, value in self.images.items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Returns the same batch with other tensors, named as in `tensors`."""
+        own = {name: value for name, value in tensors.items() if not name.startswith(_IMAGES)}
+        images = {name.removeprefix(_IMAGES): value for name, value in tensors.items() if name not in own}
+        return replace(self, **own, images=images)
 
     def to(self, device: torch.device) -> Self:
         """Returns the same batch with its tensors on a device."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self.with_tensors({name: value.to(device, non_blocking=True) for name, value in self.tensors.items()})
 
 
 @dataclass(frozen=True)
 class StudentInputs:
     """The part of a batch that depends on the student.
 
-    images            source of `pixel_values`, None for a student without a vision tower
-    image_token_id    id of an image's placeholders, None for a student without a vision tower
+    images            source of the batch's images, None for a student without a vision tower
+    image_token_id    id of an image's placeholder, None for a student without a vision tower
     pad_token_id      id at positions that no sequence fills
     """
 
-    images: ImageCache | FeatureSource | None
+    images: ImageSource | None
     image_token_id: int | None
     pad_token_id: int
 
@@ -155,28 +168,35 @@ class Collator:
         conversations = range(2 if self._kind == "dpo" else 1)
         encoded = [example.conversations[c] for c in conversations for example in examples]
         scores = [None if example.scores is None else example.scores[c] for c in conversations for example in examples]
-        pixel_values = self._load_pixels(examples)
+        images = self._read_images(examples)
         # All sequences stand end to end: places_S is the position of each of the S tokens after images are expanded.
         unexpanded_lengths_B = np.array([len(e.input_ids) for e in encoded], np.int64)
         unexpanded_starts_B = np.cumsum(unexpanded_lengths_B) - unexpanded_lengths_B
-        expanded_N, places_S = expand_placeholders(
-            _concatenate([e.input_ids for e in encoded]), self._image_token_id, self._tokens_per_image
+        has_images = any(example.sample.images for example in examples)
+        expanded = expand_placeholders(
+            _concatenate([e.input_ids for e in encoded]),
+            self._image_token_id,
+            images.token_ids if images is not None and has_images else (),
         )
+        expanded_N, image_N, places_S = expanded.ids, expanded.is_image, expanded.positions
         lengths_B = np.diff(places_S[unexpanded_starts_B + unexpanded_lengths_B - 1] + 1, prepend=0)
         self._check_lengths(examples, lengths_B)
         num_real = len(expanded_N)
-        if not encoded or (self._images is not None and not any(example.sample.images for example in examples)):
-            expanded_N = np.concatenate([expanded_N, self._dummy_sequence()])
-            lengths_B = np.append(lengths_B, len(expanded_N) - num_real)
+        if not encoded or (images is not None and not has_images):
+            dummy = np.full(2, self._pad_token_id, np.int32) if images is None else images.token_ids[0]
+            expanded_N = np.concatenate([expanded_N, dummy])
+            image_N = np.append(image_N, np.full(len(dummy), images is not None))
+            lengths_B = np.append(lengths_B, len(dummy))
         if self._packed:
             filled_LT = np.ones((1, len(expanded_N)), bool)
         else:
             filled_LT = np.arange(lengths_B.max()) < lengths_B[:, None]
-        input_ids = np.full(filled_LT.shape, self._pad_token_id, np.int64)
-        input_ids[filled_LT] = expanded_N
         position_ids = torch.from_numpy(_concatenate([np.arange(n) for n in lengths_B]))[None]
-        token_mask = np.zeros_like(filled_LT)
-        token_mask[filled_LT] = np.arange(len(expanded_N)) < num_real
+
+        def spread(values_N: npt.NDArray[Any], padding: int) -> Tensor:
+            values_LT = np.full(filled_LT.shape, padding, bool if values_N.dtype == bool else np.int64)
+            values_LT[filled_LT] = values_N
+            return torch.from_numpy(values_LT)
 
         sequence_R = np.repeat(np.arange(len(encoded)), [len(e.response_ids) for e in encoded])
         scored_R = _concatenate([e.response_positions for e in encoded]) + unexpanded_starts_B[sequence_R]
@@ -185,20 +205,17 @@ class Collator:
             sample_ids=tuple(example.sample.id for example in examples),
             num_pairs=len(examples) if self._kind == "dpo" else 0,
             num_sequences=len(lengths_B),
-            input_ids=torch.from_numpy(input_ids),
+            input_ids=spread(expanded_N, self._pad_token_id),
             attention_mask=None if self._packed else torch.from_numpy(filled_LT.astype(np.int64)),
             position_ids=position_ids if self._packed else None,
-            token_mask=torch.from_numpy(token_mask),
+            token_mask=spread(np.arange(len(expanded_N)) < num_real, 0),
+            image_mask=spread(image_N, 0),
             rows=torch.from_numpy(rows_R),
             targets=torch.from_numpy(_concatenate([e.response_ids for e in encoded])),
             row_sequence=torch.from_numpy(sequence_R),
-            pixel_values=pixel_values,
+            images={} if images is None else self._image_inputs(images, image_N, spread),
             **_teacher_tensors(scores, len(lengths_B)),
         )
-
-    @property
-    def _tokens_per_image(self) -> int:
-        return 1 if self._images is None else self._images.tokens_per_image
 
     def check(self, example: Example) -> None:
         """Checks an example as far as that is possible without decoding an image; its scores are not needed.
@@ -206,11 +223,10 @@ class Collator:
         Raises:
             DataError: as for a batch.
         """
-        requests = self._image_requests([example])
-        for request in requests:
+        added = 0
+        for request in self._image_requests([example]):
             assert self._images is not None
-            self._images.check(request)
-        added = len(requests) * (self._tokens_per_image - 1)
+            added += self._images.check(request) - 1
         lengths = [len(encoded.input_ids) + added for encoded in example.conversations]
         self._check_lengths([example], np.array(lengths, np.int64))
 
@@ -222,20 +238,26 @@ class Collator:
                 f'{self._max_tokens:,}; raise it, remove the sample, or set data.on_bad_sample = "skip"'
             )
 
-    def _dummy_sequence(self) -> npt.NDArray[np.int32]:
-        if self._images is None:
-            return np.full(2, self._pad_token_id, np.int32)
-        return np.full(self._images.tokens_per_image, self._image_token_id, np.int32)
-
-    def _load_pixels(self, examples: Sequence[Example]) -> Tensor | None:
+    def _read_images(self, examples: Sequence[Example]) -> BatchImages | None:
         """Returns the images in batch order; both conversations of a pair have the same, so pairs get theirs twice."""
         requests = self._image_requests(examples)
         if self._images is None:
             return None
         if not requests:
             return self._images.dummy()
-        pixels = self._images.pixels(requests)
-        return torch.cat([pixels, pixels]) if self._kind == "dpo" else pixels
+        return self._images.read(requests * 2 if self._kind == "dpo" else requests)
+
+    def _image_inputs(
+        self, images: BatchImages, image_N: npt.NDArray[np.bool_], spread: Callable[[npt.NDArray[Any], int], Tensor]
+    ) -> dict[str, Tensor]:
+        """Returns the images' tensors, and the types of all tokens if the student wants them."""
+        assert self._images is not None
+        argument = self._images.types_argument
+        if argument is None or images.token_types is None:
+            return images.tensors
+        types_N = np.zeros(len(image_N), np.int64)
+        types_N[image_N] = np.concatenate(images.token_types)
+        return {**images.tensors, argument: spread(types_N, 0)}
 
     def _image_requests(self, examples: Sequence[Example]) -> list[ImageRequest]:
         if self._images is None:

@@ -11,17 +11,19 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from common.data.images import ImageRoot, ImageSpec
+from common.data.images import ImageRoot
+from common.data.model_images import LlavaImages, find_model_images
 from common.data.samples import ImageRef
 from common.errors import ConfigError, DataError
 from common.shards.encoder_identity import check_encoder
 from common.shards.feature_shard import FeatureCache
 from common.storage.files import Location
 from train.config import TrainConfig
-from train.data.image_cache import ImageRequest
+from train.data.image_cache import BatchImages, ImageRequest
 
 _log = logging.getLogger(__name__)
 
@@ -33,36 +35,42 @@ class FeatureSource:
     """Finds the features of images: by content if a sample holds the image file itself, otherwise by its path.
 
     `caches` lists for each image root the feature caches that are searched for its paths. `dtype` is the student's, and
-    `tokens_per_image` its number of placeholders of an image, which may be less than P: the self-attention blocks of an
-    adapter take the tower's class token too.
+    `images` says how many placeholders an image has, which may be less than P: the self-attention blocks of an adapter
+    take the tower's class token too.
     """
 
+    types_argument: str | None = None
+
     def __init__(
-        self, caches: Mapping[ImageRoot | None, Sequence[FeatureCache]], dtype: torch.dtype, tokens_per_image: int
+        self, caches: Mapping[ImageRoot | None, Sequence[FeatureCache]], dtype: torch.dtype, images: LlavaImages
     ) -> None:
         self._caches = caches
         self._dtype = dtype
-        self.tokens_per_image = tokens_per_image
+        self._token_ids = np.full(images.tokens_per_image, images.image_token_id, np.int32)
         encoder = next(iter(caches.values()))[0].manifest.encoder
         self._shape = encoder.tokens_per_image, encoder.num_channels
         self._cached: OrderedDict[tuple[Location, int], Tensor] = OrderedDict()
         self._cached_bytes = 0
 
-    def pixels(self, requests: Sequence[ImageRequest]) -> Tensor:
-        """Returns the features of I images, [I, P, D] in the student's dtype.
+    def read(self, requests: Sequence[ImageRequest]) -> BatchImages:
+        """Returns the features of I images as `pixel_values`, [I, P, D] in the student's dtype.
 
         Raises:
             DataError: no cache has an image; the message names the sample. ShardError: a cache is damaged.
         """
-        return torch.stack([self._read(*self._locate(*request)) for request in requests])
+        return self._join([self._read(*self._locate(*request)) for request in requests])
 
-    def check(self, request: ImageRequest) -> None:
-        """Checks that a cache has an image. Raises DataError, which names the sample."""
+    def check(self, request: ImageRequest) -> int:
+        """Checks that a cache has an image; returns its number of tokens. Raises DataError, which names the sample."""
         self._locate(*request)
+        return len(self._token_ids)
 
-    def dummy(self) -> Tensor:
+    def dummy(self) -> BatchImages:
         """Returns zeros [1, P, D] for a dummy sequence, whose output enters no loss."""
-        return torch.zeros(1, *self._shape, dtype=self._dtype)
+        return self._join([torch.zeros(self._shape, dtype=self._dtype)])
+
+    def _join(self, features: Sequence[Tensor]) -> BatchImages:
+        return BatchImages([self._token_ids] * len(features), None, {"pixel_values": torch.stack(list(features))})
 
     def _locate(self, ref: ImageRef, image_root: ImageRoot | None, where: str) -> tuple[FeatureCache, int]:
         caches = self._caches.get(image_root, ())
@@ -113,16 +121,19 @@ def open_feature_source(config: TrainConfig) -> FeatureSource | None:
     if not config.data.has_features:
         return None
     model: Path = config.model.path
-    spec = ImageSpec.load(model)
-    if spec is None:
+    images = find_model_images(model)
+    if images is None:
         raise ConfigError(f"data.features: {model} is a student without a vision tower; leave the key out")
+    if not isinstance(images, LlavaImages):
+        raise ConfigError(f"data.features: {model} is no LLaVA, the only student whose features are cached")
+    aspect_ratio = config.data.image_aspect_ratio or images.default_aspect_ratio
     opened: dict[Location, FeatureCache] = {}
     caches: dict[ImageRoot | None, list[FeatureCache]] = {}
     for root, outputs in config.data.feature_caches:
         for output in outputs:
             if output not in opened:
                 opened[output] = FeatureCache(output, config.data.check)
-                check_encoder(opened[output].manifest, output, model, config.data.image_aspect_ratio)
+                check_encoder(opened[output].manifest, output, model, aspect_ratio)
             if opened[output] not in caches.setdefault(root, []):
                 caches[root].append(opened[output])
     for cache in opened.values():
@@ -138,4 +149,4 @@ def open_feature_source(config: TrainConfig) -> FeatureSource | None:
             " and stored in 8 bits" if any(cache.manifest.form == "q8" for cache in opened.values()) else "",
         )
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    return FeatureSource(caches, dtype, spec.tokens_per_image)
+    return FeatureSource(caches, dtype, images)

@@ -1,4 +1,4 @@
-"""Opens images and applies the student's image processor; recent results stay in memory.
+"""Opens images and processes them for the student; recent results stay in memory.
 
 A small dataset is therefore decoded once instead of once an epoch, and neighbouring samples of a large one, which
 often share an image, do not decode it twice.
@@ -6,15 +6,18 @@ often share an image, do not decode it twice.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor
 
-from common.data.images import AspectRatio, ImageRoot, ImageSpec, check_image, load_image
+from common.data.images import AspectRatio, ImageRoot, check_image, load_image
+from common.data.model_images import ModelImages, ProcessedImage, find_model_images, merge_arrays
 from common.data.samples import ImageRef
 from common.errors import DataError
 
@@ -30,77 +33,114 @@ class ImageRequest(NamedTuple):
     where: str
 
 
+@dataclass(frozen=True)
+class BatchImages:
+    """The images of a batch.
+
+    token_ids    int32 [N] of each image: what replaces its placeholder
+    token_types  int64 [N] of each image; None for a student that wants no types
+    tensors      arguments of the student's forward, such as `pixel_values`, of all images together
+    """
+
+    token_ids: list[npt.NDArray[np.int32]]
+    token_types: list[npt.NDArray[np.int64]] | None
+    tensors: dict[str, Tensor]
+
+
+class ImageSource(Protocol):
+    """Gives a collator the images of its batches. `types_argument` is as in ModelImages."""
+
+    types_argument: str | None
+
+    def read(self, requests: Sequence[ImageRequest]) -> BatchImages:
+        """Returns the images. Raises DataError, which names the sample."""
+
+    def check(self, request: ImageRequest) -> int:
+        """Checks that an image can be read, without decoding it; returns its number of tokens. Raises DataError."""
+
+    def dummy(self) -> BatchImages:
+        """Returns one image for a dummy sequence, whose output enters no loss."""
+
+
 class ImageCache:
-    """Opens and processes images for one student."""
+    """Opens and processes images for one student.
+
+    `aspect_ratio` None stands for the student's own choice.
+    """
 
     @classmethod
-    def load(cls, model_dir: Path, aspect_ratio: AspectRatio) -> Self | None:
-        """Loads the image processor of a model directory; returns None for a model without a vision tower.
+    def load(cls, model_dir: Path, aspect_ratio: AspectRatio | None) -> Self | None:
+        """Loads the processor of a model directory; returns None for a model without a vision tower.
 
         Raises:
             ModelError: the settings of the processor or of the vision tower are missing or broken.
         """
-        spec = ImageSpec.load(model_dir)
-        if spec is None:
-            return None
-        return cls(AutoImageProcessor.from_pretrained(model_dir, local_files_only=True), spec, aspect_ratio)
+        images = find_model_images(model_dir)
+        return None if images is None else cls(images, aspect_ratio)
 
-    def __init__(self, processor: Any, spec: ImageSpec, aspect_ratio: AspectRatio) -> None:
-        self._processor = processor
-        self._spec = spec
-        self._aspect_ratio = aspect_ratio
-        self._cached: OrderedDict[tuple[ImageRef, ImageRoot | None], Tensor] = OrderedDict()
+    def __init__(self, images: ModelImages, aspect_ratio: AspectRatio | None) -> None:
+        self._images = images
+        self._aspect_ratio: AspectRatio = aspect_ratio or images.default_aspect_ratio
+        self.types_argument = images.types_argument
+        self._cached: OrderedDict[tuple[ImageRef, ImageRoot | None], ProcessedImage] = OrderedDict()
         self._cached_bytes = 0
 
-    @property
-    def tokens_per_image(self) -> int:
-        """Returns the number of placeholders of an image."""
-        return self._spec.tokens_per_image
-
-    def pixels(self, requests: Sequence[ImageRequest]) -> Tensor:
-        """Returns the pixels of I images, float32 [I, 3, height, width].
+    def read(self, requests: Sequence[ImageRequest]) -> BatchImages:
+        """Returns the images of a batch.
 
         Raises:
-            DataError: an image cannot be opened, or takes too much memory; the message names the sample.
+            DataError: an image cannot be opened or processed, or takes too much memory; the message names the sample.
         """
-        keys = [(ref, root) for ref, root, _ in requests]
-        new = {(ref, root): where for ref, root, where in requests if (ref, root) not in self._cached}
-        if new:
-            opened = [
-                load_image(ref, root, self._aspect_ratio, self._spec.mean_rgb, where)
-                for (ref, root), where in new.items()
-            ]
+        found = [self._process(request) for request in requests]
+        while self._cached_bytes > _MAX_CACHED_BYTES:
+            (ref, _), image = self._cached.popitem(last=False)
+            self._cached_bytes -= _num_bytes(ref, image)
+        return _join(found)
+
+    def check(self, request: ImageRequest) -> int:
+        """Checks that an image is there and what its header says; returns its number of tokens.
+
+        Raises:
+            DataError: it cannot be used; the message names the sample.
+        """
+        fixed = self._images.tokens_per_image
+        ref, root, where = request
+        size = check_image(ref, root, self._aspect_ratio, where, need_size=fixed is None)
+        if fixed is not None:
+            return fixed
+        assert size is not None
+        return self._images.count_tokens(*size, f"{where}: image {ref}")
+
+    def dummy(self) -> BatchImages:
+        """Returns a small image of the padding colour."""
+        return _join([self._images.process(Image.new("RGB", (32, 32), self._images.mean_rgb), "a dummy image")])
+
+    def _process(self, request: ImageRequest) -> ProcessedImage:
+        ref, root, where = request
+        key = ref, root
+        if key not in self._cached:
+            opened = load_image(ref, root, self._aspect_ratio, self._images.mean_rgb, where)
             try:
-                processed = self._process(opened)
+                image = self._images.process(opened, f"{where}: image {ref}")
             except MemoryError as error:
                 raise DataError(
-                    f"{', '.join(new.values())}: the image processor takes more memory than there is; free some, or "
-                    "use a smaller micro_batch_size"
+                    f"{where}: the image processor takes more memory than there is; free some, or use a smaller "
+                    "micro_batch_size"
                 ) from error
-            for key, pixels in zip(new, processed, strict=True):
-                # A copy, because a view would keep the memory of the whole batch.
-                self._cached[key] = pixels.clone()
-                self._cached_bytes += _num_bytes(key[0], pixels)
-        stacked = torch.stack([self._cached[key] for key in keys])
-        for key in keys:
-            self._cached.move_to_end(key)
-        while self._cached_bytes > _MAX_CACHED_BYTES:
-            (ref, _), pixels = self._cached.popitem(last=False)
-            self._cached_bytes -= _num_bytes(ref, pixels)
-        return stacked
-
-    def check(self, request: ImageRequest) -> None:
-        """Checks that an image is there and what its header says. Raises DataError, which names the sample."""
-        check_image(request.ref, request.image_root, self._aspect_ratio, request.where)
-
-    def dummy(self) -> Tensor:
-        """Returns the pixels of an image of the padding colour, float32 [1, 3, height, width]."""
-        return self._process([Image.new("RGB", (32, 32), self._spec.mean_rgb)])
-
-    def _process(self, images: list[Image.Image]) -> Tensor:
-        pixels: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
-        return pixels
+            self._cached[key] = image
+            self._cached_bytes += _num_bytes(ref, image)
+        self._cached.move_to_end(key)
+        return self._cached[key]
 
 
-def _num_bytes(ref: ImageRef, pixels: Tensor) -> int:
-    return len(ref.data or b"") + int(pixels.nbytes)
+def _join(images: Sequence[ProcessedImage]) -> BatchImages:
+    types = [image.token_types for image in images if image.token_types is not None]
+    return BatchImages(
+        [image.token_ids for image in images],
+        types or None,
+        {name: torch.from_numpy(array) for name, array in merge_arrays(images).items()},
+    )
+
+
+def _num_bytes(ref: ImageRef, image: ProcessedImage) -> int:
+    return len(ref.data or b"") + image.num_bytes

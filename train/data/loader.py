@@ -13,8 +13,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ _NUM_READY_BATCHES = 2
 _READ_LOCK = threading.Lock()
 
 
+_NO_TENSOR = torch.empty(0)
+
+
 @dataclass(frozen=True)
 class FlatBatch:
     """A batch with all of its tensors in one buffer.
@@ -44,25 +47,24 @@ class FlatBatch:
     Torch passes each tensor of a worker in a shared memory file of its own, and opening one for each field takes longer
     than making a small batch.
 
-    memory          uint8 [bytes]
-    layout          (field, dtype, shape) of each tensor, in the order of the buffer
-    other_fields    the fields of the batch that are not tensors
+    memory    uint8 [bytes]
+    layout    (name, dtype, shape) of each tensor, in the order of the buffer
+    empty     the batch, its tensors empty
     """
 
     memory: Tensor
     layout: tuple[tuple[str, torch.dtype, torch.Size], ...]
-    other_fields: dict[str, Any]
+    empty: Batch
 
     @classmethod
     def pack(cls, batch: Batch) -> Self:
         """Returns a copy of the batch in one buffer."""
-        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        tensors = batch.tensors
         memory = torch.empty(sum(map(_num_bytes, tensors.values())), dtype=torch.uint8)
         flat = cls(
             memory,
             tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()),
-            {name: value for name, value in values.items() if name not in tensors},
+            batch.with_tensors(dict.fromkeys(tensors, _NO_TENSOR)),
         )
         for name, view in flat._views():
             view.copy_(tensors[name])
@@ -70,7 +72,7 @@ class FlatBatch:
 
     def unpack(self) -> Batch:
         """Returns the batch; its tensors are views of the buffer."""
-        return Batch(**self.other_fields, **dict(self._views()))
+        return self.empty.with_tensors(dict(self._views()))
 
     def pin_memory(self) -> Self:
         """Returns the batch in page-locked memory, from which a GPU copies while it computes; torch calls this."""

@@ -120,7 +120,7 @@ class ShardSource:
         self,
         output: Location,
         encoder: ChatEncoder,
-        aspect_ratio: AspectRatio,
+        aspect_ratio: AspectRatio | None,
         cached_groups: int = 4,
         *,
         check: ShardCheck = "sha256",
@@ -324,15 +324,19 @@ def _stored_encoding(row: ShardRow) -> tuple[EncodedChat, ...]:
     return tuple(scored.encoded for scored in row.conversations)
 
 
-def open_source(where: SetConfig, kind: Kind, encoder: ChatEncoder, data: DataConfig) -> ExampleSource:
+def open_source(
+    where: SetConfig, kind: Kind, encoder: ChatEncoder, data: DataConfig, aspect_ratio: AspectRatio | None
+) -> ExampleSource:
     """Opens one of the sources of `data`; `kind` is the kind of samples that the objective needs.
+
+    `aspect_ratio` is the student's choice, None if it takes no images.
 
     Raises:
         ConfigError: the shards are of the other kind.
     """
     if where.shards is None:
         return DatasetSource(where.location, kind, encoder, data.ids)
-    source = ShardSource(where.shards, encoder, data.image_aspect_ratio, check=data.check)
+    source = ShardSource(where.shards, encoder, aspect_ratio, check=data.check)
     if source.manifest.kind != kind:
         raise ConfigError(
             f'{where.shards}: holds shards of kind "{source.manifest.kind}", this objective needs "{kind}"'
@@ -340,13 +344,15 @@ def open_source(where: SetConfig, kind: Kind, encoder: ChatEncoder, data: DataCo
     return source
 
 
-def _check_provenance(output: Location, manifest: Manifest, encoder: ChatEncoder, aspect_ratio: AspectRatio) -> None:
+def _check_provenance(
+    output: Location, manifest: Manifest, encoder: ChatEncoder, aspect_ratio: AspectRatio | None
+) -> None:
     expected: dict[str, tuple[object, object]] = {
         "tokenizer (SHA-256)": (manifest.tokenizer.sha256, encoder.tokenizer_sha256),
         "tokenizer size": (manifest.tokenizer.vocab_size, encoder.vocab_size),
         "scored tokens (data.score)": (manifest.capture.score, encoder.score),
     }
-    if manifest.image is not None:
+    if manifest.image is not None and aspect_ratio is not None:
         expected["image_aspect_ratio"] = (manifest.image.aspect_ratio, aspect_ratio)
     differences = [f"  {name}: teacher {a!r}, student {b!r}" for name, (a, b) in expected.items() if a != b]
     if differences:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from common.errors import ModelError
 from train.data.collator import Batch
-from train.model.student import is_multimodal, language_model, text_config
+from train.model.student import language_model, text_config
 from train.moe.expert_load import ExpertLoad
 from train.moe.upcycle import is_sparse
 
@@ -47,7 +47,6 @@ class RouterMonitor:
             raise ModelError(f"{type(model).__name__}: has no router ({config.model_type}); upcycle it first")
         self.top_k: int = config.num_experts_per_tok
         self._num_experts: int = config.num_experts
-        self._image_token_id: int | None = model.config.image_token_index if is_multimodal(model) else None
         self._decoder = language_model(model)
         self._router_logits: tuple[Tensor, ...] | None = None
         # The experts that each layer called in the pass under way, [N, K] each.
@@ -76,9 +75,7 @@ class RouterMonitor:
 
     def count_batch(self, batch: Batch) -> None:
         """Adds the latest forward pass to the counts; `batch` was its input."""
-        image_N = torch.zeros_like(batch.input_ids, dtype=torch.bool).flatten()
-        if self._image_token_id is not None:
-            image_N = (batch.input_ids == self._image_token_id).flatten()
+        image_N = batch.image_mask.flatten()
         assert self._selected_LNK is not None, "no forward pass yet"
         counts_LSM = count_assignments(self._selected_LNK, image_N, batch.token_mask.flatten(), self._num_experts)
         self._counts_since_log = self._counts_since_log + counts_LSM

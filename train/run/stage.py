@@ -28,6 +28,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from common.data.bad_samples import check_skipped_share, list_problems
 from common.data.chat_encoding import ChatEncoder
+from common.data.model_images import describe_aspect_ratio, find_model_images
+from common.data.samples import IMAGE_MARKER
 from common.errors import ConfigError, DataError, DecantError, StorageError
 from train.choices import ParameterGroup
 from train.config import LossConfig, TrainConfig
@@ -252,11 +254,20 @@ def _prepare_run(config: TrainConfig, process: _Process) -> _Run:
     # All ranks have to take the same checkpoint, and its files are read once.
     checkpoint = process.run_on_rank_0(lambda: find_latest_complete(config.output))
     date = process.run_on_rank_0(lambda: find_template_date(config, continues=checkpoint is not None))
-    encoder = ChatEncoder.load(config.model.path, config.model.chat_template, config.data.score, date)
-    collator = build_collator(config, encoder, open_feature_source(config))
+    images = find_model_images(config.model.path)
+    placeholder = IMAGE_MARKER if images is None else images.placeholder
+    encoder = ChatEncoder.load(config.model.path, config.model.chat_template, config.data.score, date, placeholder)
+    aspect_ratio = None if images is None else config.data.image_aspect_ratio or images.default_aspect_ratio
+    if images is not None and aspect_ratio is not None and process.is_rank_0:
+        _log.info("%s: %s", config.model.path, describe_aspect_ratio(images, aspect_ratio))
+    collator = build_collator(config, encoder, images, open_feature_source(config))
     skipped: dict[str, list[BadSample]] = {}
     splits = open_data_splits(
-        config, encoder, process.num_ranks, lambda source: _find_skipped(config, process, collator, source, skipped)
+        config,
+        encoder,
+        process.num_ranks,
+        lambda source: _find_skipped(config, process, collator, source, skipped),
+        aspect_ratio,
     )
     loss = choose_tail(config, splits)
     record = RunRecord.of(config, splits.train.source, encoder.template.date, skipped)

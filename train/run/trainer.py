@@ -260,9 +260,8 @@ class StudentTrainer(Trainer):
     def compute_batch_terms(self, model: Any, batch: Batch) -> dict[str, Term]:
         """Runs the model forward and returns the terms of the objective, each a sum over the micro-batch."""
         loss, router = self._step.loss, self._step.router
-        images = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
         with self._step.output.scoring(batch, kept=loss.distillation > 0):
-            model(**batch.sequence_inputs, **images)
+            model(**batch.model_inputs)
             logits = self._step.output.read()
         return compute_terms(
             logits,

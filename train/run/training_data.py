@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.data.chat_encoding import ChatEncoder
-from common.data.images import ImageSpec
+from common.data.images import AspectRatio
+from common.data.model_images import ModelImages, find_model_images
 from common.errors import ConfigError, DataError
 from common.storage.files import Location
 from train.config import DataConfig, LossConfig, SetConfig, TrainConfig
@@ -39,15 +40,18 @@ def open_data_splits(
     encoder: ChatEncoder,
     num_ranks: int,
     find_skipped: Callable[[ExampleSource], frozenset[int]] = lambda _: frozenset(),
+    aspect_ratio: AspectRatio | None = None,
 ) -> DataSplits:
     """Opens the training sets and the validation samples; `find_skipped` gives the positions that are left out.
+
+    `aspect_ratio` is what becomes of the student's images, None if it takes none.
 
     Raises:
         ConfigError, DataError, ProvenanceError, ShardError, StorageError: a set cannot be read, or does not fit the
             student or the other sets.
     """
     data, optim = config.data, config.optim
-    sources = [open_source(member, config.loss.sample_kind, encoder, data) for member in data.sets]
+    sources = [open_source(member, config.loss.sample_kind, encoder, data, aspect_ratio) for member in data.sets]
     source = MixtureSource(sources, data.images_below[:-1]) if data.mix else sources[0]
     sample_sets, held_out = _hold_out_validation(data, sources, find_skipped(source))
     sampler = GlobalBatchSampler(
@@ -64,7 +68,7 @@ def open_data_splits(
     validation = None
     if data.validation is not None:
         location = SetConfig(shards=data.validation) if data.has_scores else SetConfig(dataset=data.validation)
-        validation_source = open_source(location, config.loss.sample_kind, encoder, data)
+        validation_source = open_source(location, config.loss.sample_kind, encoder, data, aspect_ratio)
         _check_not_empty(validation_source, location.location)
         skipped = find_skipped(validation_source)
         positions = [position for position in range(len(validation_source)) if position not in skipped]
@@ -105,12 +109,14 @@ def choose_tail(config: TrainConfig, splits: DataSplits) -> LossConfig:
     return loss.model_copy(update={"tail": tail})
 
 
-def build_collator(config: TrainConfig, encoder: ChatEncoder, features: FeatureSource | None) -> Collator:
+def build_collator(
+    config: TrainConfig, encoder: ChatEncoder, images: ModelImages | None, features: FeatureSource | None
+) -> Collator:
     """Builds the collator of a stage, with cached features in place of images if there are any."""
     data = config.data
-    images = features or ImageCache.load(config.model.path, data.image_aspect_ratio)
+    source = features or (None if images is None else ImageCache(images, data.image_aspect_ratio))
     return Collator(
-        StudentInputs(images, encoder.image_token_id, encoder.tokenizer.pad_token_id or 0),
+        StudentInputs(source, encoder.image_token_id, encoder.tokenizer.pad_token_id or 0),
         kind=config.loss.sample_kind,
         image_root=data.images_below[-1],
         max_tokens=data.max_tokens,
@@ -149,8 +155,9 @@ def _length_function(config: TrainConfig, source: ExampleSource) -> Callable[[in
     """Returns the length of a sample in the student's tokens as a function of its position, if lengths are needed."""
     if not config.data.group_by_length:
         return None
-    spec = ImageSpec.load(config.model.path)
-    return functools.partial(source.length, tokens_per_image=1 if spec is None else spec.tokens_per_image)
+    images = find_model_images(config.model.path)
+    # Where the number varies, that of a small image is taken: no image is opened to sort samples by length.
+    return functools.partial(source.length, tokens_per_image=1 if images is None else images.min_tokens_per_image)
 
 
 def _validation_sampler(positions: list[int], config: TrainConfig, num_ranks: int) -> GlobalBatchSampler:

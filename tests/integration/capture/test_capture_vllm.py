@@ -34,11 +34,11 @@ def make_job(root: Path, model: Path, engine: dict[str, Any] | None = None, **se
 def make_requests(job: CaptureJob) -> list[ScoreRequest]:
     requests = []
     for index in range(NUM_SAMPLES):
-        sample, conversations, _ = job.load_encoded(index)
-        images = job.load_images(index, sample)
+        found = job.load_encoded(index)
+        images = job.load_images(index, found.sample)
         requests += [
-            ScoreRequest((index, number), sample.id, encoded, images, job.where(index))
-            for number, encoded in enumerate(conversations)
+            ScoreRequest((index, number), found.sample.id, encoded, images, job.where(index))
+            for number, encoded in enumerate(found.encoded)
         ]
     return requests
 

@@ -13,6 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from common.errors import ConfigError, ModelError
 from precompute.config import EngineConfig
+from precompute.engine.score_conversion import ExpandedPrompt
 from precompute.engine.vllm_engine import Engine, EngineLimits, Prompt
 from precompute.scorer import RejectedRequest
 
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.vllm
 LIMITS = EngineLimits(max_model_len=8, max_images=1, max_logprobs=3)
 
 
-def params(key: int, expanded_ids: list[int]) -> SamplingParams:
-    return SamplingParams(max_tokens=1, extra_args={"key": key, "ids": expanded_ids})
+def params(key: int, prompt: ExpandedPrompt) -> SamplingParams:
+    return SamplingParams(max_tokens=1, extra_args={"key": key, "ids": prompt.token_ids.tolist()})
 
 
 class FakeRenderer:

@@ -137,7 +137,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(
     batch = Collator(student, kind=kind, image_root=tmp_path, max_tokens=512)([source[i] for i in range(NUM_SAMPLES)])
     model = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(**batch.sequence_inputs, pixel_values=batch.pixel_values).logits.flatten(0, 1)[batch.rows]
+        logits = model(**batch.model_inputs).logits.flatten(0, 1)[batch.rows]
     assert logits.shape[1] == encoder.vocab_size + 13
     filled = None if batch.topk_logprobs is None else batch.topk_logprobs > -torch.inf
     ids = None if kind == "dpo" else batch.topk_ids

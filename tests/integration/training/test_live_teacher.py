@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from common.data.chat_encoding import EncodedChat, expand_placeholders, predicting_positions
+from common.data.chat_encoding import EncodedChat, predicting_positions
 from common.data.dataset import Dataset
-from common.data.images import ImageSpec, load_image
+from common.data.images import load_image
+from common.data.model_images import LlavaImages
 from common.data.samples import Sample
 from precompute.config import PrecomputeConfig
 from precompute.logits.run import run_capture
+from tests.support.forward import expand
 from tests.support.models import tiny_llava
 from tests.support.training import LiveTeacher, losses, run_stages, stage, write_mixed_dataset
 from train.data.sampling import shuffled_order
@@ -56,9 +58,9 @@ def live_distillation(teacher_dir: Path, student_dir: Path, dataset_path: Path) 
 def student_logits(
     student: torch.nn.Module, student_dir: Path, sample: Sample, encoded: EncodedChat, root: Path
 ) -> torch.Tensor:
-    spec = ImageSpec.load(student_dir)
+    spec = LlavaImages.load(student_dir)
     assert spec is not None
-    ids, positions = expand_placeholders(encoded.input_ids, encoded.image_token_id, spec.tokens_per_image)
+    ids, positions = expand(encoded.input_ids, encoded.image_token_id, spec.tokens_per_image)
     inputs = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
     if sample.images:
         images = [load_image(ref, root, "pad", spec.mean_rgb, "") for ref in sample.images]

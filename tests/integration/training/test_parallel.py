@@ -165,7 +165,7 @@ def test_the_runs_contain_micro_batches_without_an_image_and_experts_without_a_t
             without_image.append(not any(example.sample.images for example in examples))
             batch = collator(examples)
             with torch.no_grad():
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values)
+                model(**batch.model_inputs)
             for logits_TE in router.pop_router_logits():
                 starved += len(logits_TE[batch.token_mask.flatten()].topk(2).indices.unique()) < 8
     assert any(without_image)

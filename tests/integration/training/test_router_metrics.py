@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from common.data.chat_encoding import ChatEncoder, expand_placeholders
-from common.data.images import ImageSpec, load_image
+from common.data.chat_encoding import ChatEncoder
+from common.data.images import load_image
+from common.data.model_images import LlavaImages
 from common.errors import ConfigError
 from tests.integration.training.test_parallel import make_sparse
+from tests.support.forward import expand
 from tests.support.models import tiny_llava
 from tests.support.training import losses, run_stages, stage, write_mixed_dataset
 from train.config import TrainConfig
@@ -112,7 +114,7 @@ def test_loads_add_up_to_the_tokens_of_each_step(runs: Path, num_ranks: int, zer
 def test_the_loads_of_the_first_step_equal_those_of_its_samples_one_by_one(runs: Path) -> None:
     """Counts the two largest router logits of each conversation alone, unpadded, in transformers."""
     path = runs / "sparse"
-    encoder, spec = ChatEncoder.load(path), ImageSpec.load(path)
+    encoder, spec = ChatEncoder.load(path), LlavaImages.load(path)
     processor = AutoImageProcessor.from_pretrained(path)
     assert spec is not None
     source = DatasetSource(runs / "data" / "kd.json", "kd", encoder)
@@ -122,7 +124,7 @@ def test_the_loads_of_the_first_step_equal_those_of_its_samples_one_by_one(runs:
     expected = {"text": np.zeros((2, 8), int), "image": np.zeros((2, 8), int)}
     for number in sampler.micro_batch(0, 0):
         example = source[int(number)]
-        ids, _ = expand_placeholders(example.conversations[0].input_ids, encoder.image_token_id, spec.tokens_per_image)
+        ids, _ = expand(example.conversations[0].input_ids, encoder.image_token_id, spec.tokens_per_image)
         inputs = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
         if example.sample.images:
             images = [load_image(ref, runs / "data", "pad", spec.mean_rgb, "") for ref in example.sample.images]

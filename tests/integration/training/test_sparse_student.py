@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
-from common.data.chat_encoding import ChatEncoder, expand_placeholders
+from common.data.chat_encoding import ChatEncoder
 from common.data.dataset import Dataset
-from common.data.images import ImageSpec, load_image
+from common.data.images import load_image
+from common.data.model_images import LlavaImages
+from tests.support.forward import expand
 from tests.support.models import tiny_llava
 from tests.support.training import (
     ROOT,
@@ -88,14 +90,14 @@ def test_the_trained_sparse_student_generates_the_same_text_in_transformers_and_
     export_student(root / "zero3", exported)
     dataset = Dataset.open(root / "data" / "kd.json", "kd")
     samples = [dataset[i] for i in range(12)]
-    encoder, spec = ChatEncoder.load(exported), ImageSpec.load(exported)
+    encoder, spec = ChatEncoder.load(exported), LlavaImages.load(exported)
     assert spec is not None
     model = load_student(exported, dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(exported)
     expected = []
     for sample in samples:
         ids = encoder.encode_prompt(sample.conversations[0][:-1])
-        ids, _ = expand_placeholders(ids, encoder.image_token_id, spec.tokens_per_image)
+        ids, _ = expand(ids, encoder.image_token_id, spec.tokens_per_image)
         inputs = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
         if sample.images:
             images = [load_image(ref, root / "data", "pad", spec.mean_rgb, "") for ref in sample.images]

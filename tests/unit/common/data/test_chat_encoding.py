@@ -257,17 +257,24 @@ def test_images_need_an_image_token(tmp_path: Path) -> None:
     assert encoded.num_images == 0
 
 
-@given(st.lists(st.integers(0, 4), max_size=20), st.sampled_from([None, 0, 3]), st.integers(1, 6))
-def test_placeholders_expand_as_in_a_plain_loop(ids: list[int], image_id: int | None, tokens_per_image: int) -> None:
+@given(st.lists(st.integers(0, 4), max_size=20), st.sampled_from([None, 0, 3]), st.data())
+def test_placeholders_expand_as_in_a_plain_loop(ids: list[int], image_id: int | None, data: st.DataObject) -> None:
+    count = ids.count(-1 if image_id is None else image_id)
+    images = data.draw(st.lists(st.lists(st.integers(5, 9), min_size=1, max_size=6), min_size=count, max_size=count))
+    left = iter(images)
     expanded: list[int] = []
-    positions = []
+    positions, types = [], []
     for token in ids:
-        expanded += [token] * (tokens_per_image if token == image_id else 1)
+        new = next(left) if token == image_id else [token]
+        expanded += new
+        types += [each % 2 if token == image_id else 0 for each in new]
         positions.append(len(expanded) - 1)
-    found, where = expand_placeholders(np.array(ids, np.int32), image_id, tokens_per_image)
-    assert found.dtype == np.int32
-    assert where.dtype == np.int64
-    assert (found.tolist(), where.tolist()) == (expanded, positions)
+    found = expand_placeholders(np.array(ids, np.int32), image_id, [np.array(image) for image in images])
+    assert found.ids.dtype == np.int32
+    assert found.positions.dtype == np.int64
+    assert (found.ids.tolist(), found.positions.tolist()) == (expanded, positions)
+    assert found.is_image.sum() == sum(map(len, images))
+    assert found.place_types([np.array(image) % 2 for image in images]).tolist() == types
 
 
 def test_fingerprints_tell_tokenizers_and_templates_apart(model_dir: Path, tmp_path: Path) -> None:

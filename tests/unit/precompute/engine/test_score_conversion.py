@@ -12,6 +12,7 @@ from common.shards.scores import TeacherScores
 from precompute.config import EngineConfig
 from precompute.engine.row_request import RowRequest
 from precompute.engine.score_conversion import (
+    ExpandedPrompt,
     draw_seed,
     expanded_positions,
     rows_from_flat_logprobs,
@@ -66,7 +67,8 @@ def convert(
     """Returns the scores that rows of vLLM give a conversation; a row has the own token first, then the best ones."""
     scorer_settings = make_settings(**settings)
     where = "sample 'a'"
-    positions = expanded_positions(np.array(ids, np.int32), encoded, where)
+    images = ((ids.index(IMAGE), ids.count(IMAGE)),) if IMAGE in ids else ()
+    positions = expanded_positions(ExpandedPrompt(np.array(ids, np.int32), images), encoded, where)
     request = RowRequest(
         rows=(positions - 1).astype(np.int32),
         targets=encoded.response_ids,
@@ -133,7 +135,13 @@ def test_text_without_images_needs_no_image_token() -> None:
 @pytest.mark.parametrize(
     ("ids", "rows", "message"),
     [
-        ([4, 5, IMAGE, 6, 6], ROWS[:2] + ROWS[4:], r"sample 'a': vLLM read 4 text tokens"),
+        ([4, 5, IMAGE, 6, 6], ROWS[:2] + ROWS[4:], r"sample 'a': vLLM does not read the conversation's tokens"),
+        ([4, 5, 6, 7], ROWS[:1] + ROWS[4:], r"sample 'a': vLLM read 0 images, the conversation has 1"),
+        (
+            [4, 5, IMAGE, 6, 6],
+            ROWS[:2] + ROWS[4:],
+            r"from 0: \[4, 5, 9, 6, 7\]\n  vLLM, 5 ids, from 0: \[4, 5, 9, 6, 6\]",
+        ),
         ([1, 4, 5, IMAGE, 6, 7], ROWS[:1] + ROWS[:2] + ROWS[4:], r"cannot be aligned"),
         (EXPANDED, ROWS[:-1], r"returned 6 rows, row 6 is wanted"),
         (EXPANDED, [*ROWS[:5], certain(2)], r"not those of the response tokens"),

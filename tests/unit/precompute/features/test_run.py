@@ -21,7 +21,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from common.data.images import ImageSpec, load_image, read_image_and_digest
+from common.data.images import load_image, read_image_and_digest
+from common.data.model_images import LlavaImages
 from common.data.samples import ImageRef
 from common.errors import DataError, ModelError, ProvenanceError
 from common.shards.feature_shard import FeatureCache, write_feature_shard
@@ -90,7 +91,7 @@ def read_features(output: Any) -> dict[str, npt.NDArray[np.float32]]:
 def projector_inputs(model_dir: Path, paths: list[Path]) -> list[npt.NDArray[np.float32]]:
     """Returns what transformers' own LLaVA in bfloat16 gives its projector for images, one at a time."""
     model = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
-    processor, spec = AutoImageProcessor.from_pretrained(model_dir), ImageSpec.load(model_dir)
+    processor, spec = AutoImageProcessor.from_pretrained(model_dir), LlavaImages.load(model_dir)
     assert spec is not None
     seen: list[torch.Tensor] = []
     model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -99,8 +99,7 @@ def test_images_inside_a_dataset_are_stored_and_trained_on(tmp_path: Path, llava
     assert images is not None
     student = StudentInputs(images, ChatEncoder.load(llava_dir).image_token_id, 0)
     batch = Collator(student, kind="kd", image_root=None, max_tokens=512)([source[i] for i in range(4)])
-    assert batch.pixel_values is not None
-    assert len(batch.pixel_values) == 3
+    assert len(batch.images["pixel_values"]) == 3
     # Another picture inside the dataset is a change, although it has the same name.
     table = pq.read_table(dataset).to_pylist()
     data = table[1]["images"][0]["bytes"]

@@ -94,12 +94,12 @@ def test_counts_are_those_of_the_preflight_when_every_sample_is_read(
     tokens = scored = images = 0
     for index in range(len(records)):
         try:
-            sample, encoded, num_tokens = inputs.load_encoded(index)
+            found = inputs.load_encoded(index)
         except DataError:
             continue
-        tokens += num_tokens
-        scored += sum(len(conversation.response_ids) for conversation in encoded)
-        images += len(sample.images)
+        tokens += found.num_tokens
+        scored += sum(len(conversation.response_ids) for conversation in found.encoded)
+        images += len(found.sample.images)
     totals = [workload.total(column) for column in (workload.prompt_n + workload.scored_n, workload.scored_n)]
     assert [total.value for total in totals] == [tokens, scored]
     assert [total.error for total in totals] == [0, 0]
@@ -151,8 +151,8 @@ def test_operations_of_a_language_model_are_those_that_torch_counts(tmp_path: Pa
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros((1, length), dtype=torch.int64), use_cache=False)
     counted = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
-    counts = ForwardCounts(tokens=length, squares=length**2, image_tokens=0, scored=length)
-    ours = forward_flops(ModelShape.load(path), counts, tokens_per_image=0)
+    counts = ForwardCounts(tokens=length, squares=length**2, image_tokens=0, image_squares=0, scored=length)
+    ours = forward_flops(ModelShape.load(path), counts)
     # aten.bmm is attention over all pairs of tokens; ours counts the half that causality leaves.
     assert 2 * ours.attention == pytest.approx(counted.pop("aten.bmm"), rel=0.02)
     assert ours.body + ours.output == pytest.approx(sum(counted.values()), rel=0.02)
@@ -176,8 +176,8 @@ def test_operations_of_a_vision_tower_are_those_that_torch_counts() -> None:
             tower(pixel_values=torch.zeros(1, 3, 336, 336))
     num_parameters = sum(p.numel() for p in tower.parameters())
     shape = ModelShape(num_parameters, 0, 0, num_parameters, 1, 1, 1, 1, 1, 1, 24, 1024)
-    counts = ForwardCounts(tokens=0, squares=0, image_tokens=576, scored=0)
-    ours = forward_flops(shape, counts, tokens_per_image=576)
+    counts = ForwardCounts(tokens=0, squares=0, image_tokens=576, image_squares=576**2, scored=0)
+    ours = forward_flops(shape, counts)
     assert ours.total == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -241,7 +241,7 @@ def test_generated_responses_are_an_upper_bound(tmp_path: Path, llava_dir: Path)
     inputs = open_inputs(config)
     prompts = 0
     for index in range(6):
-        sample, _, _ = inputs.load_encoded(index)
+        sample = inputs.load_encoded(index).sample
         ids = inputs.encoder.encode_prompt(sample.conversations[0][:-1])
         prompts += len(ids) + 15 * len(sample.images)
     assert found["prompt tokens, images included"].value == 3 * prompts
@@ -304,7 +304,7 @@ def test_the_arithmetic_shown_gives_the_value_shown(tmp_path: Path, llava_dir: P
 
 
 def test_every_number_is_exact_or_has_an_error() -> None:
-    columns = [np.arange(1, 11)] * 7
+    columns = [np.arange(1, 11)] * 8
     workload = Workload(20, (), *columns)
     total = workload.total(workload.scored_n)
     assert total.value == 110

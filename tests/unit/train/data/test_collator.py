@@ -46,9 +46,8 @@ def open_shards(root: Path, kind: Kind) -> ShardSource:
 
 def teacher_logits(root: Path, batch: Batch) -> torch.Tensor:
     model = LiveTeacher(root / "model", None).model
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
-        out: torch.Tensor = model(**inputs, pixel_values=batch.pixel_values).logits
+        out: torch.Tensor = model(**batch.model_inputs).logits
     return out.flatten(0, 1)[batch.rows]
 
 
@@ -67,8 +66,8 @@ def test_each_row_stands_right_before_its_token(root: Path) -> None:
     assert torch.equal(batch.input_ids.flatten()[batch.rows + 1], batch.targets)
     expected = np.concatenate([example.conversations[0].response_ids for example in examples])
     assert batch.targets.tolist() == expected.tolist()
-    assert batch.pixel_values is not None
-    assert len(batch.pixel_values) == 4
+    assert len(batch.images["pixel_values"]) == 4
+    assert int(batch.image_mask.sum()) == 4 * 16
     assert batch.attention_mask is not None
     assert batch.num_tokens == int(batch.attention_mask.sum())
 
@@ -112,7 +111,8 @@ def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches(root: Path, cut
 def test_dummies_have_no_scored_row_and_no_real_token(root: Path) -> None:
     make = make_collator(root)
     text_only = make([open_shards(root, "kd")[1]])
-    assert text_only.pixel_values is not None
+    assert len(text_only.images["pixel_values"]) == 1
+    assert text_only.image_mask[1, :16].all()
     assert text_only.num_sequences == 2
     assert not text_only.token_mask[1].any()
     assert text_only.num_padding == text_only.input_ids.numel() - text_only.num_tokens - 16
@@ -165,7 +165,7 @@ def test_errors_of_length_and_images_name_the_sample(root: Path) -> None:
 def test_an_empty_batch_of_a_text_student_is_a_dummy_of_padding(root: Path) -> None:
     batch = make_collator(root, images=False)([])
     assert batch.input_ids.tolist() == [[ChatEncoder.load(root / "model").tokenizer.pad_token_id] * 2]
-    assert batch.pixel_values is None
+    assert not batch.images
     assert not batch.token_mask.any()
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from common.data.model_images import LlavaImages
 from common.data.samples import ImageRef
 from common.errors import ConfigError, DataError, ModelError, ProvenanceError, ShardError
 from common.shards.feature_shard import FeatureCache
@@ -67,20 +68,28 @@ def open_features(root: Path, **changes: Any) -> FeatureSource:
 # Reading features
 
 
+def pixels(features: FeatureSource, wanted: list[ImageRequest]) -> torch.Tensor:
+    return features.read(wanted).tensors["pixel_values"]
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_features_replace_pixels(root: Path, dtype: torch.dtype) -> None:
     live, cached = (load_student(root / "student", dtype=dtype, tower=tower) for tower in (True, False))
     cache = FeatureCache(root / "bf16")
-    features = FeatureSource({None: [cache]}, dtype, 16).pixels(requests("4.png", "0.png", "4.png"))
+    features = (
+        FeatureSource({None: [cache]}, dtype, LlavaImages.load(root / "student"))
+        .read(requests("4.png", "0.png", "4.png"))
+        .tensors["pixel_values"]
+    )
     assert (features.shape, features.dtype) == ((3, 16, 64), dtype)
     seen: list[torch.Tensor] = []
     for model in (live, cached):
         model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     from transformers import AutoImageProcessor
 
-    from common.data.images import ImageSpec, load_image
+    from common.data.images import load_image
 
-    spec, processor = ImageSpec.load(root / "student"), AutoImageProcessor.from_pretrained(root / "student")
+    spec, processor = LlavaImages.load(root / "student"), AutoImageProcessor.from_pretrained(root / "student")
     assert spec is not None
     images = [load_image(ImageRef(f"{n}.png"), root / "data", "pad", spec.mean_rgb, "") for n in (4, 0, 4)]
     with torch.no_grad():
@@ -97,41 +106,41 @@ def test_features_replace_pixels(root: Path, dtype: torch.dtype) -> None:
 
 def test_a_dummy_image_is_zeros_of_the_same_shape(root: Path) -> None:
     features = open_features(root)
-    dummy = features.dummy()
+    dummy = features.dummy().tensors["pixel_values"]
     assert (dummy.shape, dummy.dtype, dummy.any()) == ((1, 16, 64), F32, torch.tensor(False))
-    assert features.tokens_per_image == 16
+    assert [len(ids) for ids in features.dummy().token_ids] == [16]
 
 
 def test_images_whose_files_a_sample_holds_are_found_by_content(root: Path) -> None:
     features = open_features(root)
     data = (root / "data" / "6.png").read_bytes()
-    by_content = features.pixels([ImageRequest(ImageRef("another/name.png", data), None, "")])
-    assert torch.equal(by_content, features.pixels(requests("6.png")))
+    by_content = pixels(features, [ImageRequest(ImageRef("another/name.png", data), None, "")])
+    assert torch.equal(by_content, pixels(features, requests("6.png")))
     changed = (root / "data" / "8.png").read_bytes()
     with pytest.raises(
         DataError, match=f"sample 'a': image 6.png .SHA-256 {hashlib.sha256(b'x').hexdigest()}"
     ) as caught:
-        features.pixels([ImageRequest(ImageRef("6.png", b"x"), None, "sample 'a'")])
+        pixels(features, [ImageRequest(ImageRef("6.png", b"x"), None, "sample 'a'")])
     assert "there it is another file" in str(caught.value)
-    by_changed_content = features.pixels([ImageRequest(ImageRef("6.png", changed), None, "")])
-    assert torch.equal(by_changed_content, features.pixels(requests("8.png")))
+    by_changed_content = pixels(features, [ImageRequest(ImageRef("6.png", changed), None, "")])
+    assert torch.equal(by_changed_content, pixels(features, requests("8.png")))
 
 
 def test_an_image_that_is_in_no_cache_names_its_sample_and_what_to_run(root: Path) -> None:
     with pytest.raises(DataError, match=r"sample 'new\.png': image new\.png is in no feature cache") as caught:
-        open_features(root).pixels(requests("0.png", "new.png"))
+        pixels(open_features(root), requests("0.png", "new.png"))
     assert "decant precompute-features --model STUDENT" in str(caught.value)
     # The same path below another root is another image.
     with pytest.raises(DataError, match="is in no feature cache"):
-        open_features(root).pixels(requests("0.png", image_root=root))
+        pixels(open_features(root), requests("0.png", image_root=root))
 
 
 def test_the_features_in_memory_are_limited(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = open_features(root).pixels(requests("0.png", "2.png", "8.png", "0.png"))
+    expected = pixels(open_features(root), requests("0.png", "2.png", "8.png", "0.png"))
     monkeypatch.setattr("train.data.feature_source._MAX_CACHED_BYTES", 2 * 16 * 64 * 4)
     features = open_features(root)
     for _ in range(2):
-        assert torch.equal(features.pixels(requests("0.png", "2.png", "8.png", "0.png")), expected)
+        assert torch.equal(pixels(features, requests("0.png", "2.png", "8.png", "0.png")), expected)
         cached = features._cached  # noqa: SLF001 - memory use cannot be seen from outside
         assert len(cached) == 2
         assert features._cached_bytes == sum(each.nbytes for each in cached.values())  # noqa: SLF001 - memory use, as above
@@ -142,10 +151,10 @@ def test_a_damaged_shard_is_named(root: Path, tmp_path: Path) -> None:
     damaged = output / shard_path(output, 0).name
     for position in range(4, damaged.stat().st_size // 2, 8):
         flip_bit(damaged, position)
-    features = FeatureSource({None: [FeatureCache(output)]}, F32, 16)
+    features = FeatureSource({None: [FeatureCache(output)]}, F32, LlavaImages.load(root / "student"))
     with pytest.raises(ShardError, match=r"shard-00000\.parquet: has SHA-256"):
-        features.pixels(requests("0.png"))
-    assert features.pixels(requests("8.png")).isfinite().all()
+        pixels(features, requests("0.png"))
+    assert pixels(features, requests("8.png")).isfinite().all()
 
 
 # Checks of a configuration
@@ -185,11 +194,11 @@ def test_each_set_has_the_caches_of_its_own_images(root: Path, tmp_path: Path) -
         config(root, data={"dataset": None, "mix": [{"dataset": dataset}, own]})
     mix = [{"dataset": dataset}, own | {"features": str(tmp_path / "other")}]
     features = open_features(root, data={"dataset": None, "mix": mix})
-    first, second = (features.pixels(requests("0.png", image_root=at)) for at in (None, other_data))
+    first, second = (pixels(features, requests("0.png", image_root=at)) for at in (None, other_data))
     assert not torch.equal(first, second)
-    assert torch.equal(second, features.pixels(requests("2.png")))
+    assert torch.equal(second, pixels(features, requests("2.png")))
     both = open_features(root, data={"features": [str(tmp_path / "other"), str(root / "bf16")]})
-    assert torch.equal(both.pixels(requests("0.png")), second)
+    assert torch.equal(pixels(both, requests("0.png")), second)
 
 
 def test_the_memory_estimate_counts_no_tower(root: Path) -> None:

@@ -27,7 +27,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pixels(images: ImageCache, root: Path, *numbers: int) -> Tensor:
-    return images.pixels([ImageRequest(ImageRef(f"{number}.png"), root, "sample 's'") for number in numbers])
+    requests = [ImageRequest(ImageRef(f"{number}.png"), root, "sample 's'") for number in numbers]
+    return images.read(requests).tensors["pixel_values"]
 
 
 def load(root: Path) -> ImageCache:
@@ -57,17 +58,18 @@ def test_only_recent_images_are_not_opened_again(root: Path, monkeypatch: pytest
 
 def test_a_dummy_image_has_the_shape_of_a_real_one(root: Path) -> None:
     images = load(root)
-    assert images.dummy().shape == pixels(images, root, 0).shape == (1, 3, 56, 56)
-    assert images.tokens_per_image == 16
+    assert images.dummy().tensors["pixel_values"].shape == pixels(images, root, 0).shape == (1, 3, 56, 56)
+    assert [len(ids) for ids in images.dummy().token_ids] == [16]
+    assert images.check(ImageRequest(ImageRef("0.png"), root, "sample 's'")) == 16
 
 
 def test_a_processor_that_runs_out_of_memory_names_the_samples(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = load(root)
 
-    def fail(_: list[Image.Image]) -> Tensor:
+    def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(images, "_process", fail)
+    monkeypatch.setattr("common.data.model_images.LlavaImages.process", fail)
     with pytest.raises(DataError, match=r"^sample 's': the image processor takes more memory than there is"):
         pixels(images, root, 0)
 

@@ -194,7 +194,7 @@ def test_batches_of_two_outputs_with_other_k_and_other_image_roots(
     assert [batch.sample_ids for batch in batches] == [
         tuple(source[int(i)].sample.id for i in micro) for micro in positions
     ]
-    assert any(batch.pixel_values is not None and len(batch.pixel_values) > 1 for batch in batches)
+    assert any(len(batch.images["pixel_values"]) > 1 for batch in batches)
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_a_fraction_of_each_set_is_held_out(outputs: Path, monkeypatch: pytest.M
 def test_best_and_drawn_entries_do_not_mix(outputs: Path) -> None:
     encoder = ChatEncoder.load(outputs / "model")
     sets = [SetConfig(shards=outputs / name) for name in ("a-k", "b-drawn")]
-    sources = [open_source(each, "kd", encoder, DataConfig(mix=tuple(sets))) for each in sets]
+    sources = [open_source(each, "kd", encoder, DataConfig(mix=tuple(sets)), "pad") for each in sets]
     with pytest.raises(ConfigError, match=r"not of one kind \(set 1 best, set 2 drawn\)"):
         MixtureSource(sources, [None, None])
 
@@ -248,7 +248,7 @@ def test_shards_beside_a_mix_are_refused() -> None:
 def test_a_run_with_another_weight_or_other_sets_is_another_run(outputs: Path, tmp_path: Path) -> None:
     encoder = ChatEncoder.load(outputs / "model")
     before = config(outputs, mix_both(outputs, 2.0, 1.0)).model_copy(update={"output": tmp_path})
-    sources = [open_source(each, "kd", encoder, before.data) for each in before.data.sets]
+    sources = [open_source(each, "kd", encoder, before.data, "pad") for each in before.data.sets]
     source = MixtureSource(sources, [None, None])
     RunRecord.of(before, source).write(before.output)
     assert RunRecord.of(before, source).check_continuation(before) == []

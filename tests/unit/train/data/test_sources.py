@@ -178,7 +178,7 @@ def test_another_chat_template_is_refused_at_the_first_response_that_differs(out
 
 def test_shards_of_the_other_kind_are_refused(output: Path) -> None:
     with pytest.raises(ConfigError, match='holds shards of kind "kd", this objective needs "dpo"'):
-        open_source(SetConfig(shards=output), "dpo", encoder(output), DataConfig(shards=output))
+        open_source(SetConfig(shards=output), "dpo", encoder(output), DataConfig(shards=output), "pad")
 
 
 def copy_output(output: Path, to: Path) -> Path:

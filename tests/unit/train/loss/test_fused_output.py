@@ -227,6 +227,7 @@ def make_batch(vocab_size: int, num_pairs: int = 0) -> Batch:
         num_sequences=len(input_ids),
         attention_mask=torch.ones_like(input_ids),
         token_mask=torch.ones_like(input_ids).bool(),
+        image_mask=torch.zeros_like(input_ids).bool(),
         rows=rows,
         targets=input_ids.flatten()[rows + 1],
         row_sequence=rows // 10,

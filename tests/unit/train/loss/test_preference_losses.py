@@ -181,6 +181,7 @@ def scored_pairs(logps_BT: Tensor, mask_BT: Tensor, reference_B: Tensor) -> tupl
         input_ids=torch.zeros_like(mask_BT),
         attention_mask=torch.ones_like(mask_BT),
         token_mask=torch.ones_like(mask_BT).bool(),
+        image_mask=torch.zeros_like(mask_BT).bool(),
         rows=rows_R,
         targets=torch.zeros_like(rows_R),
         row_sequence=rows_R // logps_BT.shape[1],

@@ -263,7 +263,7 @@ def test_images_and_dummies_stay_within_their_segment(root: Path, numbers: list[
     model = LiveTeacher(root / "dense", root / "data")
     _, batch = padded_and_packed(root, "kd", numbers)
     with torch.no_grad():
-        logits = model.model(**batch.sequence_inputs, pixel_values=batch.pixel_values).logits[0, batch.rows]
+        logits = model.model(**batch.model_inputs).logits[0, batch.rows]
     start = 0
     for example in read_examples(root, "kd", numbers):
         encoded, alone = model.logprobs(example.sample, 0)
@@ -289,7 +289,7 @@ def terms_and_gradient(model: PreTrainedModel, batch: Batch, config: LossConfig)
     output = FusedOutput(model, vocab_size=293)
     router = RouterMonitor(model) if is_sparse(model) else None
     with output.scoring(batch, kept=config.distillation > 0):
-        model(**batch.sequence_inputs, pixel_values=batch.pixel_values)
+        model(**batch.model_inputs)
         rows = output.read()
     router_logits = router.pop_router_logits() if router else ()
     terms = compute_terms(rows, batch, config, vocab_size=293, router_logits=router_logits, router_top_k=2)

@@ -68,7 +68,7 @@ def test_the_entropy_is_between_zero_and_the_log_of_the_number_of_experts() -> N
     assert router_entropy([even, sure]).item() == pytest.approx(math.log(8) / 2)
 
 
-def make_batch(input_ids: Tensor, token_mask: Tensor) -> Batch:
+def make_batch(input_ids: Tensor, token_mask: Tensor, image_token_id: int = -1) -> Batch:
     """Returns a batch without scored rows, whose tokens only routers use."""
     nothing = torch.zeros(0, dtype=torch.int64)
     return Batch(
@@ -78,6 +78,7 @@ def make_batch(input_ids: Tensor, token_mask: Tensor) -> Batch:
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         token_mask=token_mask,
+        image_mask=input_ids == image_token_id,
         rows=nothing,
         targets=nothing,
         row_sequence=nothing,
@@ -155,7 +156,7 @@ def mixed_batch(model: PreTrainedModel) -> tuple[Batch, Tensor]:
     ids[0, 3 : 3 + TOKENS_PER_IMAGE] = ids[2, :TOKENS_PER_IMAGE] = model.config.image_token_index
     token_mask[0, 30:] = False
     token_mask[2] = False
-    return make_batch(ids, token_mask), torch.randn(2, 3, 56, 56, generator=generator)
+    return make_batch(ids, token_mask, model.config.image_token_index), torch.randn(2, 3, 56, 56, generator=generator)
 
 
 def count_from_router_inputs(model: PreTrainedModel, batch: Batch, pixels: Tensor) -> np.ndarray[Any, Any]:
@@ -187,12 +188,12 @@ def test_a_training_pass_counts_the_experts_that_its_real_tokens_were_sent_to(de
     expected = count_from_router_inputs(model, batch, pixels)
     monitor = RouterMonitor(model)
     for _ in range(2):
-        output = model(**batch.sequence_inputs, pixel_values=pixels)
+        output = model(**batch.model_inputs, pixel_values=pixels)
         monitor.pop_router_logits()
         # As in validation, whose logits are read but not counted.
-        model(**batch.sequence_inputs, pixel_values=pixels)
+        model(**batch.model_inputs, pixel_values=pixels)
         monitor.pop_router_logits()
-        model(**batch.sequence_inputs, pixel_values=pixels)
+        model(**batch.model_inputs, pixel_values=pixels)
         monitor.pop_router_logits()
         monitor.count_batch(batch)
         output.logits.sum().backward()
@@ -222,7 +223,7 @@ def test_a_model_that_drops_a_token_stops_the_run(dense: Path) -> None:
     language_model(model).set_experts_implementation("eager")
     monitor = RouterMonitor(model)
     with torch.no_grad():
-        model(**batch.sequence_inputs, pixel_values=pixels)
+        model(**batch.model_inputs, pixel_values=pixels)
     monitor.count_batch(batch)
     with pytest.raises(ModelError, match="layer 3: tokens were dropped"):
         monitor.metrics(lambda t: t, 1)
@@ -245,7 +246,7 @@ def test_the_routers_gradient_is_that_of_the_latest_step(dense: Path, checkpoint
         monitor.clear_gradients()
         model.zero_grad()
         for scale in (1.0, 2.0):
-            output = model(**batch.sequence_inputs, pixel_values=scale * pixels)
+            output = model(**batch.model_inputs, pixel_values=scale * pixels)
             (scale * output.logits.logsumexp(-1).mean()).backward()
     routers = [p.grad for n, p in model.named_parameters() if ".mlp.gate." in n]
     expected = math.sqrt(sum(float(grad.double().square().sum()) for grad in routers))
@@ -260,7 +261,7 @@ def test_frozen_routers_have_no_gradient_metric(dense: Path) -> None:
     set_trainable(model, frozenset({"adapter"}))
     batch, pixels = mixed_batch(model)
     monitor = RouterMonitor(model)
-    model(**batch.sequence_inputs, pixel_values=pixels).logits.sum().backward()
+    model(**batch.model_inputs, pixel_values=pixels).logits.sum().backward()
     monitor.count_batch(batch)
     assert monitor.metrics(lambda t: t, 1).keys() == {"router/largest_load", "router/smallest_load"}
 
@@ -269,7 +270,7 @@ def test_a_text_student_has_only_text_tokens(tmp_path: Path) -> None:
     model = upcycle(load_student(tiny_causal_lm(tmp_path, "qwen3"), dtype=F32), MoEConfig(), seed=0)
     monitor = RouterMonitor(model)
     batch = make_batch(torch.arange(20).reshape(2, 10), torch.ones(2, 10, dtype=torch.bool))
-    model(**batch.sequence_inputs)
+    model(**batch.model_inputs)
     monitor.count_batch(batch)
     load = monitor.pop_expert_load(lambda t: t, 1, 0)
     assert not load.image_LE.any()
@@ -297,7 +298,7 @@ def test_the_routers_of_gpt_oss_are_monitored() -> None:
     with torch.no_grad():
         expected = model(input_ids=ids, output_router_logits=True).router_logits
     monitor = RouterMonitor(model)
-    output = model(**batch.sequence_inputs)
+    output = model(**batch.model_inputs)
     for found, layer in zip(monitor.pop_router_logits(), expected, strict=True):
         torch.testing.assert_close(found, layer)
     monitor.count_batch(batch)
