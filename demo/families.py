@@ -34,6 +34,7 @@ class Family:
     special            the family's special tokens, which its processor looks up
     image_text         what its chat template writes for an image
     attributes         special tokens that the processor finds as attributes of the tokenizer
+    words              other tokens that the processor or vLLM looks up
     build              makes configuration and processor from a tokenizer and the text model's sizes
     """
 
@@ -41,6 +42,7 @@ class Family:
     image_text: str
     build: Callable[[Any, dict[str, Any]], Parts]
     attributes: tuple[tuple[str, str], ...] = ()
+    words: tuple[str, ...] = ()
 
 
 def fit_tokenizer(family: Family, texts: Iterable[str], vocab_size: int = 448) -> Any:
@@ -66,6 +68,7 @@ def fit_tokenizer(family: Family, texts: Iterable[str], vocab_size: int = 448) -
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_tokens(list(family.words))
     tokenizer.chat_template = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -342,7 +345,8 @@ def _pixtral(tokenizer: Any, text: dict[str, Any]) -> Parts:
         vision_feature_select_strategy="full",
         tie_word_embeddings=text["tie_word_embeddings"],
     )
-    image = hf.PixtralImageProcessor(size={"longest_edge": 84}, patch_size={"height": 14, "width": 14})
+    # vLLM bounds the size by the tower's image_size.
+    image = hf.PixtralImageProcessor(size={"longest_edge": 112}, patch_size={"height": 14, "width": 14})
     return Parts(config, hf.PixtralProcessor(image, tokenizer, patch_size=14))
 
 
@@ -370,7 +374,7 @@ def _glm4v(tokenizer: Any, text: dict[str, Any]) -> Parts:
     }
     rope = {**_mrope(4, 2, 2)["rope_parameters"], "partial_rotary_factor": 0.5}
     config = hf.Glm4vConfig(
-        text_config={**text, "rope_parameters": rope},
+        text_config={**text, "rope_parameters": rope, "attention_bias": True},
         vision_config={
             "depth": 2,
             "hidden_size": 64,
@@ -456,6 +460,7 @@ def _gemma4(tokenizer: Any, text: dict[str, Any]) -> Parts:
             "head_dim": 32,
             "patch_size": 8,
             "position_embedding_size": 64,
+            "default_output_length": 70,
         },
         audio_config=None,
         image_token_id=tokenizer.image_token_id,
@@ -488,6 +493,7 @@ _INTERNVL = {
 _LLAMA4 = ("<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>")
 _LLAMA4_TILES = ("<|tile_x_separator|>", "<|tile_y_separator|>")
 _GEMMA3 = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+_NEWLINES = tuple("\n" * count for count in range(1, 5))
 _GEMMA4 = {
     "boi_token": "<|image>",
     "eoi_token": "<image|>",
@@ -515,6 +521,6 @@ FAMILIES = {
         _glm4v,
     ),
     "llama4": Family((*_LLAMA4, *_LLAMA4_TILES), "<|image|>", _llama4),
-    "gemma3": Family(tuple(_GEMMA3.values()), "<start_of_image>", _gemma3, tuple(_GEMMA3.items())),
+    "gemma3": Family(tuple(_GEMMA3.values()), "<start_of_image>", _gemma3, tuple(_GEMMA3.items()), _NEWLINES),
     "gemma4": Family(tuple(_GEMMA4.values()), "<|image|>", _gemma4, tuple(_GEMMA4.items())),
 }

@@ -58,7 +58,8 @@ class ScorerSettings:
     `output_vocab_size` is the size of the output layer, `vocab_size` the tokenizer's, `top_k` at most the former.
     With `top_p`, a row keeps the smallest number of its best entries that hold this mass, from `min_k` to `top_k`. With
     `num_draws` it keeps that many draws instead, which depend on `seed` and the request alone. With `generate`,
-    requests are prompts. `node_rank` is this process's number among those that share the output.
+    requests are prompts. `node_rank` is this process's number among those that share the output. `probes` are
+    conversations with images, on which a started teacher is checked.
     """
 
     model_dir: Path
@@ -74,6 +75,7 @@ class ScorerSettings:
     node_rank: int
     vocab_size: int
     output_vocab_size: int
+    probes: tuple[ScoreRequest, ...] = ()
 
 
 class Scorer(Protocol):

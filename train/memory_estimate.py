@@ -21,7 +21,7 @@ from typing import Any, assert_never, get_args
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from common.console import plain_text
 from common.errors import ModelError
@@ -29,7 +29,7 @@ from common.estimates import Estimate, EstimateTable, format_value
 from train.choices import ParameterGroup, Precision, ZeroStage
 from train.config import TRAINABLE, TrainConfig
 from train.model.cached_tower import cached_tower_config
-from train.model.student import parameter_groups, set_trainable, trained_groups
+from train.model.student import find_model_class, parameter_groups, set_trainable, trained_groups
 from train.moe.upcycle import is_sparse, upcycle
 
 STAGES: tuple[ZeroStage, ...] = get_args(ZeroStage)
@@ -177,7 +177,9 @@ def build_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
     """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        auto_class: Any = AutoModelForImageTextToText if config.model_type == "llava" else AutoModelForCausalLM
+        auto_class = AutoModelForImageTextToText if config.model_type == "llava" else find_model_class(config)
+        if auto_class is None:
+            raise ValueError(f"model type {config.model_type!r}")
         config = config if tower else cached_tower_config(config)
         with torch.device("meta"):
             model: PreTrainedModel = auto_class.from_config(config)
@@ -190,7 +192,8 @@ def build_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
 
 def _count_parameters(model: PreTrainedModel, expert_parallel_size: int) -> ParameterCounts:
     """Counts a student's parameters, and those of experts that a GPU does not hold."""
-    experts = [parameter for name, parameter in model.named_parameters() if "experts" in parameter_groups(name)]
+    groups = parameter_groups(model)
+    experts = [parameter for name, parameter in model.named_parameters() if "experts" in groups[name]]
     num_expert = sum(parameter.numel() for parameter in experts)
     num_trained_expert = sum(parameter.numel() for parameter in experts if parameter.requires_grad)
     return ParameterCounts(

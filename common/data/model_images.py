@@ -258,7 +258,12 @@ class ProcessorImages:
             raise _refused_image(where, error) from error
         text = {"input_ids", "attention_mask", self.types_argument}
         types = None if self.types_argument is None else found[self.types_argument][0].numpy().astype(np.int64)
-        arrays = {name: value.numpy() for name, value in found.items() if name not in text}
+        # Llama 4's pixels are bfloat16, which numpy lacks.
+        arrays = {
+            name: (value.float() if value.is_floating_point() else value).numpy()
+            for name, value in found.items()
+            if name not in text
+        }
         return ProcessedImage(found["input_ids"][0].numpy().astype(np.int32), types, arrays)
 
     @functools.cached_property

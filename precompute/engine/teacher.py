@@ -11,6 +11,7 @@ import numpy as np
 import vllm
 from vllm import RequestOutput, SamplingParams
 from vllm.logprobs import FlatLogprobs
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from common.data.chat_encoding import predicting_positions
@@ -92,6 +93,15 @@ class Teacher:
                     yield request.key, scores_from_rows(rows, self.settings, request.where)
                 else:
                     yield request.key, self._generated_response(output, request, number)
+
+    def expand(self, request: ScoreRequest) -> ExpandedPrompt:
+        """Returns a conversation as the engine reads it. Raises ValueError or VLLMError if vLLM refuses it."""
+        return self._engine.expand(Prompt(request.encoded.input_ids, request.images, request.where))
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """True if the engine runs without a GPU."""
+        return bool(current_platform.is_cpu())
 
     def close(self) -> None:
         """Stops the engine."""

@@ -116,8 +116,9 @@ class Engine:
         ):
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-            except (RuntimeError, ValueError, OSError, TypeError, VLLMError) as error:
-                raise ModelError(f"{model_dir}: vLLM cannot start with it: {error}") from error
+            except Exception as error:
+                reason = error if isinstance(error, RuntimeError | ValueError | VLLMError) else repr(error)
+                raise ModelError(f"{model_dir}: vLLM {vllm.__version__} cannot start with it: {reason}") from error
 
     def run(
         self, prompts: Iterable[tuple[KeyT, Prompt]], params: Callable[[KeyT, ExpandedPrompt], SamplingParams]
@@ -153,6 +154,10 @@ class Engine:
             # A dead engine cannot abort its requests; the error that it died of must not be hidden by this one.
             with suppress(RuntimeError, VLLMError):
                 self._engine.abort_request(list(running))
+
+    def expand(self, prompt: Prompt) -> ExpandedPrompt:
+        """Returns a prompt as the engine reads it. Raises ValueError or VLLMError if vLLM refuses it."""
+        return _read_expansion(self._render(prompt))
 
     def collective_rpc(self, method: str, *args: Any) -> list[Any]:
         """Calls a method of each of the engine's workers and returns what they return."""
@@ -197,7 +202,7 @@ class Engine:
     def _step(self) -> list[RequestOutput]:
         try:
             outputs: list[RequestOutput] = self._engine.step()
-        except (RuntimeError, VLLMError) as error:
+        except (RuntimeError, ValueError, VLLMError) as error:
             raise ModelError(
                 f"the vLLM engine stopped: {error}; if its memory ran out, lower engine.max_num_batched_tokens or "
                 "engine.gpu_memory_utilization, then run the same command again: it continues"

@@ -45,9 +45,13 @@ from common.shards.manifest import (
 from common.shards.quantization import StoredPrecision
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints import ModelFacts, find_engine_identity, read_teacher_identity
-from precompute.scorer import ScorerSettings
+from precompute.scorer import ScoreRequest, ScorerSettings
 
 logger = logging.getLogger(__name__)
+
+# The started teacher is checked on the first sample with one image and the first with several of so many samples.
+_NUM_PROBED = 1000
+_NUM_PROBES = 2
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,23 @@ class CaptureJob(CaptureInputs):
             node_rank=self.config.node_rank,
             vocab_size=self.manifest.tokenizer.vocab_size,
             output_vocab_size=self.manifest.teacher.vocab_size,
+            probes=self.find_probes(),
         )
+
+    def find_probes(self) -> tuple[ScoreRequest, ...]:
+        """Returns the first usable conversation with one image and the first with several, of the first samples."""
+        found: dict[bool, ScoreRequest] = {}
+        for index in range(min(len(self.dataset), _NUM_PROBED) if self.images is not None else 0):
+            with contextlib.suppress(DataError):
+                sample = self.dataset[index]
+                if not sample.images or (len(sample.images) > 1) in found:
+                    continue
+                encoded = self.load_encoded(index).encoded[0]
+                images = self.load_images(index, sample)
+                found[len(images) > 1] = ScoreRequest((index, 0), sample.id, encoded, images, self.where(index))
+            if len(found) == _NUM_PROBES:
+                break
+        return tuple(found.values())
 
     def load_images(self, index: int, sample: Sample) -> tuple[Image.Image, ...]:
         """Returns the images of a sample as the teacher is to see them.

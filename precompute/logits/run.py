@@ -160,8 +160,15 @@ def run_capture(
 def _start_vllm(settings: ScorerSettings) -> Scorer:
     # Imported here, because loading vLLM takes seconds, which a run with nothing to do should not spend.
     from precompute.engine.teacher import Teacher
+    from precompute.logits.self_check import check_teacher
 
-    return Teacher(settings)
+    teacher = Teacher(settings)
+    try:
+        check_teacher(teacher, settings)
+    except BaseException:
+        teacher.close()
+        raise
+    return teacher
 
 
 # Scores and publishes shards of a job, counts them, and moves a tqdm bar of samples.

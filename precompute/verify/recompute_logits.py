@@ -12,29 +12,21 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich.console import RenderableType
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from common.data.chat_encoding import expand_placeholders, predicting_positions
-from common.data.images import ImageRoot, image_root_of, load_image
-from common.data.model_images import ProcessedImage, find_model_images, merge_arrays
-from common.errors import DataError, ModelError, ProvenanceError
+from common.data.images import ImageRoot, image_root_of
+from common.errors import DataError, ProvenanceError
 from common.shards.manifest import Manifest, list_differences, published_shards, read_manifest, read_receipt, shard_path
 from common.shards.score_shard import ShardFile, ShardRow
 from common.shards.scores import TeacherScores
 from common.storage.files import Location, parse_location, read_bytes
 from precompute.fingerprints import read_teacher_identity
-
-# Maximum difference in nats, of own log-probs and of KL, by the engine's dtype. Half precision logits near 20 are
-# rounded by up to 0.06, and each layer adds its rounding. float32 engines differ only in the order of their sums.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.25}
+from precompute.reference_teacher import TOLERANCE, ReferenceTeacher
 
 # A kept entry whose square root is rounded by half a step adds up to this many squared steps to its row's KL:
 # p ln(p / q) - p + q has its maximum of 0.57 squared steps where a root of 1.5 steps is stored as 1.
@@ -112,13 +104,19 @@ def recompute_logits(  # noqa: PLR0913 - its arguments are the options of verify
         raise ProvenanceError(
             f"{teacher_dir}: is not the teacher of {output}\n" + "\n".join(f"  {line}" for line in differences)
         )
-    reference = ReferenceTeacher(teacher_dir, manifest, image_root or _configured_image_root(output))
+    reference = ReferenceTeacher(teacher_dir, manifest.tokenizer.vocab_size)
+    identity = manifest.image
+    if identity is not None and reference.images is not None and reference.images.sha256 != identity.processor_sha256:
+        raise ProvenanceError(f"{teacher_dir}: its image processor has other settings than the teacher's had")
+    root = image_root or _configured_image_root(output)
     own_differences, kl, is_top1 = [], [], []
     chosen = _draw_rows(output, manifest, num_rows, seed)
     num_compared = 0
     for row in tqdm(chosen, total=num_rows, desc="recomputing", unit=" rows", disable=not progress):
         num_compared += 1
-        for stored, logprobs_RV in zip(row.conversations, reference.logprobs(row), strict=True):
+        images = [] if identity is None else reference.load_images(row.sample, root, identity.aspect_ratio)
+        for stored in row.conversations:
+            logprobs_RV = reference.logprobs(stored.encoded, images)
             ids_R = stored.encoded.response_ids
             own_differences.append(np.abs(stored.scores.own_logprobs - logprobs_RV[np.arange(len(ids_R)), ids_R]))
             if manifest.capture.top_k:
@@ -145,57 +143,6 @@ def _max_rounding_kl(manifest: Manifest) -> float:
     """Returns the KL in nats that rounding a row's log-probs may add."""
     levels = manifest.capture.quantizer.levels
     return _STEPS_OF_KL * manifest.capture.top_k / levels**2 if levels else 0.0
-
-
-class ReferenceTeacher:
-    """The teacher in transformers, in float32, on a GPU if there is one."""
-
-    def __init__(self, model_dir: Path, manifest: Manifest, image_root: ImageRoot | None) -> None:
-        self._manifest = manifest
-        self._image_root = image_root
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._images = find_model_images(model_dir)
-        loader: Any = AutoModelForCausalLM
-        if self._images is not None:
-            assert manifest.image is not None
-            if self._images.sha256 != manifest.image.processor_sha256:
-                raise ProvenanceError(f"{model_dir}: its image processor has other settings than the teacher's had")
-            loader = AutoModelForImageTextToText
-        try:
-            model = loader.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{model_dir}: transformers cannot load it ({error})") from error
-        self._model = model.eval().to(self._device)
-
-    @torch.inference_mode()
-    def logprobs(self, row: ShardRow) -> Iterator[npt.NDArray[np.float32]]:
-        """Yields float32 [R, V] for each conversation of `row`: the distribution from which a scored token is drawn."""
-        images = self._process_images(row)
-        for scored in row.conversations:
-            encoded = scored.encoded
-            expanded = expand_placeholders(
-                encoded.input_ids, encoded.image_token_id, [image.token_ids for image in images]
-            )
-            inputs = {"input_ids": expanded.ids[None].astype(np.int64), **(merge_arrays(images) if images else {})}
-            if self._images is not None and (argument := self._images.types_argument):
-                inputs[argument] = expanded.place_types([image.token_types for image in images])[None]
-            tensors = {name: torch.from_numpy(values).to(self._device) for name, values in inputs.items()}
-            logits = self._model(**tensors).logits[0]
-            rows_R = predicting_positions(expanded.positions[encoded.response_positions])
-            logits_RV = logits[torch.from_numpy(rows_R).to(self._device)].float()
-            # Padding rows stand for no token.
-            logits_RV[:, self._manifest.tokenizer.vocab_size :] = float("-inf")
-            yield torch.log_softmax(logits_RV, dim=-1).cpu().numpy()
-
-    def _process_images(self, row: ShardRow) -> list[ProcessedImage]:
-        where = f"sample {row.sample.id!r}"
-        images, identity = self._images, self._manifest.image
-        assert not row.sample.images or (images is not None and identity is not None)
-        return [
-            images.process(load_image(ref, self._image_root, identity.aspect_ratio, images.mean_rgb, where), where)
-            for ref in row.sample.images
-            if images is not None and identity is not None
-        ]
 
 
 def bucketed_kl(scores: TeacherScores, logprobs_RV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

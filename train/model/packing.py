@@ -10,13 +10,22 @@ So only models are accepted whose packed output tests have compared with that of
 keep their state across borders, learned positions or ALiBi may count through them, and other kernels were not tried.
 """
 
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from common.errors import ConfigError
 from train.model.student import text_config
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
-TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+TEXT_MODELS = (
+    *("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
+)
 
 
 def check_packing_supported(model: PreTrainedModel) -> None:
@@ -37,3 +46,34 @@ def check_packing_supported(model: PreTrainedModel) -> None:
                 "others it is not known that packed samples do not see each other, and no error would tell; use "
                 '"padded" (with data.group_by_length there is little padding)'
             )
+
+
+def rope_position_ids(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
+    """Returns the position ids with which a model of multi-modal rotary positions takes a packed batch.
+
+    Such a model gives an image's tokens positions of time, height and width, which it computes only for padded batches.
+    Its own `get_rope_index` computes them here, for each sequence alone.
+
+    Args:
+        model: any student.
+        inputs: arguments of its forward; `position_ids` int64 [1, T] begin at 0 with each sequence.
+
+    Returns:
+        int64 [4, 1, T]: positions in the text, by which transformers finds the borders, then time, height and width;
+        None for other models and for padded batches.
+    """
+    find = getattr(model.base_model, "get_rope_index", None)
+    text_positions = inputs["position_ids"]
+    if find is None or text_positions is None:
+        return None
+    starts = torch.nonzero(text_positions[0] == 0).flatten().tolist()
+    lengths = np.diff([*starts, text_positions.shape[1]]).tolist()
+
+    def split(values: Tensor) -> Tensor:
+        return pad_sequence(list(values[0].split(lengths)), batch_first=True)
+
+    mask = split(torch.ones_like(text_positions))
+    rest = {name: value for name, value in inputs.items() if name.endswith("_grid_thw")}
+    types = split(inputs["mm_token_type_ids"])
+    found, _ = find(split(inputs["input_ids"]), mm_token_type_ids=types, attention_mask=mask, **rest)
+    return torch.cat([text_positions[None], found[:, mask.bool()][:, None]])

@@ -3,8 +3,9 @@
     student directory, as train.model.compose or transformers made it ── load_student ──> model
     model ── set_trainable ──> what a stage trains ── save_student ──> student directory
 
-A student is a `LlavaForConditionalGeneration` or a plain causal language model, dense or sparse. It is never
-subclassed, because a subclass loses transformers' key conversion, and its weights stay random without an error.
+A student is transformers' own class of a LLaVA, of another model that takes images and text, or of a plain causal
+language model, dense or sparse. It is never subclassed, because a subclass loses transformers' key conversion, and its
+weights stay random without an error.
 """
 
 import functools
@@ -20,12 +21,16 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from common.errors import ModelError, StorageError
 from common.model_layout import check_not_original_layout
@@ -49,7 +54,12 @@ _ASSETS = (
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
 )
+
+# Modules inside of a tower that map its output to the language model's: Qwen-VL's and GLM-4V's mergers, Llama 4's MLP.
+_ADAPTERS_IN_TOWERS = ("merger", "deepstack_merger_list", "vision_adapter")
+
 
 # Keys are safetensors' names.
 _FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -63,7 +73,7 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_student(path: Path, *, dtype: torch.dtype, tower: bool = True) -> PreTrainedModel:
-    """Loads a LLaVA or a causal language model from a Hugging Face directory, in evaluation mode.
+    """Loads a model that takes images, or a causal language model, from a Hugging Face directory, in evaluation mode.
 
     Args:
         path: a local directory with config.json and safetensors.
@@ -76,12 +86,12 @@ def load_student(path: Path, *, dtype: torch.dtype, tower: bool = True) -> PreTr
             wrong shape, is missing, or is unknown to the architecture. No weight is ever left at its random start.
     """
     config = load_config(path)
-    if config.model_type == "llava":
-        model_class: Any = LlavaForConditionalGeneration
-    elif config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "vision_config"):
-        model_class = AutoModelForCausalLM
-    else:
-        raise ModelError(f"{path}: found model type '{config.model_type}', expected 'llava' or a causal language model")
+    model_class = find_model_class(config)
+    if model_class is None:
+        raise ModelError(
+            f"{path}: found model type '{config.model_type}', expected a model that transformers trains on images and "
+            "text (AutoModelForImageTextToText), or a causal language model"
+        )
     options = {**SAFE_WEIGHTS, "config": config if tower else cached_tower_config(config)}
     try:
         model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
@@ -112,14 +122,23 @@ def stored_dtype(path: Path) -> torch.dtype:
     return functools.reduce(torch.promote_types, found)
 
 
+def find_model_class(config: PreTrainedConfig) -> Any:
+    """Returns transformers' class, or auto class, of a student with this configuration; None if it cannot be one."""
+    if config.model_type == "llava":
+        return LlavaForConditionalGeneration
+    if getattr(config, "vision_config", None) is not None:
+        return AutoModelForImageTextToText if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else None
+    return AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+
+
 def is_multimodal(model: PreTrainedModel) -> bool:
     """Returns True if the student takes images."""
-    return bool(model.config.model_type == "llava")
+    return getattr(model.config, "vision_config", None) is not None
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the decoder stack without the output layer: a Qwen2Model, LlamaModel, Qwen2MoeModel, ..."""
-    decoder: PreTrainedModel = model.model.language_model if is_multimodal(model) else model.model
+    decoder: PreTrainedModel = model.get_decoder() if is_multimodal(model) else model.model
     return decoder
 
 
@@ -150,9 +169,9 @@ def trained_groups(
 def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
     """Makes the parameters of the named groups trainable and freezes all others.
 
-    Groups: "vision_tower"; "adapter", which may have its own self-attention blocks (train.model.adapter);
-    "language_model", everything of the text model with its embeddings and output layer; "experts", the expert FFNs of
-    its sparse layers; "router". The zero shared expert of an upcycled Qwen2-MoE and the identity of a linear adapter
+    Groups: "language_model", everything of the text model with its embeddings and output layer; "experts", the expert
+    FFNs of its sparse layers; "router"; "vision_tower"; "adapter", all the rest, which may have its own self-attention
+    blocks (train.model.adapter). The zero shared expert of an upcycled Qwen2-MoE and the identity of a linear adapter
     always stay frozen.
 
     Returns:
@@ -161,10 +180,7 @@ def set_trainable(model: PreTrainedModel, trainable: frozenset[str]) -> int:
     Raises:
         ModelError: a group is unknown, or this model does not have it.
     """
-    found = {
-        name: frozenset({"adapter"}) if is_adapter_block(name, model.config) else parameter_groups(name)
-        for name, _ in model.named_parameters()
-    }
+    found = parameter_groups(model)
     present = frozenset[str]().union(*found.values())
     if absent := trainable - present:
         raise ModelError(
@@ -287,16 +303,33 @@ def check_all_weights_loaded(path: Path, report: Mapping[str, Any]) -> None:
         raise ModelError(f"{path}: {'; '.join(found)}. Expected weights that match config.json exactly")
 
 
-def parameter_groups(parameter_name: str) -> frozenset[str]:
-    """Returns the groups (see `set_trainable`) of the parameter of this name."""
-    name = f".{parameter_name}"
-    if ".vision_tower." in name:
-        return frozenset({"vision_tower"})
-    if ".multi_modal_projector." in name:
-        return frozenset({"adapter"})
-    if ".mlp.experts." in name:
+def parameter_groups(model: PreTrainedModel) -> dict[str, frozenset[str]]:
+    """Returns the groups (see `set_trainable`) of each parameter by name, by the parts that the model itself names."""
+    if not is_multimodal(model):
+        return {name: _text_groups(name) for name, _ in model.named_parameters()}
+    tower = _parameter_ids(model.get_encoder(modality="image"))
+    text = _parameter_ids(language_model(model)) | _parameter_ids(model.get_output_embeddings())
+    groups = {}
+    for name, parameter in model.named_parameters():
+        in_tower = id(parameter) in tower and not any(f".{part}." in name for part in _ADAPTERS_IN_TOWERS)
+        if id(parameter) in text:
+            groups[name] = _text_groups(name)
+        elif in_tower and not is_adapter_block(name, model.config):
+            groups[name] = frozenset({"vision_tower"})
+        else:
+            groups[name] = frozenset({"adapter"})
+    return groups
+
+
+def _parameter_ids(module: Any) -> set[int]:
+    return {id(parameter) for parameter in module.parameters()}
+
+
+def _text_groups(name: str) -> frozenset[str]:
+    """Returns the groups of a parameter of a text model; Llama 4 calls its MLP a feed_forward."""
+    if ".mlp.experts." in name or ".feed_forward.experts." in name:
         return frozenset({"language_model", "experts"})
-    # gpt-oss calls its gate a router.
-    if ".mlp.gate." in name or ".mlp.router." in name:
+    # gpt-oss and Llama 4 call their gate a router.
+    if ".mlp.gate." in name or ".mlp.router." in name or ".feed_forward.router." in name:
         return frozenset({"language_model", "router"})
     return frozenset({"language_model"})

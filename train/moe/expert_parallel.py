@@ -53,7 +53,8 @@ def check_expert_parallel_supported(model: PreTrainedModel, size: int, *, num_ra
         raise ConfigError(f"{key}: does not divide the {num_ranks} rank(s) of this run; start a multiple of {size}")
     if config.num_experts % size:
         raise ConfigError(f"{key}: does not divide the student's {config.num_experts} experts")
-    if not any(p.requires_grad for name, p in model.named_parameters() if "experts" in parameter_groups(name)):
+    groups = parameter_groups(model)
+    if not any(p.requires_grad for name, p in model.named_parameters() if "experts" in groups[name]):
         raise ConfigError(f"{key}: this stage trains no expert, which DeepSpeed then cannot divide; leave the key out")
 
 
@@ -90,7 +91,8 @@ def expert_parallel_settings(model: PreTrainedModel, size: int) -> dict[str, Any
 
 def split_experts(model: PreTrainedModel, groups: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """Splits each of the optimiser's groups into one without experts and one of experts, with DeepSpeed's names."""
-    experts = {id(parameter) for name, parameter in model.named_parameters() if "experts" in parameter_groups(name)}
+    found = parameter_groups(model)
+    experts = {id(parameter) for name, parameter in model.named_parameters() if "experts" in found[name]}
     split = []
     for group in groups:
         split.append({**group, "params": [p for p in group["params"] if id(p) not in experts]})

@@ -45,6 +45,7 @@ from train.data.collator import Batch, Collator
 from train.data.loader import MicroBatchDataset, MicroBatchLoader
 from train.loss.fused_output import FusedOutput
 from train.loss.objective import Term, compute_terms, step_loss, unit_counts
+from train.model.packing import rope_position_ids
 from train.model.student import save_student
 from train.moe.expert_parallel import gather_full_state_dict, split_experts
 from train.moe.router_monitor import RouterMonitor
@@ -261,7 +262,7 @@ class StudentTrainer(Trainer):
         """Runs the model forward and returns the terms of the objective, each a sum over the micro-batch."""
         loss, router = self._step.loss, self._step.router
         with self._step.output.scoring(batch, kept=loss.distillation > 0):
-            model(**batch.model_inputs)
+            model(**self._model_inputs(batch))
             logits = self._step.output.read()
         return compute_terms(
             logits,
@@ -271,6 +272,13 @@ class StudentTrainer(Trainer):
             router_logits=router.pop_router_logits() if router else (),
             router_top_k=router.top_k if router else 1,
         )
+
+    def _model_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Returns the arguments of the model's forward; floats are in the model's dtype."""
+        inputs = batch.model_inputs
+        positions = rope_position_ids(self.model, inputs)
+        floats = {name: value.to(self.model.dtype) for name, value in batch.images.items() if value.is_floating_point()}
+        return {**inputs, **floats, **({} if positions is None else {"position_ids": positions})}
 
     def floating_point_ops(self, inputs: Batch) -> int:  # noqa: ARG002 - the Trainer's signature
         """Returns 0: the Trainer's formula is wrong for images and sparse layers."""
