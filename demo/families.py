@@ -14,7 +14,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTEXT = 1024
 _PATCH = 14
 
@@ -523,4 +523,52 @@ FAMILIES = {
     "llama4": Family((*_LLAMA4, *_LLAMA4_TILES), "<|image|>", _llama4),
     "gemma3": Family(tuple(_GEMMA3.values()), "<start_of_image>", _gemma3, tuple(_GEMMA3.items()), _NEWLINES),
     "gemma4": Family(tuple(_GEMMA4.values()), "<|image|>", _gemma4, tuple(_GEMMA4.items())),
+}
+
+
+def build_text_model(name: str, out: Path, texts: Iterable[str], *, seed: int) -> None:
+    """Writes a tiny random text model of one of `TEXT_FAMILIES` with its tokenizer into `out`."""
+    tokenizer = fit_tokenizer(Family((), "", _no_parts), texts)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config_class, changes = TEXT_FAMILIES[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = hf.AutoModelForCausalLM.from_config(config_class(**{**_TEXT, **ids, **changes}), dtype=torch.float32)
+        _randomize(model)
+    model.generation_config = hf.GenerationConfig(do_sample=False, **ids)
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # noqa: SLF001 - as train.model
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _no_parts(*_: Any) -> Parts:
+    raise NotImplementedError
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+
+# Configuration class and settings beside `_TEXT` of each family.
+TEXT_FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qwen2": (hf.Qwen2Config, {}),
+    "qwen3": (hf.Qwen3Config, {"head_dim": 32}),
+    "qwen3-moe": (hf.Qwen3MoeConfig, {**_EXPERTS, "head_dim": 32}),
+    "qwen2-moe": (hf.Qwen2MoeConfig, {**_EXPERTS, "shared_expert_intermediate_size": 64}),
+    "llama": (hf.LlamaConfig, {}),
+    "mistral": (hf.MistralConfig, {"head_dim": 32, "sliding_window": None}),
+    "gemma3": (
+        hf.Gemma3TextConfig,
+        {"head_dim": 32, "sliding_window": CONTEXT, "query_pre_attn_scalar": 32, "bos_token_id": 1},
+    ),
+    "smollm3": (hf.SmolLM3Config, {}),
+    "phi": (hf.PhiConfig, {"num_key_value_heads": 4}),
+    "phi3": (hf.Phi3Config, {}),
+    "stablelm": (hf.StableLmConfig, {"partial_rotary_factor": 0.25}),
+    "gpt-oss": (
+        hf.GptOssConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": CONTEXT},
+    ),
+    "granite": (
+        hf.GraniteConfig,
+        {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
+    ),
 }
