@@ -1,6 +1,6 @@
 """Shows, family by family, that capture, training and export are exact, on tiny random models.
 
-    python -m benchmarks.families [--out DIR] [FAMILY ...]
+    python -m benchmarks.families [--out DIR] [--markdown] [FAMILY ...]
 
 Each family runs in a process of its own, with the real vLLM and DeepSpeed, on eight samples with none, one and two
 images of different sizes. What is done already in DIR is not done again. One JSON line has for each family:
@@ -16,7 +16,8 @@ export         largest difference of own log-probs, vLLM against transformers, o
                sparse one if there is one
 refused        the message, by what was refused
 
-Students train the language model and, if they take images, the adapter.
+With --markdown the table of docs/models.md follows. Students train the language model and, if they take images, the
+adapter.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", help="all, if none is named; text models are named text/NAME")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "decant-families")
+    parser.add_argument("--markdown", action="store_true", help="also print a table")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.families or [*FAMILIES, *(f"text/{name}" for name in TEXT_FAMILIES)]
@@ -65,6 +67,27 @@ def main() -> None:
         found[name] = json.loads(result.read_text()) if result.is_file() else {"refused": {"all": "the process died"}}
         print(name, json.dumps(found[name]), file=sys.stderr)
     print(json.dumps(found))
+    if options.markdown:
+        print(to_markdown(found))
+
+
+def to_markdown(found: dict[str, dict[str, Any]]) -> str:
+    """Returns the results as a table."""
+    columns = ("teacher", "plan_tokens", "student_step", "packed", "zero3", "sparse", "export")
+    lines = [f"| family | {' | '.join(columns)} |", f"| --- {'| ---: ' * len(columns)}|"]
+    for name, result in found.items():
+        refused = result.get("refused", {})
+        cells = [
+            _cell(result[column]) if column in result else "refused" if column in refused else "" for column in columns
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: bool | float) -> str:
+    if isinstance(value, bool):
+        return "equal" if value else "differs"
+    return f"{abs(value):.0e}" if value else "0"
 
 
 def _measure(name: str, out: Path) -> None:
@@ -172,7 +195,7 @@ def _train(out: Path, run: str, *, model: str = "model", packed: bool = False, n
 
     A run that is there already is not made again.
     """
-    from tests.support.training import run_stages, stage
+    from tests.support.training import launch, stage
 
     metrics = out / run / "metrics.jsonl"
     if not metrics.is_file():
@@ -190,7 +213,9 @@ def _train(out: Path, run: str, *, model: str = "model", packed: bool = False, n
             run={"zero_stage": 3 if num_ranks > 1 else 0, "log_steps": 1},
         )
         # In processes of their own, because vLLM and ZeRO-3 both leave traces in a process.
-        run_stages([config], out / "ranks" / run, num_ranks, timeout_s=200)
+        for code, output in launch([config], out / "ranks" / run, num_ranks, timeout_s=200):
+            if code:
+                raise RuntimeError(output.strip().splitlines()[-1])
     return [json.loads(line) for line in metrics.read_text().splitlines() if '"loss"' in line]
 
 

@@ -59,6 +59,9 @@ _SHARED_EXPERT_WIDTH = 32
 _QWEN2_MOE_SOURCES = ("qwen2", "llama", "mistral")
 _QWEN3_MOE_SOURCES = ("qwen3",)
 
+# Models of text and images for which transformers and vLLM both take any text model.
+_COMPOSITIONS = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3")
+
 # Rotary embeddings that transformers and vLLM both compute from `rope_parameters` alone, whatever the length.
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -145,6 +148,11 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
             f"{type(model).__name__}: is partitioned by ZeRO-3; upcycle and save it before the distributed start"
         )
     if is_multimodal(model):
+        if model.config.model_type not in _COMPOSITIONS:
+            raise ModelError(
+                f"{type(model).__name__}: cannot be upcycled: vLLM's class of it knows dense text models alone; "
+                f"expected one of {', '.join(_COMPOSITIONS)}"
+            )
         config = copy.deepcopy(model.config)
         config.text_config = sparse
         with no_init_weights():
@@ -282,7 +290,10 @@ def _check_exact_upcycling(dense: PreTrainedConfig) -> None:
     kind = dense.model_type
     if kind not in _QWEN2_MOE_SOURCES + _QWEN3_MOE_SOURCES:
         known = ", ".join(_QWEN2_MOE_SOURCES + _QWEN3_MOE_SOURCES)
-        raise ModelError(f"{kind}: cannot be upcycled; expected a dense text model of type {known}")
+        raise ModelError(
+            f"{kind}: cannot be upcycled; expected a dense text model of type {known}: no mixture of experts that both "
+            "transformers and vLLM know has this model's layers and positions"
+        )
     rope = dense.rope_parameters
     partial = rope.get("partial_rotary_factor", getattr(dense, "partial_rotary_factor", None))
     window = getattr(dense, "sliding_window", None)

@@ -64,7 +64,9 @@ def make_config(family: str, data: Path, out: Path) -> PrecomputeConfig:
     return PrecomputeConfig.model_validate(settings)
 
 
-@pytest.mark.parametrize(("family", "capture"), [("qwen2.5-vl", "in-engine"), ("smolvlm", "stock")])
+@pytest.mark.parametrize(
+    ("family", "capture"), [("qwen2.5-vl", "in-engine"), ("smolvlm", "stock"), ("llava-next", "in-engine")]
+)
 def test_scores_of_images_of_any_size_are_the_models(family: str, capture: str, data: Path, tmp_path: Path) -> None:
     config = make_config(family, data, tmp_path)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"capture": capture})})

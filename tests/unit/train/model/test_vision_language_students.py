@@ -12,12 +12,15 @@ from transformers import AutoProcessor
 
 from common.data.chat_encoding import ChatEncoder
 from common.data.model_images import find_model_images
+from common.errors import ModelError
 from demo.families import FAMILIES, build_model
+from train.config import MoEConfig
 from train.data.collator import Batch, Collator, StudentInputs
 from train.data.image_cache import ImageCache
 from train.data.sources import DatasetSource
 from train.model.packing import TEXT_MODELS, check_packing_supported, rope_position_ids
 from train.model.student import is_multimodal, load_student, parameter_groups, text_config
+from train.moe.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +117,34 @@ def test_parameter_groups_are_the_models_own_parts(family: str, tmp_path: Path) 
     adapters = ADAPTERS.get(family, {"multi_modal_projector"})
     is_adapter = {name for name in groups if adapters & set(name.split("."))}
     assert by_group["adapter"] == is_adapter
+
+
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision", "internvl", "mistral3"])
+def test_an_upcycled_student_has_the_logits_of_the_dense_one(family: str, data: Path, tmp_path: Path) -> None:
+    build_model(FAMILIES[family], tmp_path / "model", TEXTS, seed=0)
+    dense = load_student(tmp_path / "model", dtype=torch.float32)
+    sparse = upcycle(dense, MoEConfig(), seed=0)
+    assert "router" in frozenset[str]().union(*parameter_groups(sparse).values())
+    batch, _, _ = collate(tmp_path / "model", data, packed=False)
+    with torch.no_grad():
+        difference = dense(**batch.model_inputs).logits - sparse(**batch.model_inputs).logits
+    assert difference.flatten(0, 1)[batch.rows].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        (
+            "qwen2.5-vl",
+            "qwen2_5_vl_text: cannot be upcycled; .*no mixture of experts .* has this model's layers and positions",
+        ),
+        ("smolvlm", "SmolVLMForConditionalGeneration: cannot be upcycled: vLLM's class of it knows dense text models"),
+    ],
+)
+def test_a_student_without_a_standard_sparse_class_is_not_upcycled(family: str, reason: str, tmp_path: Path) -> None:
+    build_model(FAMILIES[family], tmp_path, TEXTS, seed=0)
+    with pytest.raises(ModelError, match=reason):
+        upcycle(load_student(tmp_path, dtype=torch.float32), MoEConfig(), seed=0)
 
 
 # The modules that map a tower's output to the language model's width, as transformers calls them.
