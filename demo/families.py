@@ -539,6 +539,8 @@ def build_text_model(name: str, out: Path, texts: Iterable[str], *, seed: int) -
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # noqa: SLF001 - as train.model
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    # Saved again as the class that transformers takes for this type of model, so that any directory loads the same one.
+    hf.AutoTokenizer.from_pretrained(out, local_files_only=True).save_pretrained(out)
 
 
 def _no_parts(*_: Any) -> Parts:

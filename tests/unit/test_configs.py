@@ -45,6 +45,8 @@ def test_the_stages_of_the_paper_have_its_settings(stage: str) -> None:
 RECIPES = {
     "llava/pretrain": (256, 1e-3, frozenset({"adapter"})),
     "llava/finetune": (128, 2e-5, frozenset({"adapter", "language_model"})),
+    "bakllava/pretrain": (256, 1e-3, frozenset({"adapter"})),
+    "bakllava/finetune": (128, 2e-5, frozenset({"adapter", "language_model"})),
     "moe-llava/stage1": (256, 1e-3, frozenset({"adapter"})),
     "moe-llava/stage2": (128, 2e-5, frozenset({"adapter", "language_model"})),
     "moe-llava/stage3": (128, 2e-5, frozenset({"experts", "router"})),
