@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils.logging import disable_progress_bar
 
 from common.data.chat_encoding import EncodedChat, expand_placeholders, predicting_positions
 from common.data.images import AspectRatio, ImageRoot, load_image
@@ -37,6 +38,8 @@ class ReferenceTeacher:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self.images = find_model_images(model_dir)
         loader: Any = AutoModelForCausalLM if self.images is None else AutoModelForImageTextToText
+        # Its bar would stand inside of the caller's.
+        disable_progress_bar()
         try:
             model = loader.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:

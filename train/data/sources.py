@@ -353,7 +353,7 @@ def _check_provenance(
         "scored tokens (data.score)": (manifest.capture.score, encoder.score),
     }
     if manifest.image is not None and aspect_ratio is not None:
-        expected["image_aspect_ratio"] = (manifest.image.aspect_ratio, aspect_ratio)
+        expected["shape of images (data.image_aspect_ratio)"] = (manifest.image.aspect_ratio, aspect_ratio)
     differences = [f"  {name}: teacher {a!r}, student {b!r}" for name, (a, b) in expected.items() if a != b]
     if differences:
         raise ProvenanceError(

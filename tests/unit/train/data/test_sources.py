@@ -163,7 +163,7 @@ def test_another_tokenizer_and_another_image_treatment_are_refused_together(outp
     with pytest.raises(ProvenanceError) as caught:
         ShardSource(output, ChatEncoder.load(tmp_path), "keep", 1)
     assert "tokenizer (SHA-256)" in str(caught.value)
-    assert "image_aspect_ratio: teacher 'pad', student 'keep'" in str(caught.value)
+    assert "(data.image_aspect_ratio): teacher 'pad', student 'keep'" in str(caught.value)
 
 
 def test_another_chat_template_is_refused_at_the_first_response_that_differs(output: Path, tmp_path: Path) -> None:
