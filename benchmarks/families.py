@@ -23,11 +23,13 @@ adapter.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,10 @@ def _measure(name: str, out: Path) -> None:
         measure("student_step", lambda: _train(out, "padded")[0]["distillation"])
         measure("packed", lambda: _loss_difference(_train(out, "padded"), _train(out, "packed", packed=True)))
         measure("zero3", lambda: _loss_difference(_train(out, "padded"), _train(out, "zero3", num_ranks=2)))
-    measure("sparse", lambda: _upcycle(out))
+    config = json.loads((out / "model/config.json").read_text())
+    text = config.get("text_config", config)
+    if not (text.get("num_experts") or text.get("num_local_experts")):
+        measure("sparse", lambda: _in_new_process(_upcycle, out))
     if "sparse" in result:
         measure("trained_sparse", lambda: _train(out, "sparse-run", model="sparse")[-1]["loss"])
     trained = next((each for each in ("sparse-run", "padded") if (out / each / "final").is_dir()), None)
@@ -167,10 +172,21 @@ def _config(out: Path, model: str, scores: str, is_text: bool) -> Any:
 
 def _capture_and_recompute(out: Path, model: str, scores: str, is_text: bool) -> float:
     from precompute.logits.run import run_capture
-    from precompute.verify.recompute_logits import recompute_logits
 
     run_capture(_config(out, model, scores, is_text), progress=False)
-    return recompute_logits(out / scores, out / model, 8, progress=False).max_own_difference
+    return _in_new_process(_recompute, out / scores, out / model)
+
+
+def _recompute(scores: Path, model: Path) -> float:
+    from precompute.verify.recompute_logits import recompute_logits
+
+    return recompute_logits(scores, model, 8, progress=False).max_own_difference
+
+
+def _in_new_process(function: Callable[..., float], *arguments: Any) -> float:
+    """Calls a function where vLLM was not imported: where it runs a model of transformers, it changes its layers."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _plan_is_exact(out: Path) -> bool:
@@ -229,11 +245,9 @@ def _upcycle(out: Path) -> float:
 
     from train.config import MoEConfig
     from train.model.student import load_student
-    from train.moe.upcycle import is_sparse, upcycle_directory
+    from train.moe.upcycle import upcycle_directory
 
     dense = load_student(out / "model", dtype=torch.float32)
-    if is_sparse(dense):
-        raise ValueError("is sparse already")
     upcycle_directory(out / "model", out / "sparse", MoEConfig(num_experts=4, top_k=2), seed=0)
     sparse = load_student(out / "sparse", dtype=torch.float32)
     ids = torch.randint(20, 250, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -226,7 +226,13 @@ class ProcessorImages:
         self._counts: dict[tuple[int, int], int] = {}
         # Fast tokenizers may not be called from two threads at once.
         self._lock = threading.Lock()
-        probe = self._call(_blank_image(*_PROBED_SIZES[0]))
+        try:
+            probe = self._call(_blank_image(*_PROBED_SIZES[0]))
+        except _PROCESSOR_ERRORS as error:
+            raise ModelError(
+                f"{model_dir}: {type(self._processor).__name__} cannot process an image ({error}); check the files of "
+                "the processor and the tokenizer's special tokens"
+            ) from error
         self.min_tokens_per_image = len(probe["input_ids"][0])
         # Gemma 3 calls them token_type_ids.
         known = "mm_token_type_ids", "token_type_ids"
