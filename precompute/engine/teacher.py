@@ -95,7 +95,7 @@ class Teacher:
                     yield request.key, self._generated_response(output, request, number)
 
     def expand(self, request: ScoreRequest) -> ExpandedPrompt:
-        """Returns a conversation as the engine reads it. Raises ValueError or VLLMError if vLLM refuses it."""
+        """Returns a conversation as the engine reads it. Raises DataError if vLLM refuses it."""
         return self._engine.expand(Prompt(request.encoded.input_ids, request.images, request.where))
 
     @property

@@ -28,7 +28,7 @@ from vllm.exceptions import VLLMError
 from vllm.platforms import current_platform
 
 from common.concurrency import Prefetcher
-from common.errors import ConfigError, ModelError
+from common.errors import ConfigError, DataError, ModelError
 from precompute.config import EngineConfig
 from precompute.engine.score_conversion import ExpandedPrompt
 from precompute.scorer import RejectedRequest
@@ -156,8 +156,11 @@ class Engine:
                 self._engine.abort_request(list(running))
 
     def expand(self, prompt: Prompt) -> ExpandedPrompt:
-        """Returns a prompt as the engine reads it. Raises ValueError or VLLMError if vLLM refuses it."""
-        return _read_expansion(self._render(prompt))
+        """Returns a prompt as the engine reads it. Raises DataError if vLLM refuses it."""
+        try:
+            return _read_expansion(self._render(prompt))
+        except (ValueError, VLLMError) as error:
+            raise DataError(_make_rejected(prompt.where, error).reason) from error
 
     def collective_rpc(self, method: str, *args: Any) -> list[Any]:
         """Calls a method of each of the engine's workers and returns what they return."""

@@ -8,7 +8,7 @@ does not exist: a run that is stopped loses only the shards under way.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -162,7 +162,8 @@ def _start_vllm(settings: ScorerSettings) -> Scorer:
     from precompute.engine.teacher import Teacher
     from precompute.logits.self_check import check_teacher
 
-    teacher = Teacher(settings)
+    # The teacher's own settings are without the probes, whose images would stay in memory.
+    teacher = Teacher(replace(settings, probes=()))
     try:
         check_teacher(teacher, settings)
     except BaseException:

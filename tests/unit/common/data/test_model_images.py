@@ -88,7 +88,10 @@ def test_a_broken_config_is_refused(tmp_path: Path, text: str) -> None:
         find_model_images(tmp_path)
 
 
-@pytest.fixture(scope="module", params=["qwen2.5-vl", "internvl", "smolvlm"])
+@pytest.fixture(
+    scope="module",
+    params=["qwen2.5-vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "smolvlm"))],
+)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Writes a model whose processor counts rightly, too few, and not at all."""
     path = tmp_path_factory.mktemp("family")
