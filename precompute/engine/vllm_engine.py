@@ -118,7 +118,7 @@ class Engine:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except Exception as error:
                 reason = error if isinstance(error, RuntimeError | ValueError | VLLMError) else repr(error)
-                raise ModelError(f"{model_dir}: vLLM {vllm.__version__} cannot start with it: {reason}") from error
+                raise ModelError(f"{model_dir}: vLLM cannot start with it: {reason}") from error
 
     def run(
         self, prompts: Iterable[tuple[KeyT, Prompt]], params: Callable[[KeyT, ExpandedPrompt], SamplingParams]
