@@ -83,10 +83,10 @@ class ExpandedIds:
     positions: npt.NDArray[np.int64]
 
     def place_types(self, image_types: Sequence[IntArray | None]) -> npt.NDArray[np.int64]:
-        """Returns the type of each token, int64 [T']: those of the images' tokens where they stand, 0 for text."""
+        """Returns the type of each token, int64 [T']: those of the images' tokens, if known; 0 for text."""
         types = np.zeros(len(self.ids), np.int64)
-        if image_types:
-            types[self.is_image] = np.concatenate([each for each in image_types if each is not None])
+        if known := [each for each in image_types if each is not None]:
+            types[self.is_image] = np.concatenate(known)
         return types
 
 

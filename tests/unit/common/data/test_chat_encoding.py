@@ -275,6 +275,7 @@ def test_placeholders_expand_as_in_a_plain_loop(ids: list[int], image_id: int | 
     assert (found.ids.tolist(), found.positions.tolist()) == (expanded, positions)
     assert found.is_image.sum() == sum(map(len, images))
     assert found.place_types([np.array(image) % 2 for image in images]).tolist() == types
+    assert not found.place_types([None] * len(images)).any()
 
 
 def test_fingerprints_tell_tokenizers_and_templates_apart(model_dir: Path, tmp_path: Path) -> None:
