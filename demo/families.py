@@ -29,18 +29,19 @@ class Parts:
 
 @dataclass(frozen=True)
 class Family:
-    """How a tiny model of a family is made.
+    """Says how a tiny model of a family is made.
 
     special            the family's special tokens, which its processor looks up
     image_text         what its chat template writes for an image
     attributes         special tokens that the processor finds as attributes of the tokenizer
     words              other tokens that the processor or vLLM looks up
-    build              makes configuration and processor from a tokenizer and the text model's sizes
+    build              makes configuration and processor from a tokenizer and the text model's sizes; None for a text
+                       model
     """
 
-    special: tuple[str, ...]
-    image_text: str
-    build: Callable[[Any, dict[str, Any]], Parts]
+    special: tuple[str, ...] = ()
+    image_text: str = ""
+    build: Callable[[Any, dict[str, Any]], Parts] | None = None
     attributes: tuple[tuple[str, str], ...] = ()
     words: tuple[str, ...] = ()
 
@@ -86,6 +87,7 @@ def build_model(
     """Writes a tiny random model of a family with tokenizer and processor into `out`."""
     tokenizer = fit_tokenizer(family, texts)
     text = {**_TEXT, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, **(sizes or {})}
+    assert family.build is not None
     parts = family.build(tokenizer, text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -278,17 +280,20 @@ def _internvl(tokenizer: Any, text: dict[str, Any]) -> Parts:
     return Parts(config, processor)
 
 
+_IDEFICS_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+
+
 def _smolvlm(tokenizer: Any, text: dict[str, Any]) -> Parts:
     config = hf.SmolVLMConfig(
         text_config={**text, "model_type": "llama"},
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 7,
-        },
+        vision_config=_IDEFICS_VISION,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=text["pad_token_id"],
@@ -308,14 +313,7 @@ def _smolvlm(tokenizer: Any, text: dict[str, Any]) -> Parts:
 def _idefics3(tokenizer: Any, text: dict[str, Any]) -> Parts:
     config = hf.Idefics3Config(
         text_config={**text, "model_type": "llama"},
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 7,
-        },
+        vision_config=_IDEFICS_VISION,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=text["pad_token_id"],
@@ -528,7 +526,7 @@ FAMILIES = {
 
 def build_text_model(name: str, out: Path, texts: Iterable[str], *, seed: int) -> None:
     """Writes a tiny random text model of one of `TEXT_FAMILIES` with its tokenizer into `out`."""
-    tokenizer = fit_tokenizer(Family((), "", _no_parts), texts)
+    tokenizer = fit_tokenizer(Family(), texts)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config_class, changes = TEXT_FAMILIES[name]
     with torch.random.fork_rng(devices=[]):
@@ -541,10 +539,6 @@ def build_text_model(name: str, out: Path, texts: Iterable[str], *, seed: int) -
     tokenizer.save_pretrained(out)
     # Saved again as the class that transformers takes for this type of model, so that any directory loads the same one.
     hf.AutoTokenizer.from_pretrained(out, local_files_only=True).save_pretrained(out)
-
-
-def _no_parts(*_: Any) -> Parts:
-    raise NotImplementedError
 
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from common.data.images import AspectRatio, read_json
-from common.data.samples import IMAGE_MARKER
+from common.data.images import AspectRatio, ImageRoot, check_image, read_json
+from common.data.samples import IMAGE_MARKER, ImageRef
 from common.errors import DataError, ModelError
 from common.storage.files import is_file
 
@@ -66,35 +66,35 @@ class ProcessedImage:
 
 
 class ModelImages(Protocol):
-    """How a model takes images."""
+    """Says how a model takes images."""
 
     @property
     def placeholder(self) -> str:
-        """What stands for an image in the text of a conversation."""
+        """Returns what stands for an image in the text of a conversation."""
 
     @property
     def default_aspect_ratio(self) -> AspectRatio:
-        """What becomes of an image before the processor gets it, where no choice is configured."""
+        """Returns what becomes of an image before the processor gets it, where no choice is configured."""
 
     @property
     def mean_rgb(self) -> tuple[int, int, int]:
-        """The colour of padding, in 0..255."""
+        """Returns the colour of padding, in 0..255."""
 
     @property
     def sha256(self) -> str:
-        """Digest (hex) of the settings of the whole processor."""
+        """Returns the SHA-256 (hex) of the settings of the whole processor."""
 
     @property
     def tokens_per_image(self) -> int | None:
-        """The number of tokens of any image, None where it depends on its size."""
+        """Returns the number of tokens of any image, None where it depends on its size."""
 
     @property
     def min_tokens_per_image(self) -> int:
-        """The number of tokens of a small image."""
+        """Returns the number of tokens of a small image."""
 
     @property
     def types_argument(self) -> str | None:
-        """The argument of the model's forward that takes token types, None if it wants none."""
+        """Returns the name of the argument of the model's forward that takes token types, None if it wants none."""
 
     def count_tokens(self, width: int, height: int, where: str) -> int:
         """Returns the number of tokens of an image of this size. Raises DataError if the model cannot take it."""
@@ -305,7 +305,32 @@ def find_model_images(model_dir: Path) -> ModelImages | None:
     config = read_json(model_dir / "config.json")
     if config.get("vision_config") is None:
         return None
-    return _load_model_images(model_dir, config)
+    return (
+        LlavaImages.load(model_dir)
+        if _is_llava_like(config)
+        else ProcessorImages(model_dir, str(config.get("model_type")))
+    )
+
+
+def count_image_tokens(
+    images: ModelImages, ref: ImageRef, image_root: ImageRoot | None, aspect_ratio: AspectRatio, where: str
+) -> int:
+    """Checks an image as `check_image` does, and returns its number of tokens without decoding it.
+
+    Raises:
+        DataError: it cannot be used. StorageError: the store failed.
+    """
+    fixed = images.tokens_per_image
+    size = check_image(ref, image_root, aspect_ratio, where, need_size=fixed is None)
+    if fixed is not None:
+        return fixed
+    assert size is not None
+    return images.count_tokens(*size, f"{where}: image {ref}")
+
+
+def find_placeholder(images: ModelImages | None) -> str:
+    """Returns what stands for an image in the model's text; the datasets' own marker for a model that takes none."""
+    return IMAGE_MARKER if images is None else images.placeholder
 
 
 def describe_aspect_ratio(images: ModelImages, aspect_ratio: AspectRatio) -> str:
@@ -339,12 +364,6 @@ def _pad(array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
 def _is_llava_like(config: dict[str, Any]) -> bool:
     tower = (config.get("vision_config") or {}).get("model_type", _LLAVA_TOWERS[0])
     return config.get("model_type") in _LLAVA_LIKE and tower in _LLAVA_TOWERS
-
-
-def _load_model_images(model_dir: Path, config: dict[str, Any]) -> ModelImages:
-    if _is_llava_like(config):
-        return LlavaImages.load(model_dir)
-    return ProcessorImages(model_dir, str(config.get("model_type")))
 
 
 def _relevant_settings(settings: Any) -> Any:

@@ -7,8 +7,8 @@ from vllm import SamplingParams
 
 from common.data.chat_encoding import ChatEncoder
 from common.data.images import load_image
-from common.data.model_images import find_model_images
-from common.data.samples import IMAGE_MARKER, Sample, without_last_response
+from common.data.model_images import find_model_images, find_placeholder
+from common.data.samples import Sample, without_last_response
 from common.errors import DataError, ModelError
 from precompute.config import EngineConfig
 from precompute.engine.vllm_engine import Engine, EngineLimits, Prompt
@@ -35,7 +35,7 @@ def generate_answers(  # noqa: PLR0913 - four options of one call, each with a d
         DataError: an image cannot be read, or a prompt leaves no room for an answer.
     """
     images = find_model_images(model_dir)
-    encoder = ChatEncoder.load(model_dir, placeholder=IMAGE_MARKER if images is None else images.placeholder)
+    encoder = ChatEncoder.load(model_dir, placeholder=find_placeholder(images))
     context = ModelFacts.load(model_dir).context_tokens
     limit = max_tokens if context is None else min(max_tokens, context)
     if images is None and any(sample.images for sample in samples):

@@ -64,7 +64,7 @@ class Teacher:
             prefix_caching=settings.generate is not None,
             data_parallel_rank=settings.node_rank,
         )
-        # Of vLLM's own log-probs, by the request's key: which rows are wanted.
+        # Says, by the request's key, which rows of vLLM's own log-probs are wanted.
         self._wanted: dict[RequestKey, RowRequest] = {}
         self._mask_padding_rows()
         self.in_engine = self._start_capture()

@@ -24,9 +24,16 @@ from common.data.bad_samples import check_skipped_share, list_problems
 from common.data.chat_encoding import ChatEncoder, EncodedChat
 from common.data.chat_template import TemplateRefusalError, describe_template
 from common.data.dataset import Dataset
-from common.data.images import AspectRatio, check_image, load_image, read_image
-from common.data.model_images import LlavaImages, ModelImages, describe_aspect_ratio, find_model_images
-from common.data.samples import IMAGE_MARKER, ImageRef, Sample, without_last_response
+from common.data.images import AspectRatio, load_image, read_image
+from common.data.model_images import (
+    LlavaImages,
+    ModelImages,
+    count_image_tokens,
+    describe_aspect_ratio,
+    find_model_images,
+    find_placeholder,
+)
+from common.data.samples import ImageRef, Sample, without_last_response
 from common.errors import ConfigError, DataError, ModelError, ShardError
 from common.shards.manifest import (
     NUM_RECEIPT_READERS,
@@ -128,12 +135,7 @@ class CaptureInputs:
         """Returns the number of tokens of an image for the teacher. Raises DataError, as `check_image`."""
         if self.images is None:
             raise DataError(f"{where}: has image {image}, but the teacher has no vision tower")
-        fixed = self.images.tokens_per_image
-        size = check_image(image, self.config.images_below, self.aspect_ratio, where, need_size=fixed is None)
-        if fixed is not None:
-            return fixed
-        assert size is not None
-        return self.images.count_tokens(*size, f"{where}: image {image}")
+        return count_image_tokens(self.images, image, self.config.images_below, self.aspect_ratio, where)
 
     def _encode_prompt(self, sample: Sample) -> tuple[EncodedChat, ...]:
         """Returns the prompt that the teacher is to answer, without a scored token."""
@@ -230,9 +232,8 @@ def open_inputs(config: PrecomputeConfig) -> CaptureInputs:
     dataset = Dataset.open(config.dataset, config.kind, config.ids)
     facts = ModelFacts.load(config.teacher)
     images = find_model_images(config.teacher)
-    placeholder = IMAGE_MARKER if images is None else images.placeholder
     date = _template_date(config)
-    encoder = ChatEncoder.load(config.teacher, config.chat_template, config.score, date, placeholder)
+    encoder = ChatEncoder.load(config.teacher, config.chat_template, config.score, date, find_placeholder(images))
     ends_turns = encoder.template.ends_turns or config.generate is not None
     for line in describe_template(ends_turns, encoder.template.has_generation_prompt):
         logger.warning("%s: %s", config.chat_template or config.teacher, line)

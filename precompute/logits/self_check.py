@@ -7,11 +7,12 @@ scores       without a GPU vLLM must give the log-probs that transformers comput
 
 import logging
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 
 from common.data.chat_encoding import expand_placeholders
-from common.data.model_images import find_model_images
+from common.data.model_images import ModelImages, find_model_images
 from common.errors import DataError, ModelError
 from common.shards.scores import TeacherScores
 from precompute.engine.score_conversion import show_difference
@@ -28,16 +29,16 @@ def check_teacher(teacher: Teacher, settings: ScorerSettings) -> None:
     Raises:
         ModelError: vLLM reads an image as other tokens than the model's processor, or its scores are not the model's.
     """
+    images = find_model_images(settings.model_dir) if settings.probes else None
     for request in settings.probes:
-        _check_expansion(teacher, request, settings)
+        assert images is not None
+        _check_expansion(teacher, request, images, settings.model_dir)
     # Replicas of a data-parallel engine work in step, and answers cannot be compared.
     if settings.probes and teacher.is_on_cpu and settings.generate is None and settings.engine.data_parallel_size == 1:
         _check_scores(teacher, settings.probes[-1], settings)
 
 
-def _check_expansion(teacher: Teacher, request: ScoreRequest, settings: ScorerSettings) -> None:
-    images = find_model_images(settings.model_dir)
-    assert images is not None
+def _check_expansion(teacher: Teacher, request: ScoreRequest, images: ModelImages, model_dir: Path) -> None:
     try:
         processed = [images.process(image, request.where).token_ids for image in request.images]
         found = teacher.expand(request)
@@ -47,7 +48,7 @@ def _check_expansion(teacher: Teacher, request: ScoreRequest, settings: ScorerSe
     expected = expand_placeholders(request.encoded.input_ids, request.encoded.image_token_id, processed)
     if not np.array_equal(expected.ids, found.token_ids):
         raise ModelError(
-            f"{settings.model_dir}: vLLM makes other tokens of an image than the model's processor ({request.where}), "
+            f"{model_dir}: vLLM makes other tokens of an image than the model's processor ({request.where}), "
             "so its scores would not be the student's\n"
             + show_difference("processor", expected.ids, "vLLM", found.token_ids)
             + "\ncompare the sizes in preprocessor_config.json and config.json with the published ones"

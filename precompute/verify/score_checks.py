@@ -30,7 +30,7 @@ def token_problems(encoded: EncodedChat, num_images: int, manifest: Manifest) ->
         yield f"token ids from {ids_T.min()} to {ids_T.max()}, the tokenizer has {vocab_size}"
     if encoded.num_images != num_images:
         yield f"{encoded.num_images} image placeholders for {num_images} images"
-    # Where images have different numbers of tokens, the number is not stored.
+    # The manifest has no number of tokens where it depends on the image.
     tokens_per_image = 1 if manifest.image is None else manifest.image.tokens_per_image or 1
     num_expanded = len(ids_T) + encoded.num_images * (tokens_per_image - 1)
     if num_expanded > manifest.capture.max_tokens:

@@ -16,8 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.data.images import AspectRatio, ImageRoot, check_image, load_image
-from common.data.model_images import ModelImages, ProcessedImage, find_model_images, merge_arrays
+from common.data.images import AspectRatio, ImageRoot, load_image
+from common.data.model_images import (
+    ModelImages,
+    ProcessedImage,
+    count_image_tokens,
+    find_model_images,
+    merge_arrays,
+)
 from common.data.samples import ImageRef
 from common.errors import DataError
 
@@ -103,13 +109,8 @@ class ImageCache:
         Raises:
             DataError: it cannot be used; the message names the sample.
         """
-        fixed = self._images.tokens_per_image
         ref, root, where = request
-        size = check_image(ref, root, self._aspect_ratio, where, need_size=fixed is None)
-        if fixed is not None:
-            return fixed
-        assert size is not None
-        return self._images.count_tokens(*size, f"{where}: image {ref}")
+        return count_image_tokens(self._images, ref, root, self._aspect_ratio, where)
 
     def dummy(self) -> BatchImages:
         """Returns a small image of the padding colour."""

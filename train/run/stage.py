@@ -28,8 +28,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from common.data.bad_samples import check_skipped_share, list_problems
 from common.data.chat_encoding import ChatEncoder
-from common.data.model_images import describe_aspect_ratio, find_model_images
-from common.data.samples import IMAGE_MARKER
+from common.data.model_images import describe_aspect_ratio, find_model_images, find_placeholder
 from common.errors import ConfigError, DataError, DecantError, StorageError
 from train.choices import ParameterGroup
 from train.config import LossConfig, TrainConfig
@@ -255,8 +254,9 @@ def _prepare_run(config: TrainConfig, process: _Process) -> _Run:
     checkpoint = process.run_on_rank_0(lambda: find_latest_complete(config.output))
     date = process.run_on_rank_0(lambda: find_template_date(config, continues=checkpoint is not None))
     images = find_model_images(config.model.path)
-    placeholder = IMAGE_MARKER if images is None else images.placeholder
-    encoder = ChatEncoder.load(config.model.path, config.model.chat_template, config.data.score, date, placeholder)
+    encoder = ChatEncoder.load(
+        config.model.path, config.model.chat_template, config.data.score, date, find_placeholder(images)
+    )
     aspect_ratio = None if images is None else config.data.image_aspect_ratio or images.default_aspect_ratio
     if images is not None and aspect_ratio is not None and process.is_rank_0:
         _log.info("%s: %s", config.model.path, describe_aspect_ratio(images, aspect_ratio))
