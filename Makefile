@@ -18,8 +18,9 @@ setup:
 browser:
 	@sh .ci/browser
 
+# FAMILY=qwen2.5-vl or smolvlm runs it with a teacher and a student of that architecture.
 demo: setup
-	$(BIN)/python cli.py demo --out demo-run
+	$(BIN)/python cli.py demo --out demo-run$(FAMILY:%=-%) $(FAMILY:%=--family %)
 
 test: setup browser check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NO_VLLM) -m "slow and not vllm and not alone" -n 2 --dist loadfile --durations=15

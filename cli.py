@@ -187,12 +187,15 @@ app.command("import-checkpoint")(train.commands.import_checkpoint)
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("demo-run"),
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of data, models and training.")] = 0,
+    family: Annotated[
+        Literal["llava", "qwen2.5-vl", "smolvlm"], typer.Option(help="Architecture of teacher and student.")
+    ] = "llava",
 ) -> None:
     """Run the whole chain on real handwritten digits: teacher, scores, verification, four stages, export, table."""
     from demo.run import run_demo
 
     with report_interrupt():
-        run_demo(out, seed=seed)
+        run_demo(out, seed=seed, family=family)
 
 
 @app.command()

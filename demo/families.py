@@ -84,7 +84,10 @@ def fit_tokenizer(family: Family, texts: Iterable[str], vocab_size: int = 448) -
 def build_model(
     family: Family, out: Path, texts: Iterable[str], *, seed: int, sizes: dict[str, Any] | None = None
 ) -> None:
-    """Writes a tiny random model of a family with tokenizer and processor into `out`."""
+    """Writes a tiny random model of a family with tokenizer and processor into `out`.
+
+    `sizes` are settings of the text model in place of `_TEXT`'s.
+    """
     tokenizer = fit_tokenizer(family, texts)
     text = {**_TEXT, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, **(sizes or {})}
     assert family.build is not None

@@ -1,8 +1,9 @@
-"""Tiny models with random weights, of the same families as the real ones: CLIP, Qwen2, LLaVA.
+"""Tiny models with random weights, of the same families as the real ones.
 
-The teacher is a whole `LlavaForConditionalGeneration`; the student is a language model, to which `init-student` adds a
-vision tower and an adapter. They share a tokenizer, but pad their output layers differently, as Qwen2-7B (152,064 rows)
-and Qwen2-0.5B (151,936) do.
+The teacher of the default family is a whole `LlavaForConditionalGeneration` (CLIP, Qwen2); its student is a language
+model, to which `init-student` adds a vision tower and an adapter. In another family (`demo.families`) both are whole
+models, and the student is given the trained teacher's vision tower by `give_tower`. Teacher and student share a
+tokenizer, but pad their output layers differently, as Qwen2-7B (152,064 rows) and Qwen2-0.5B (151,936) do.
 """
 
 import json
@@ -27,6 +28,12 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from demo.data import IMAGE_SIZE, DemoData, read_lines, write_dataset
+from demo.families import FAMILIES, build_model
+from train.model.student import atomic_directory, load_student, parameter_groups, save_student
+
+# The families that the demo has been run with; `demo.families` has small models of more.
+LLAVA = "llava"
+DEMO_FAMILIES = (LLAVA, "qwen2.5-vl", "smolvlm")
 
 PATCH_SIZE = 14
 CONTEXT = 512
@@ -91,6 +98,29 @@ class DemoModels:
 
     teacher: Path
     student_language: Path
+
+
+def build_family(name: str, out: Path, data: DemoData, *, seed: int) -> None:
+    """Writes an untrained teacher and student of one of `demo.families` into `out`, as `teacher` and `student`."""
+    texts = list(_training_texts(data))
+    for role, sizes in (("teacher", _TEACHER_TEXT), ("student", _STUDENT_TEXT)):
+        build_model(FAMILIES[name], out / role, texts, seed=seed, sizes={**sizes, "num_hidden_layers": 4})
+
+
+def give_tower(teacher: Path, student: Path, out: Path) -> None:
+    """Writes a student into `out` that has the teacher's vision tower; adapter and language model stay its own.
+
+    Raises:
+        StorageError: `out` exists and is not empty.
+    """
+    models = [load_student(path, dtype=torch.float32) for path in (teacher, student)]
+    source, target = (dict(model.named_parameters()) for model in models)
+    with torch.no_grad():
+        for name, groups in parameter_groups(models[1]).items():
+            if "vision_tower" in groups:
+                target[name].copy_(source[name])
+    with atomic_directory(out) as staging:
+        save_student(models[1], student, staging)
 
 
 def build_models(out: Path, data: DemoData, *, seed: int) -> DemoModels:
@@ -193,6 +223,19 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def main(arguments: list[str]) -> None:
+    """Runs `python -m demo.models OUT SEED [FAMILY]`, or `python -m demo.models give-tower TEACHER STUDENT OUT`."""
+    if arguments[0] == "give-tower":
+        give_tower(*map(Path, arguments[1:]))
+        return
+    out, seed = Path(arguments[0]), int(arguments[1])
+    family = arguments[2] if len(arguments) > 2 else LLAVA  # noqa: PLR2004 - the third argument
+    data = write_dataset(out.parent / "data", seed=seed)
+    if family == LLAVA:
+        build_models(out, data, seed=seed)
+    else:
+        build_family(family, out, data, seed=seed)
+
+
 if __name__ == "__main__":
-    target, given_seed = Path(sys.argv[1]), int(sys.argv[2])
-    build_models(target, write_dataset(target.parent / "data", seed=given_seed), seed=given_seed)
+    main(sys.argv[1:])

@@ -19,7 +19,7 @@ from common.console import echo, plain_text
 from common.errors import DecantError
 from demo.evaluate import Evaluation, evaluate
 
-# Row of the table and directory of its model.
+# Row of the table and directory of its model; a demo without a sparse stage lacks the sparse rows.
 MODELS = {
     "teacher": "teacher",
     "student, init": "runs/init/final",
@@ -46,10 +46,11 @@ def report(directory: Path) -> dict[str, Evaluation]:
     rows = {
         name: evaluate(directory / path, directory / "data/test_questions.jsonl", directory / "scores/test")
         for name, path in MODELS.items()
+        if (directory / path).exists()
     }
     console = Console()
     console.print(make_table(rows))
-    for distilled, alone in PAIRS.items():
+    for distilled, alone in ((d, a) for d, a in PAIRS.items() if d in rows):
         console.print(describe_comparison(distilled, rows[distilled], rows[alone]))
     under_vllm = json.loads((directory / "answers.json").read_text("utf-8"))
     under_transformers = rows["preference, exported"].answers[: len(under_vllm)]
@@ -78,8 +79,13 @@ def plot_losses(directory: Path, out: Path) -> None:
         "dense-to-sparse: response NLL": {"dense-to-sparse": "cross_entropy", "ce-sparse": "cross_entropy"},
         "preference: DPO loss": {"preference": "preference"},
     }
+    panels = {
+        title: curves for title, curves in panels.items() if all((directory / "runs" / run).exists() for run in curves)
+    }
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for run, key in curves.items():
             points = [(m["step"], m[key]) for m in _metrics(directory / "runs" / run) if key in m]
             label = "cross-entropy alone" if run.startswith("ce-") else "distilled" if len(curves) > 1 else run

@@ -5,7 +5,7 @@
         ─> the same student by cross-entropy alone, for comparison
         ─> one table on held-out images, one picture of the losses
 
-Every step is a command of its own process, run in the demo's directory, and shown before it runs. A demo that was
+A family that no standard class of experts carries has no dense-to-sparse stage. Every step is a command of its own process, run in the demo's directory, and shown before it runs. A demo that was
 stopped continues when it is started again.
 """
 
@@ -23,6 +23,7 @@ from rich.console import Console
 from common.console import plain_text
 from common.errors import DecantError
 from demo.data import write_dataset
+from demo.models import LLAVA
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 
@@ -37,15 +38,19 @@ class DemoError(DecantError):
     """A step of the demo failed; its own message stands above."""
 
 
-def run_demo(out: Path, *, seed: int) -> None:
+def run_demo(out: Path, *, seed: int, family: str = LLAVA) -> None:
     """Runs every step in `out`, then prints the table and writes `report.json` and `losses.png`.
 
+    `family` is one of `demo.models.DEMO_FAMILIES`.
+
     Raises:
-        DemoError: a step failed.
+        DemoError: a step failed, or `out` has a demo of another family or seed.
     """
     console = Console(stderr=True, highlight=False)
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
+    _begin(out, {"family": family, "seed": seed})
+    sparse = family == LLAVA
     chain = _Chain(out.resolve(), seed, console)
 
     console.rule("Data and untrained models")
@@ -54,7 +59,7 @@ def run_demo(out: Path, *, seed: int) -> None:
         f"{data.num_train_images:,} images to learn from, {data.num_test_images} held out; the student sees "
         f"conversations about {data.num_student_images} of them"
     )
-    chain.module("demo.models", "models", str(seed), unless="models")
+    chain.module("demo.models", "models", str(seed), family, unless="models")
 
     console.rule("The teacher")
     chain.train("teacher-init")
@@ -71,17 +76,28 @@ def run_demo(out: Path, *, seed: int) -> None:
         recompute = ("--recompute", "16", "--teacher", "teacher") if name != "test" else ()
         chain.decant("verify-shards", f"scores/{output}", "--dataset", f"data/{dataset}", *recompute)
 
-    console.rule("The student, four stages")
-    chain.decant(
-        "init-student", "models/student", "--vision", "teacher", "--language", "models/student_language",
-        unless="models/student",
-    )  # fmt: skip
-    for stage in ("init", "dense-to-dense", "dense-to-sparse", "preference"):
-        chain.train(stage)
+    if sparse:
+        console.rule("The student, four stages")
+        chain.decant(
+            "init-student", "models/student", "--vision", "teacher", "--language", "models/student_language",
+            unless="models/student",
+        )  # fmt: skip
+        for stage in ("init", "dense-to-dense", "dense-to-sparse", "preference"):
+            chain.train(stage)
+    else:
+        console.rule("The student, three stages")
+        chain.module(
+            "demo.models", "give-tower", "teacher", "models/student", "models/student_with_tower",
+            unless="models/student_with_tower",
+        )  # fmt: skip
+        chain.train("init", "init", "models/student_with_tower")
+        chain.train("dense-to-dense")
+        chain.train("preference", "preference", "runs/dense-to-dense/final", "--set", "loss.balance=0.0")
 
     console.rule("The same student by cross-entropy alone")
     chain.train("dense-to-dense", "ce-dense", "runs/init/final", *CROSS_ENTROPY_ALONE)
-    chain.train("dense-to-sparse", "ce-sparse", "runs/ce-dense/final", *CROSS_ENTROPY_ALONE)
+    if sparse:
+        chain.train("dense-to-sparse", "ce-sparse", "runs/ce-dense/final", *CROSS_ENTROPY_ALONE)
 
     console.rule("Export, and the exported student under vLLM")
     chain.decant("export", "runs/preference", "student", unless="student")
@@ -93,6 +109,14 @@ def run_demo(out: Path, *, seed: int) -> None:
     _add_to_report(out, {"minutes": round(minutes, 2), "seconds": chain.seconds})
     done = f"{out}: finished in {minutes:.1f} minutes; the exported student is {out / 'student'}"
     console.print(plain_text(done))
+
+
+def _begin(out: Path, settings: dict[str, object]) -> None:
+    """Writes the demo's settings, or compares them with those that the directory was begun with."""
+    path = out / "demo.json"
+    if path.exists() and (found := json.loads(path.read_text("utf-8"))) != settings:
+        raise DemoError(f"{out}: begun with {found}, asked for {settings}; choose another directory with --out")
+    path.write_text(json.dumps(settings) + "\n", "utf-8")
 
 
 class _Chain:

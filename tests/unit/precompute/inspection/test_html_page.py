@@ -193,8 +193,10 @@ def test_a_browser_shows_the_attack_as_text_and_runs_nothing(attack_page: Path, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("theme", "by"), [("light", "e"), ("dark", "o")])
 def test_a_browser_draws_the_heat_map_in_its_colours(attack_page: Path, tmp_path: Path, theme: str, by: str) -> None:
-    # The legend has all colours, so it is hidden to leave those of the tokens.
-    source = attack_page.read_text("utf-8").replace("</head>", "<style>.legend{display:none!important}</style></head>")
+    # The legend has all colours, so it is hidden to leave those of the tokens. Room around the tokens shows their
+    # background whatever the font, because the glyphs of a narrow token can cover nearly all of it.
+    style = "<style>.legend{display:none!important}.t{padding:8px!important}</style></head>"
+    source = attack_page.read_text("utf-8").replace("</head>", style)
     source = source.replace(' id="by-e" checked', ' id="by-e"').replace(f' id="by-{by}"', f' id="by-{by}" checked')
     path = tmp_path / "page.html"
     path.write_text(source, "utf-8")
