@@ -229,7 +229,7 @@ def main(arguments: list[str]) -> None:
         give_tower(*map(Path, arguments[1:]))
         return
     out, seed = Path(arguments[0]), int(arguments[1])
-    family = arguments[2] if len(arguments) > 2 else LLAVA  # noqa: PLR2004 - the third argument
+    family = arguments[2] if len(arguments) > 2 else LLAVA
     data = write_dataset(out.parent / "data", seed=seed)
     if family == LLAVA:
         build_models(out, data, seed=seed)

@@ -5,8 +5,9 @@
         ─> the same student by cross-entropy alone, for comparison
         ─> one table on held-out images, one picture of the losses
 
-A family that no standard class of experts carries has no dense-to-sparse stage. Every step is a command of its own process, run in the demo's directory, and shown before it runs. A demo that was
-stopped continues when it is started again.
+A family that no standard class of experts carries has no dense-to-sparse stage. Every step is a command of its own
+process, run in the demo's directory, and shown before it runs. A demo that was stopped continues when it is started
+again.
 """
 
 import json
@@ -38,10 +39,10 @@ class DemoError(DecantError):
     """A step of the demo failed; its own message stands above."""
 
 
-def run_demo(out: Path, *, seed: int, family: str = LLAVA) -> None:
+def run_demo(out: Path, *, seed: int, family: str = LLAVA, max_steps: int | None = None) -> None:
     """Runs every step in `out`, then prints the table and writes `report.json` and `losses.png`.
 
-    `family` is one of `demo.models.DEMO_FAMILIES`.
+    `family` is one of `demo.models.DEMO_FAMILIES`; `max_steps` ends each stage of training after so many steps.
 
     Raises:
         DemoError: a step failed, or `out` has a demo of another family or seed.
@@ -49,9 +50,9 @@ def run_demo(out: Path, *, seed: int, family: str = LLAVA) -> None:
     console = Console(stderr=True, highlight=False)
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    _begin(out, {"family": family, "seed": seed})
+    _begin(out, {"family": family, "seed": seed, "max_steps": max_steps})
     sparse = family == LLAVA
-    chain = _Chain(out.resolve(), seed, console)
+    chain = _Chain(out.resolve(), seed, max_steps, console)
 
     console.rule("Data and untrained models")
     data = write_dataset(out / "data", seed=seed)
@@ -122,18 +123,18 @@ def _begin(out: Path, settings: dict[str, object]) -> None:
 class _Chain:
     """The demo's directory, in which it runs one step after another."""
 
-    def __init__(self, directory: Path, seed: int, console: Console) -> None:
+    def __init__(self, directory: Path, seed: int, max_steps: int | None, console: Console) -> None:
         self._directory = directory
-        self._seed = seed
+        self._settings = ["--set", f"seed={seed}"]
+        if max_steps is not None:
+            self._settings += ["--set", f"optim.max_steps={max_steps}"]
         self._console = console
         self.seconds: dict[str, float] = {}
 
     def train(self, config: str, name: str | None = None, model: str | None = None, *overrides: str) -> None:
         """Trains the stage of a configuration, under another name and on another student if they are given."""
         renamed = ("--set", f"output=runs/{name}", "--set", f"model.path={model}") if name else ()
-        self.decant(
-            "train", "--config", str(CONFIGS / f"{config}.toml"), "--set", f"seed={self._seed}", *renamed, *overrides
-        )
+        self.decant("train", "--config", str(CONFIGS / f"{config}.toml"), *self._settings, *renamed, *overrides)
 
     def decant(self, *arguments: str, unless: str | None = None) -> None:
         """Runs a command of the command line."""

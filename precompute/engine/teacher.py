@@ -49,16 +49,10 @@ class Teacher:
                 cannot be masked.
         """
         self.settings = settings
-        limits = EngineLimits(
-            # vLLM generates at least one token, which needs room.
-            max_model_len=settings.max_tokens + 1,
-            max_images=settings.max_images,
-            max_logprobs=_num_stock_logprobs(settings),
-        )
         self._engine = Engine(
             settings.model_dir,
             settings.engine,
-            limits,
+            engine_limits(settings),
             # A prompt is read once for all its responses; positions of a conversation may not be cached, because
             # cached ones get no scores.
             prefix_caching=settings.generate is not None,
@@ -93,10 +87,6 @@ class Teacher:
                     yield request.key, scores_from_rows(rows, self.settings, request.where)
                 else:
                     yield request.key, self._generated_response(output, request, number)
-
-    def expand(self, request: ScoreRequest) -> ExpandedPrompt:
-        """Returns a conversation as the engine reads it. Raises DataError if vLLM refuses it."""
-        return self._engine.expand(Prompt(request.encoded.input_ids, request.images, request.where))
 
     @property
     def is_on_cpu(self) -> bool:
@@ -228,6 +218,16 @@ class Teacher:
         if len(rows.own) != num_scored:
             raise ModelError(f"{request.where}: vLLM returned {len(rows.own)} rows for {num_scored} scored tokens")
         return rows
+
+
+def engine_limits(settings: ScorerSettings) -> EngineLimits:
+    """Returns the largest requests that a teacher's engine has to take."""
+    return EngineLimits(
+        # vLLM generates at least one token, which needs room.
+        max_model_len=settings.max_tokens + 1,
+        max_images=settings.max_images,
+        max_logprobs=_num_stock_logprobs(settings),
+    )
 
 
 def _num_stock_logprobs(settings: ScorerSettings) -> int:

@@ -26,6 +26,7 @@ from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMError
 from vllm.platforms import current_platform
+from vllm.renderers import renderer_from_config
 
 from common.concurrency import Prefetcher
 from common.errors import ConfigError, DataError, ModelError
@@ -71,6 +72,47 @@ class _RenderedPrompt:
     where: str
 
 
+class PromptRenderer:
+    """Makes of prompts what an engine of vLLM reads, images by the model's processor. Needs config.json, no weights."""
+
+    def __init__(self, renderer: Any) -> None:
+        self._renderer = renderer
+
+    @classmethod
+    @contextmanager
+    def without_engine(
+        cls, model_dir: Path, settings: EngineConfig, limits: EngineLimits
+    ) -> Iterator["PromptRenderer"]:
+        """Yields the renderer that an engine of these settings would have.
+
+        Raises:
+            ConfigError: an unknown key in `settings.options`.
+            ModelError: vLLM has no class for the model, or cannot read its configuration or processor.
+        """
+        _disable_logs_and_usage_reports()
+        arguments = _engine_arguments(model_dir, settings, limits, prefix_caching=False)
+        with torch.random.fork_rng(devices=[]), _start_errors(model_dir):
+            renderer = renderer_from_config(EngineArgs(**arguments).create_engine_config())
+        try:
+            yield cls(renderer)
+        finally:
+            renderer.shutdown()
+
+    def render(self, prompt: Prompt) -> Any:
+        """Returns vLLM's own form of a prompt. Raises ValueError or VLLMError if vLLM refuses it."""
+        inputs: dict[str, Any] = {"prompt_token_ids": prompt.input_ids.tolist()}
+        if prompt.images:
+            inputs["multi_modal_data"] = {"image": list(prompt.images)}
+        return self._renderer.render_cmpl([inputs])[0]
+
+    def expand(self, prompt: Prompt) -> ExpandedPrompt:
+        """Returns a prompt as the engine reads it. Raises DataError if vLLM refuses it."""
+        try:
+            return _read_expansion(self.render(prompt))
+        except (ValueError, VLLMError) as error:
+            raise DataError(_make_rejected(prompt.where, error).reason) from error
+
+
 class Engine:
     """A running vLLM engine. Close it to free the device."""
 
@@ -113,12 +155,10 @@ class Engine:
             torch.random.fork_rng(devices=[]),
             nullcontext() if compiled else _compiler_disabled(),
             _data_parallel(settings.data_parallel_size, data_parallel_rank),
+            _start_errors(model_dir),
         ):
-            try:
-                self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-            except Exception as error:
-                reason = error if isinstance(error, RuntimeError | ValueError | VLLMError) else repr(error)
-                raise ModelError(f"{model_dir}: vLLM cannot start with it: {reason}") from error
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._renderer = PromptRenderer(self._engine.renderer)
 
     def run(
         self, prompts: Iterable[tuple[KeyT, Prompt]], params: Callable[[KeyT, ExpandedPrompt], SamplingParams]
@@ -155,13 +195,6 @@ class Engine:
             with suppress(RuntimeError, VLLMError):
                 self._engine.abort_request(list(running))
 
-    def expand(self, prompt: Prompt) -> ExpandedPrompt:
-        """Returns a prompt as the engine reads it. Raises DataError if vLLM refuses it."""
-        try:
-            return _read_expansion(self._render(prompt))
-        except (ValueError, VLLMError) as error:
-            raise DataError(_make_rejected(prompt.where, error).reason) from error
-
     def collective_rpc(self, method: str, *args: Any) -> list[Any]:
         """Calls a method of each of the engine's workers and returns what they return."""
         answers: list[Any] = self._engine.collective_rpc(method, args=args)
@@ -180,17 +213,11 @@ class Engine:
         """Yields each prompt as the engine reads it, or the reason why vLLM's renderer refuses it."""
         for key, prompt in prompts:
             try:
-                inputs = self._render(prompt)
+                inputs = self._renderer.render(prompt)
             except (ValueError, VLLMError) as error:
                 yield key, _make_rejected(prompt.where, error)
             else:
                 yield key, _RenderedPrompt(inputs, params(key, _read_expansion(inputs)), prompt.where)
-
-    def _render(self, prompt: Prompt) -> Any:
-        inputs: dict[str, Any] = {"prompt_token_ids": prompt.input_ids.tolist()}
-        if prompt.images:
-            inputs["multi_modal_data"] = {"image": list(prompt.images)}
-        return self._engine.renderer.render_cmpl([inputs])[0]
 
     def _add_request(self, name: str, prompt: _RenderedPrompt | RejectedRequest) -> RejectedRequest | None:
         """Gives a prompt to the engine; returns None, or the reason why vLLM refuses it."""
@@ -248,6 +275,16 @@ def _engine_arguments(
     if unknown := sorted(set(arguments) - known):
         raise ConfigError(f"engine.options: vLLM {vllm.__version__} has no {', '.join(unknown)}")
     return arguments
+
+
+@contextmanager
+def _start_errors(model_dir: Path) -> Iterator[None]:
+    """Turns whatever vLLM raises while it reads a model into one ModelError."""
+    try:
+        yield
+    except Exception as error:
+        reason = error if isinstance(error, RuntimeError | ValueError | VLLMError) else repr(error)
+        raise ModelError(f"{model_dir}: vLLM cannot start with it: {reason}") from error
 
 
 def _read_expansion(inputs: Any) -> ExpandedPrompt:

@@ -160,12 +160,13 @@ def run_capture(
 def _start_vllm(settings: ScorerSettings) -> Scorer:
     # Imported here, because loading vLLM takes seconds, which a run with nothing to do should not spend.
     from precompute.engine.teacher import Teacher
-    from precompute.logits.self_check import check_teacher
+    from precompute.logits.self_check import check_expansion, check_scores
 
+    check_expansion(settings)
     # The teacher's own settings are without the probes, whose images would stay in memory.
     teacher = Teacher(replace(settings, probes=()))
     try:
-        check_teacher(teacher, settings)
+        check_scores(teacher, settings)
     except BaseException:
         teacher.close()
         raise

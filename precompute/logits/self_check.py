@@ -1,6 +1,7 @@
-"""Checks a started teacher on the first samples with images, before it scores the dataset.
+"""Checks vLLM's reading of a teacher on the first samples with images, before it scores the dataset.
 
-expansion    vLLM must read the tokens that the model's own processor makes of the images, id by id
+expansion    before the weights are loaded: vLLM must read the tokens that the model's own processor makes of the
+             images, id by id
 scores       without a GPU vLLM must give the log-probs that transformers computes in float32: some of its kernels
              for CPUs leave out what a model does with images, and no error tells
 """
@@ -16,32 +17,44 @@ from common.data.model_images import ModelImages, find_model_images
 from common.errors import DataError, ModelError
 from common.shards.scores import TeacherScores
 from precompute.engine.score_conversion import show_difference
-from precompute.engine.teacher import Teacher
+from precompute.engine.teacher import Teacher, engine_limits
+from precompute.engine.vllm_engine import Prompt, PromptRenderer
 from precompute.reference_teacher import TOLERANCE, ReferenceTeacher
 from precompute.scorer import ScoreRequest, ScorerSettings
 
 _log = logging.getLogger(__name__)
 
 
-def check_teacher(teacher: Teacher, settings: ScorerSettings) -> None:
-    """Checks the teacher on `settings.probes`.
+def check_expansion(settings: ScorerSettings) -> None:
+    """Compares what vLLM's renderer and the model's processor make of `settings.probes`; loads no weights.
 
     Raises:
-        ModelError: vLLM reads an image as other tokens than the model's processor, or its scores are not the model's.
+        ModelError: vLLM has no class for the model, or reads an image as other tokens than the model's processor.
     """
-    images = find_model_images(settings.model_dir) if settings.probes else None
-    for request in settings.probes:
-        assert images is not None
-        _check_expansion(teacher, request, images, settings.model_dir)
+    if not settings.probes:
+        return
+    images = find_model_images(settings.model_dir)
+    assert images is not None
+    with PromptRenderer.without_engine(settings.model_dir, settings.engine, engine_limits(settings)) as renderer:
+        for request in settings.probes:
+            _check_expansion(renderer, request, images, settings.model_dir)
+
+
+def check_scores(teacher: Teacher, settings: ScorerSettings) -> None:
+    """Compares a started teacher's scores of `settings.probes` with the model's, where the device may be wrong.
+
+    Raises:
+        ModelError: its scores are not the model's.
+    """
     # Replicas of a data-parallel engine work in step, and answers cannot be compared.
     if settings.probes and teacher.is_on_cpu and settings.generate is None and settings.engine.data_parallel_size == 1:
         _check_scores(teacher, settings.probes[-1], settings)
 
 
-def _check_expansion(teacher: Teacher, request: ScoreRequest, images: ModelImages, model_dir: Path) -> None:
+def _check_expansion(renderer: PromptRenderer, request: ScoreRequest, images: ModelImages, model_dir: Path) -> None:
     try:
         processed = [images.process(image, request.where).token_ids for image in request.images]
-        found = teacher.expand(request)
+        found = renderer.expand(Prompt(request.encoded.input_ids, request.images, request.where))
     except DataError:
         # Such a sample is refused again when its turn comes, and stops the run or is skipped.
         return

@@ -151,14 +151,21 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 def trained_groups(
     model: PreTrainedModel, groups: frozenset[ParameterGroup], *, is_default: bool
 ) -> frozenset[ParameterGroup]:
-    """Returns the parameter groups to train: of a stage's default ones, only those that a text-only student may have.
+    """Returns the parameter groups to train: a stage's default ones made to fit the student.
+
+    A dense student has its language model trained in place of experts and router; a text-only one has no adapter.
 
     Raises:
         ModelError: no group is left.
     """
-    if not is_default or is_multimodal(model):
+    if not is_default:
         return groups
-    if fitting := groups - {"adapter"}:
+    fitting = groups
+    if not any("experts" in found for found in parameter_groups(model).values()):
+        fitting = frozenset("language_model" if group in ("experts", "router") else group for group in groups)
+    if not is_multimodal(model):
+        fitting -= {"adapter"}
+    if fitting:
         return fitting
     raise ModelError(
         f"{type(model).__name__}: takes no images, so it has no adapter, which is all that this stage trains; leave "

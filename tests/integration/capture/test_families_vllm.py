@@ -12,13 +12,11 @@ from common.errors import ModelError
 from common.shards.manifest import read_manifest
 from demo.families import FAMILIES, build_model
 from precompute.config import PrecomputeConfig
-from precompute.engine.score_conversion import ExpandedPrompt
 from precompute.engine.teacher import Teacher
 from precompute.logits.job import open_inputs, prepare_job
 from precompute.logits.run import run_capture
-from precompute.logits.self_check import check_teacher
+from precompute.logits.self_check import check_scores
 from precompute.planning.workload import measure_workload
-from precompute.scorer import ScoreRequest
 from precompute.verify.recompute_logits import recompute_logits
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engine_in_this_process")]
@@ -83,15 +81,18 @@ def test_scores_of_images_of_any_size_are_the_models(family: str, capture: str, 
 
 
 def test_a_teacher_whose_images_vllm_reads_as_other_tokens_is_refused_with_both_sequences(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Gemma 3's newlines around an image become one token with those of the text, in vLLM but not here."""
+    caplog.set_level("INFO")
     config = make_config("gemma3", data, tmp_path)
     with pytest.raises(ModelError, match="makes other tokens of an image than the model's processor") as caught:
         run_capture(config, progress=False)
     processor, engine = str(caught.value).splitlines()[1:3]
     assert processor.startswith("  processor, ")
     assert engine.startswith("  vLLM, ")
+    # No weights were loaded to find it.
+    assert "starting vLLM" not in caplog.text
     assert not list(tmp_path.glob("scores/*.parquet"))
 
 
@@ -108,17 +109,14 @@ class _WrongTeacher(Teacher):
         ]
         return super().score(white)
 
-    def expand(self, request: ScoreRequest) -> ExpandedPrompt:
-        return Teacher.expand(self, request)
-
 
 def test_without_a_gpu_a_teacher_whose_scores_are_not_the_models_is_refused(data: Path, tmp_path: Path) -> None:
     settings = prepare_job(make_config("qwen2.5-vl", data, tmp_path)).scorer_settings
     assert [len(probe.images) for probe in settings.probes] == [1, 2]
     teacher = Teacher(settings)
     try:
-        check_teacher(teacher, settings)
+        check_scores(teacher, settings)
         with pytest.raises(ModelError, match=r"differ from transformers' by up to .* nats, expected at most 0.001"):
-            check_teacher(_WrongTeacher(teacher), settings)
+            check_scores(_WrongTeacher(teacher), settings)
     finally:
         teacher.close()

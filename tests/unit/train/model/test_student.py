@@ -23,6 +23,7 @@ from transformers import (
 from common.errors import ModelError, StorageError
 from tests.support.models import tiny_causal_lm, tiny_llava
 from train.choices import ParameterGroup
+from train.config import MoEConfig
 from train.model.compose import compose_student
 from train.model.student import (
     atomic_directory,
@@ -35,6 +36,7 @@ from train.model.student import (
     text_config,
     trained_groups,
 )
+from train.moe.upcycle import upcycle
 
 F32 = torch.float32
 
@@ -160,6 +162,15 @@ def test_the_default_groups_fit_a_text_only_student(student: PreTrainedModel, lm
     assert trained_groups(text, groups, is_default=False) == groups
     with pytest.raises(ModelError, match="LlamaForCausalLM: takes no images, so it has no adapter"):
         trained_groups(text, frozenset({"adapter"}), is_default=True)
+
+
+def test_the_default_groups_fit_a_dense_student(student: PreTrainedModel, lm: Path) -> None:
+    groups = frozenset[ParameterGroup]({"adapter", "experts", "router"})
+    assert trained_groups(student, groups, is_default=True) == {"adapter", "language_model"}
+    assert trained_groups(load_student(lm, dtype=F32), groups, is_default=True) == {"language_model"}
+    assert trained_groups(student, groups, is_default=False) == groups
+    sparse = upcycle(student, MoEConfig(num_experts=2, top_k=1), seed=0)
+    assert trained_groups(sparse, groups, is_default=True) == groups
 
 
 def test_the_experts_and_the_router_of_gpt_oss_are_groups() -> None:
