@@ -112,6 +112,14 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
             show_default=False,
         ),
     ] = None,
+    slices: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=36,
+            help="Read an image in up to so many slices beside the whole one, as LLaVA-NeXT does (no slices).",
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Seed of the fresh adapter, or of routers and noise.")
     ] = 0,
@@ -127,6 +135,8 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
         raise typer.BadParameter(f"{', '.join(given)}: for upcycling a dense student; give --dense, or leave them out")
     if dense is not None and adapter is not None:
         raise typer.BadParameter("--adapter: a dense student has its adapter; leave it out")
+    if dense is not None and slices is not None:
+        raise typer.BadParameter("--slices: a dense student keeps its treatment of images; leave it out")
     hide_loading_bars()
     if dense is not None:
         pattern = "every-second" if layers is None else layers
@@ -140,7 +150,7 @@ def init_student(  # noqa: PLR0913, PLR0917 - each argument is an option of the 
     else:
         assert vision is not None
         assert language is not None
-        _compose(vision, language, out, adapter or "mlp", seed)
+        _compose(vision, language, out, adapter or "mlp", slices, seed)
 
 
 def export(
@@ -237,10 +247,12 @@ def _log_traceback() -> Iterator[None]:
         raise
 
 
-def _compose(vision: Path, language: Path, out: Path, adapter: AdapterType, seed: int) -> None:
+def _compose(  # noqa: PLR0913, PLR0917 - the options of init-student
+    vision: Path, language: Path, out: Path, adapter: AdapterType, slices: int | None, seed: int
+) -> None:
     from train.model.compose import compose_student
 
-    student = compose_student(vision, language, out, adapter=adapter, seed=seed)
+    student = compose_student(vision, language, out, adapter=adapter, num_slices=slices, seed=seed)
     echo(
         f"{out}: {student.num_parameters / 1e6:,.1f}M parameters; <image> is token {student.image_token_id} "
         f"({student.image_token_row})"

@@ -386,6 +386,7 @@ def test_init_student_composes_or_upcycles_and_refuses_both(decant: Run, root: P
     out = str(tmp_path / "out")
     assert decant("init-student", out)[0] == 2
     assert decant("init-student", out, "--vision", str(root / "model"))[0] == 2
+    assert decant("init-student", out, "--dense", str(root / "model"), "--slices", "4")[0] == 2
     code, shown = decant("init-student", out, "--dense", str(root / "model"), "--layers", "9")
     assert code == 1
     assert "indices from 0 to 1" in shown

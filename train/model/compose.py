@@ -76,7 +76,7 @@ class LlavaParts:
     is_linear           True for a projector of one linear layer
     feature_layer       hidden state of the tower that is taken, counted from the end if negative
     select_strategy     "default" drops the first token of the tower's output, "full" keeps it
-    grid                resolutions [height, width] into which LLaVA-NeXT cuts a large image; None for LLaVA
+    grid                resolutions [height, width] that LLaVA-NeXT cuts into slices; None for LLaVA
     image_newline       embedding after each row of such a grid, [H]; with `grid`
     """
 
@@ -101,9 +101,10 @@ def compose_student(  # noqa: PLR0913 - where the parts come from, and what is d
     *,
     seed: int,
     adapter: AdapterType = "mlp",
+    num_slices: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ComposedStudent:
-    """Joins a vision tower and a language model by a fresh adapter, and saves the resulting LLaVA.
+    """Joins a vision tower and a language model by a fresh adapter, and saves the resulting LLaVA or LLaVA-NeXT.
 
     The adapter (train.model.adapter) takes the patches of the second-to-last vision layer, as LLaVA-1.5 does.
 
@@ -115,6 +116,8 @@ def compose_student(  # noqa: PLR0913 - where the parts come from, and what is d
         out: a new or empty directory.
         seed: of the adapter, and of the new rows if the embedding is resized.
         adapter: its kind.
+        num_slices: the most slices, each of the tower's size, that an image is cut into beside the whole one, two at
+            least (LLaVA-NeXT; LLaVA-UHD, arXiv 2403.11703); None for one image of that size, as in LLaVA-1.5.
         dtype: of all saved parameters.
 
     Raises:
@@ -141,8 +144,23 @@ def compose_student(  # noqa: PLR0913 - where the parts come from, and what is d
             feature_layer=feature_layer,
             # CLIP's first token is that of the class, a SigLIP's one is a patch.
             select_strategy="default" if _num_class_tokens(tower) else "full",
+            grid=None if num_slices is None else _slice_grid(num_slices, tower.config.image_size),
+            image_newline=None if num_slices is None else _draw_image_newline(source, seed + 2),
         )
         return save_llava(parts, staging, seed=seed)
+
+
+def _slice_grid(num_slices: int, side: int) -> list[list[int]]:
+    """Returns the resolutions [height, width] of every grid of two to `num_slices` slices."""
+    sizes = range(1, num_slices + 1)
+    return [[rows * side, columns * side] for rows in sizes for columns in sizes if 2 <= rows * columns <= num_slices]
+
+
+def _draw_image_newline(language: PreTrainedModel, seed: int) -> Tensor:
+    """Returns the embedding that ends each row of an image, [H], drawn as LLaVA-NeXT draws it."""
+    size = language_model(language).config.hidden_size
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(seed)) / size**0.5
+    return drawn.to(language.dtype)
 
 
 def save_llava(parts: LlavaParts, out: Path, *, seed: int) -> ComposedStudent:
@@ -247,9 +265,14 @@ def _save_processor(parts: LlavaParts, out: Path) -> None:
         parts.processor.save_pretrained(out)
         LlavaProcessor(image_processor=parts.processor, **settings).to_json_file(out / "processor_config.json")
         return
-    kept = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
+    kept = ("size", "image_mean", "image_std", "resample", "rescale_factor")
+    is_cropped = bool(getattr(parts.processor, "do_center_crop", False))
     images = LlavaNextImageProcessorPil(
-        **{name: getattr(parts.processor, name) for name in kept}, image_grid_pinpoints=[*map(list, parts.grid)]
+        **{name: getattr(parts.processor, name) for name in kept},
+        do_center_crop=is_cropped,
+        # Without cropping transformers still reads a slice's size from here.
+        crop_size=parts.processor.crop_size if is_cropped else parts.processor.size,
+        image_grid_pinpoints=[*map(list, parts.grid)],
     )
     images.save_pretrained(out)
     LlavaNextProcessor(image_processor=images, **settings).to_json_file(out / "processor_config.json")

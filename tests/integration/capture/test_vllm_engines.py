@@ -64,17 +64,22 @@ def test_generation_with_the_engine_in_this_process_is_transformers_greedy_text(
 
 
 @pytest.mark.usefixtures("engine_in_this_process")
-@pytest.mark.parametrize(("tower", "adapter"), [("siglip", "linear"), ("clip", "attention")])
+@pytest.mark.parametrize(
+    ("tower", "adapter", "num_slices"),
+    [("siglip", "linear", None), ("clip", "attention", None), ("siglip", "mlp", 4), ("clip", "attention", 4)],
+)
 def test_vllm_serves_students_of_every_tower_and_adapter(
-    llava_dir: Path, tmp_path: Path, tower: str, adapter: AdapterType
+    llava_dir: Path, tmp_path: Path, tower: str, adapter: AdapterType, num_slices: int | None
 ) -> None:
     """All parameters are drawn anew, but for the identity behind a linear projector."""
     vision = tiny_siglip(tmp_path / "siglip") if tower == "siglip" else llava_dir
-    compose_student(vision, llava_dir, tmp_path / "student", seed=0, adapter=adapter)
+    compose_student(vision, llava_dir, tmp_path / "student", seed=0, adapter=adapter, num_slices=num_slices)
     student = load_student(tmp_path / "student", dtype=torch.float32)
     randomise([(name, p) for name, p in student.named_parameters() if "projector.linear_2" not in name], seed=1)
     save_student(student, tmp_path / "student", tmp_path / "model")
     config = make_config(tmp_path, tmp_path / "model", conversation_records(tmp_path, 4), engine=ENGINE)
+    if num_slices is not None:
+        config = config.model_copy(update={"image_aspect_ratio": "keep", "max_tokens": 512})
     run_capture(config, progress=False)
     result = recompute_logits(config.output, tmp_path / "model", 4, progress=False)
     assert result.ok

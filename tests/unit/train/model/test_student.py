@@ -16,12 +16,14 @@ from transformers import (
     GptOssConfig,
     LlamaModel,
     LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
     PreTrainedModel,
     Qwen2Model,
 )
 
+from common.data.model_images import find_model_images
 from common.errors import ModelError, StorageError
-from tests.support.models import tiny_causal_lm, tiny_llava
+from tests.support.models import tiny_causal_lm, tiny_llava, tiny_siglip
 from train.choices import ParameterGroup
 from train.config import MoEConfig
 from train.model.compose import compose_student
@@ -30,6 +32,7 @@ from train.model.student import (
     is_multimodal,
     language_model,
     load_student,
+    parameter_groups,
     save_student,
     set_trainable,
     stored_dtype,
@@ -211,6 +214,31 @@ def test_a_composed_student_has_the_parts_of_its_parents(llava: Path, lm: Path, 
     assert student.config.vision_feature_layer == -2
     assert student.config.vision_feature_select_strategy == "default"
     assert str(tmp_path) not in (tmp_path / "student" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_sliced_student_reads_an_image_and_its_slices(llava: Path, lm: Path, tmp_path: Path, tower: str) -> None:
+    vision = llava if tower == "clip" else tiny_siglip(tmp_path / "siglip")
+    compose_student(vision, lm, tmp_path / "student", seed=3, num_slices=4)
+    compose_student(vision, lm, tmp_path / "whole", seed=3)
+    student, whole = (load_student(tmp_path / name, dtype=F32) for name in ("student", "whole"))
+    assert type(student) is LlavaNextForConditionalGeneration
+    rest = student.state_dict()
+    newline = rest.pop("model.image_newline")
+    assert rest.keys() == whole.state_dict().keys()
+    assert all(torch.equal(tensor, rest[name]) for name, tensor in whole.state_dict().items())
+    # Standard deviation 1 / sqrt(64), over 64 numbers.
+    assert 0.09 < float(newline.std()) < 0.16
+    assert parameter_groups(student)["model.image_newline"] == {"adapter"}
+
+    # An image of the tower's size is 4 x 4 patches, and each row of a grid ends in a newline. The grid of a square is 2 x 2
+    # slices, that of an image twice as wide as high 1 x 2.
+    images = find_model_images(tmp_path / "student")
+    assert images is not None
+    for size, num_tokens in (((112, 112), 16 + 8 * 9), ((112, 56), 16 + 4 * 9)):
+        processed = images.process(Image.new("RGB", size), "here")
+        assert len(processed.token_ids) == num_tokens == images.count_tokens(*size, "here")
+        assert processed.arrays["pixel_values"].shape[-3:] == (3, 56, 56)
 
 
 def test_a_composed_student_computes_its_parents_functions(llava: Path, lm: Path, tmp_path: Path) -> None:
