@@ -231,8 +231,8 @@ def test_a_sliced_student_reads_an_image_and_its_slices(llava: Path, lm: Path, t
     assert 0.09 < float(newline.std()) < 0.16
     assert parameter_groups(student)["model.image_newline"] == {"adapter"}
 
-    # An image of the tower's size is 4 x 4 patches, and each row of a grid ends in a newline. The grid of a square is 2 x 2
-    # slices, that of an image twice as wide as high 1 x 2.
+    # An image of the tower's size is 4 x 4 patches, and each row of a grid ends in a newline. The grid of a square has
+    # 2 x 2 slices, that of an image twice as wide as high 1 x 2.
     images = find_model_images(tmp_path / "student")
     assert images is not None
     for size, num_tokens in (((112, 112), 16 + 8 * 9), ((112, 56), 16 + 4 * 9)):
