@@ -220,7 +220,7 @@ def save_student(
         state_dict: the whole weights if `model` itself holds only a part of them (ZeRO-3).
 
     Raises:
-        ModelError: `assets_from` has no tokenizer.
+        ModelError: `assets_from` has no tokenizer, or transformers could not read the experts back.
         StorageError: `out` cannot be written.
     """
     assets = [path for name in _ASSETS if (path := assets_from / name).is_file()]
@@ -228,6 +228,15 @@ def save_student(
         raise ModelError(f"{assets_from}: has no tokenizer files to go with the saved model; name its directory")
     # Attached explicitly, because otherwise the names depend on how this model object was created.
     conversions = get_model_conversion_mapping(model, add_legacy=False)
+    if model.config.model_type == "qwen3_vl_moe":
+        # Published ones, which vLLM reads, have each expert's matrices transposed. transformers transposes what it
+        # reads, but nothing of what it saves, because its conversion leaves alone what has the model's shapes.
+        _check_experts_not_square(model, out)
+        conversions = [found for found in conversions if "mlp.experts" not in str(found.source_patterns)]
+        state_dict = {
+            name: weight.transpose(1, 2).contiguous() if ".mlp.experts." in name else weight
+            for name, weight in (state_dict or model.state_dict()).items()
+        }
     model._weight_conversions = conversions  # noqa: SLF001 - transformers has no public way to choose the names
     try:
         weights = full_state_dict(model, state_dict, assets_from)
@@ -241,6 +250,16 @@ def save_student(
                 shutil.copyfile(path, out / path.name)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{out}: the model could not be written ({error}); free space or choose another") from error
+
+
+def _check_experts_not_square(model: PreTrainedModel, out: Path) -> None:
+    """Raises ModelError if transformers could not tell a transposed expert from one that is not."""
+    config = text_config(model)
+    if config.hidden_size in (config.moe_intermediate_size, 2 * config.moe_intermediate_size):
+        raise ModelError(
+            f"{out}: its experts have matrices of {config.hidden_size} x {config.hidden_size}, of which transformers "
+            "cannot tell whether they are transposed as in published Qwen3-VL-MoE; take a student of another width"
+        )
 
 
 @contextmanager

@@ -4,11 +4,12 @@ Every chosen feed-forward network is copied into E experts under a fresh router.
 normalised to sum to one, so that equal experts compute exactly what the dense network computes, and the sparse student
 starts with the dense one's logits.
 
-| dense         | sparse     | beside the experts                                                            |
-| ------------- | ---------- | ----------------------------------------------------------------------------- |
-| Qwen1.5/Qwen2 | Qwen2-MoE  | the shared expert, which this class always has: a narrow one of frozen zeros   |
-| Llama/Mistral | Qwen2-MoE  | the same, and zero biases in q, k and v, which vLLM's class always reads       |
-| Qwen3         | Qwen3-MoE  | nothing                                                                       |
+| dense         | sparse       | beside the experts                                                           |
+| ------------- | ------------ | ---------------------------------------------------------------------------- |
+| Qwen1.5/Qwen2 | Qwen2-MoE    | the shared expert, which this class always has: a narrow one of frozen zeros |
+| Llama/Mistral | Qwen2-MoE    | the same, and zero biases in q, k and v, which vLLM's class always reads     |
+| Qwen3         | Qwen3-MoE    | nothing                                                                      |
+| Qwen3-VL      | Qwen3-VL-MoE | nothing                                                                      |
 
 Noise between the copies is optional, and off by default: Qwen2's mixture of experts was made with half of each expert
 drawn anew (arXiv 2407.10671), while OLMoE found no gain from such noise (arXiv 2409.02060). Every copy gets it, because
@@ -32,6 +33,9 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLMoeTextConfig,
 )
 from transformers.initialization import no_init_weights
 
@@ -58,6 +62,8 @@ _SHARED_EXPERT_WIDTH = 32
 
 _QWEN2_MOE_SOURCES = ("qwen2", "llama", "mistral")
 _QWEN3_MOE_SOURCES = ("qwen3",)
+_QWEN3_VL_MOE_SOURCES = ("qwen3_vl_text",)
+_SOURCES = _QWEN2_MOE_SOURCES + _QWEN3_MOE_SOURCES + _QWEN3_VL_MOE_SOURCES
 
 # Models of text and images for which transformers and vLLM both take any text model.
 _COMPOSITIONS = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3")
@@ -147,7 +153,10 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
         raise ModelError(
             f"{type(model).__name__}: is partitioned by ZeRO-3; upcycle and save it before the distributed start"
         )
-    if is_multimodal(model):
+    if model.config.model_type == "qwen3_vl":
+        with no_init_weights():
+            upcycled: PreTrainedModel = Qwen3VLMoeForConditionalGeneration(_qwen3_vl_moe_config(model.config, sparse))
+    elif is_multimodal(model):
         if model.config.model_type not in _COMPOSITIONS:
             raise ModelError(
                 f"{type(model).__name__}: cannot be upcycled: vLLM's class of it knows dense text models alone; "
@@ -156,7 +165,7 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
         config = copy.deepcopy(model.config)
         config.text_config = sparse
         with no_init_weights():
-            upcycled: PreTrainedModel = type(model)(config)
+            upcycled = type(model)(config)
     else:
         upcycled = sparse_model(sparse)
     upcycled.to(model.dtype)
@@ -198,7 +207,7 @@ def sparse_config(dense: PreTrainedConfig, moe: MoEConfig, *, normalise: bool = 
     """
     _check_exact_upcycling(dense)
     layers = sparse_layers(moe.layers, dense.num_hidden_layers)
-    settings = {name: copy.deepcopy(getattr(dense, name)) for name in _COPIED_SETTINGS}
+    settings = {name: copy.deepcopy(getattr(dense, name)) for name in _COPIED_SETTINGS if hasattr(dense, name)}
     settings |= {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
@@ -208,6 +217,8 @@ def sparse_config(dense: PreTrainedConfig, moe: MoEConfig, *, normalise: bool = 
         "mlp_only_layers": [i for i in range(dense.num_hidden_layers) if i not in layers],
         "use_sliding_window": False,
     }
+    if dense.model_type in _QWEN3_VL_MOE_SOURCES:
+        return Qwen3VLMoeTextConfig(**settings, head_dim=dense.head_dim, attention_bias=False)
     if dense.model_type in _QWEN3_MOE_SOURCES:
         return Qwen3MoeConfig(**settings, head_dim=dense.head_dim, attention_bias=False)
     return Qwen2MoeConfig(
@@ -216,6 +227,13 @@ def sparse_config(dense: PreTrainedConfig, moe: MoEConfig, *, normalise: bool = 
         shared_expert_intermediate_size=_SHARED_EXPERT_WIDTH,
         **{ZERO_SHARED_EXPERT: True},
     )
+
+
+def _qwen3_vl_moe_config(dense: PreTrainedConfig, text: PreTrainedConfig) -> Qwen3VLMoeConfig:
+    """Returns the configuration of a Qwen3-VL with a sparse text model; its tower is the same under another name."""
+    own = {name: value for name, value in dense.to_dict().items() if name not in ("model_type", "architectures")}
+    own["vision_config"].pop("model_type")
+    return Qwen3VLMoeConfig(**{**own, "text_config": text.to_dict()})
 
 
 def sparse_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -288,8 +306,8 @@ def _check_exact_upcycling(dense: PreTrainedConfig) -> None:
         ModelError: it would not; names every setting without an exact counterpart.
     """
     kind = dense.model_type
-    if kind not in _QWEN2_MOE_SOURCES + _QWEN3_MOE_SOURCES:
-        known = ", ".join(_QWEN2_MOE_SOURCES + _QWEN3_MOE_SOURCES)
+    if kind not in _SOURCES:
+        known = ", ".join(_SOURCES)
         raise ModelError(
             f"{kind}: cannot be upcycled; expected a dense text model of type {known}: no mixture of experts that both "
             "transformers and vLLM know has this model's layers and positions"
@@ -318,7 +336,7 @@ def _check_exact_upcycling(dense: PreTrainedConfig) -> None:
         ("sliding_attention" not in layer_types, "layer_types", layer_types, "full attention"),
         (not attention_bias, "attention_bias", attention_bias, "false"),
         (not mlp_bias, "mlp_bias", mlp_bias, "false"),
-        (kind in _QWEN3_MOE_SOURCES or head_dim == plain_head_dim, "head_dim", head_dim, str(plain_head_dim)),
+        (kind not in _QWEN2_MOE_SOURCES or head_dim == plain_head_dim, "head_dim", head_dim, str(plain_head_dim)),
         (quantisation is None, "quantization_config", quantisation, "plain weights"),
     ]
     wrong = [f"{name} is {found!r}, expected {wanted}" for exact, name, found, wanted in checks if not exact]

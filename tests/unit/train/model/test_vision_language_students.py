@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from common.data.chat_encoding import ChatEncoder
@@ -19,8 +20,8 @@ from train.data.collator import Batch, Collator, StudentInputs
 from train.data.image_cache import ImageCache
 from train.data.sources import DatasetSource
 from train.model.packing import TEXT_MODELS, check_packing_supported, rope_position_ids
-from train.model.student import is_multimodal, load_student, parameter_groups, text_config
-from train.moe.upcycle import upcycle
+from train.model.student import is_multimodal, load_student, parameter_groups, save_student, text_config
+from train.moe.upcycle import upcycle, upcycle_directory
 
 pytestmark = pytest.mark.slow
 
@@ -119,16 +120,44 @@ def test_parameter_groups_are_the_models_own_parts(family: str, tmp_path: Path) 
     assert by_group["adapter"] == is_adapter
 
 
-@pytest.mark.parametrize("family", ["llava-next", "llava-onevision", "internvl", "mistral3"])
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision", "internvl", "mistral3", "qwen3-vl"])
 def test_an_upcycled_student_has_the_logits_of_the_dense_one(family: str, data: Path, tmp_path: Path) -> None:
     build_model(FAMILIES[family], tmp_path / "model", TEXTS, seed=0)
     dense = load_student(tmp_path / "model", dtype=torch.float32)
     sparse = upcycle(dense, MoEConfig(), seed=0)
     assert "router" in frozenset[str]().union(*parameter_groups(sparse).values())
-    batch, _, _ = collate(tmp_path / "model", data, packed=False)
-    with torch.no_grad():
-        difference = dense(**batch.model_inputs).logits - sparse(**batch.model_inputs).logits
-    assert difference.flatten(0, 1)[batch.rows].abs().max() < 1e-5
+    for packed in (False, True):
+        batch, _, _ = collate(tmp_path / "model", data, packed=packed)
+        inputs = batch.model_inputs
+        if packed:
+            check_packing_supported(sparse)
+            positions = rope_position_ids(sparse, inputs)
+            inputs["position_ids"] = inputs["position_ids"] if positions is None else positions
+        with torch.no_grad():
+            difference = dense(**inputs).logits - sparse(**inputs).logits
+        assert difference.flatten(0, 1)[batch.rows].abs().max() < 1e-5
+
+
+def test_a_sparse_qwen3_vl_is_saved_as_published_ones_are(tmp_path: Path) -> None:
+    """Each expert's matrices are transposed in the file. The copies differ, so that no other order would pass."""
+    build_model(FAMILIES["qwen3-vl"], tmp_path / "model", TEXTS, seed=0)
+    model = upcycle(load_student(tmp_path / "model", dtype=torch.float32), MoEConfig(noise=0.1), seed=0)
+    save_student(model, tmp_path / "model", tmp_path / "sparse")
+    stored, name = load_file(tmp_path / "sparse/model.safetensors"), "model.language_model.layers.1.mlp.experts"
+    expected = model.state_dict()
+    for part, shape in (("gate_up_proj", (4, 128, 512)), ("down_proj", (4, 256, 128))):
+        assert stored[f"{name}.{part}"].shape == shape
+        assert torch.equal(stored[f"{name}.{part}"].transpose(1, 2), expected[f"{name}.{part}"])
+    loaded = load_student(tmp_path / "sparse", dtype=torch.float32).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+
+
+def test_experts_that_transformers_cannot_tell_from_transposed_ones_are_not_saved(tmp_path: Path) -> None:
+    build_model(FAMILIES["qwen3-vl"], tmp_path / "model", TEXTS, seed=0, sizes={"intermediate_size": 64})
+    with pytest.raises(ModelError, match="matrices of 128 x 128, of which transformers cannot tell"):
+        upcycle_directory(tmp_path / "model", tmp_path / "sparse", MoEConfig(), seed=0)
+    assert not (tmp_path / "sparse").exists()
 
 
 @pytest.mark.parametrize(
