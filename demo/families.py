@@ -527,14 +527,22 @@ FAMILIES = {
 }
 
 
-def build_text_model(name: str, out: Path, texts: Iterable[str], *, seed: int) -> None:
-    """Writes a tiny random text model of one of `TEXT_FAMILIES` with its tokenizer into `out`."""
+def build_text_model(
+    name: str, out: Path, texts: Iterable[str], *, seed: int, sizes: dict[str, Any] | None = None
+) -> None:
+    """Writes a tiny random text model of one of `TEXT_FAMILIES` with its tokenizer into `out`.
+
+    `sizes` are settings of the model in place of the family's.
+    """
     tokenizer = fit_tokenizer(Family(), texts)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config_class, changes = TEXT_FAMILIES[name]
+    config = config_class(**{**_TEXT, **ids, **changes, **(sizes or {})})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = hf.AutoModelForCausalLM.from_config(config_class(**{**_TEXT, **ids, **changes}), dtype=torch.float32)
+        model = hf.AutoModelForCausalLM.from_config(
+            config_class(**{**_TEXT, **ids, **changes, **(sizes or {})}), dtype=torch.float32
+        )
         _randomize(model)
     model.generation_config = hf.GenerationConfig(do_sample=False, **ids)
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # noqa: SLF001 - as train.model

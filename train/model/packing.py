@@ -23,7 +23,7 @@ from train.model.student import text_config
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 TEXT_MODELS = (
-    *("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "phi", "phi3", "smollm3", "stablelm"),
     *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text"),
 )
 

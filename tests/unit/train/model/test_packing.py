@@ -19,6 +19,7 @@ from transformers import (
 from common.data.chat_encoding import ChatEncoder
 from common.data.samples import Kind
 from common.errors import ConfigError
+from demo.families import build_text_model
 from tests.integration.training.test_parallel import make_sparse
 from tests.support.models import TextFamily, randomise, tiny_causal_lm, tiny_llava
 from tests.support.training import LiveTeacher, largest_difference, run_stages, stage, weights, write_mixed_dataset
@@ -49,6 +50,15 @@ STUDENTS: dict[str, tuple[TextFamily, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2", {}),
     "qwen3_moe": ("qwen3", {}),
 }
+# Families and settings of text models that `demo.families` makes.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("granite", {}),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {}),
+    "phi3, window": ("phi3", {"sliding_window": 3}),
+    "smollm3": ("smollm3", {}),
+    "stablelm": ("stablelm", {}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +72,10 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedMo
             model = upcycle(model, MoEConfig(layers="all"), seed=0)
             randomise(((n, p) for n, p in model.named_parameters() if ".mlp.experts." in n or ".gate." in n), 1, 0.3)
         models[name] = model
+    for name, (other, settings) in OTHERS.items():
+        texts = ["user\nIs it the digit?", "assistant\nIt is the digit."] * 9
+        build_text_model(other, root / name, texts, seed=0, sizes=settings)
+        models[name] = load_student(root / name, dtype=torch.float32)
     return models
 
 
@@ -135,7 +149,7 @@ def flash_attention(monkeypatch: pytest.MonkeyPatch) -> FakeFlashAttention:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", [*STUDENTS, *OTHERS])
 def test_packed_sequences_have_the_logits_that_each_has_alone(
     students: dict[str, PreTrainedModel],
     name: str,
