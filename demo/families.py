@@ -540,9 +540,7 @@ def build_text_model(
     config = config_class(**{**_TEXT, **ids, **changes, **(sizes or {})})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = hf.AutoModelForCausalLM.from_config(
-            config_class(**{**_TEXT, **ids, **changes, **(sizes or {})}), dtype=torch.float32
-        )
+        model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _randomize(model)
     model.generation_config = hf.GenerationConfig(do_sample=False, **ids)
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # noqa: SLF001 - as train.model
