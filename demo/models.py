@@ -31,9 +31,7 @@ from demo.data import IMAGE_SIZE, DemoData, read_lines, write_dataset
 from demo.families import FAMILIES, build_model
 from train.model.student import atomic_directory, load_student, parameter_groups, save_student
 
-# The families that the demo has been run with; `demo.families` has small models of more.
 LLAVA = "llava"
-DEMO_FAMILIES = (LLAVA, "qwen2.5-vl", "smolvlm")
 
 PATCH_SIZE = 14
 CONTEXT = 512

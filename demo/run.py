@@ -42,7 +42,7 @@ class DemoError(DecantError):
 def run_demo(out: Path, *, seed: int, family: str = LLAVA, max_steps: int | None = None) -> None:
     """Runs every step in `out`, then prints the table and writes `report.json` and `losses.png`.
 
-    `family` is one of `demo.models.DEMO_FAMILIES`; `max_steps` ends each stage of training after so many steps.
+    `family` is `LLAVA` or one of `demo.families`; `max_steps` ends each stage of training after so many steps.
 
     Raises:
         DemoError: a step failed, or `out` has a demo of another family or seed.

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from demo.run import DemoError, run_demo
+from train.model.student import load_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
@@ -22,6 +24,13 @@ def test_the_chain_of_a_family_without_a_sparse_stage(tmp_path: Path) -> None:
     # The stored scores are the teacher's own, so recomputed from the model they give no divergence.
     assert abs(rows["teacher"]["kl_to_teacher"]) < 1e-5
     assert rows["distilled, dense"]["kl_to_teacher"] < rows["student, init"]["kl_to_teacher"]
+    teacher, given, fresh = (
+        dict(load_student(out / path, dtype=torch.float32).named_parameters())
+        for path in ("teacher", "models/student_with_tower", "models/student")
+    )
+    tower = {name for name in given if ".visual." in name and ".merger." not in name}
+    assert len(tower) > 20
+    assert all(torch.equal(given[name], (teacher if name in tower else fresh)[name]) for name in given)
     with Image.open(out / "losses.png") as image:
         assert len(image.getcolors(1 << 24) or ()) > 10
     with pytest.raises(DemoError, match=r"begun with .*qwen2\.5-vl.*choose another directory"):
