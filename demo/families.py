@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers.conversion_mapping import get_model_conversion_mapping
+
+from train.model.student import save_student
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTEXT = 1024
@@ -99,10 +100,9 @@ def build_model(
     model.generation_config = hf.GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # noqa: SLF001 - as train.model
-    model.save_pretrained(out)
     parts.processor.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    save_student(model, out, out)
 
 
 # Heads are 32 wide, a size that vLLM's CPU attention takes.
@@ -118,6 +118,9 @@ _TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
     "bos_token_id": None,
 }
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
 
 
 def _randomize(model: Any) -> None:
@@ -183,6 +186,14 @@ def _qwen3_vl(tokenizer: Any, text: dict[str, Any]) -> Parts:
         **_qwen_ids(tokenizer),
     )
     return Parts(config, _qwen_vl_processor(tokenizer, hf.Qwen3VLProcessor, 16))
+
+
+def _qwen3_vl_moe(tokenizer: Any, text: dict[str, Any]) -> Parts:
+    dense = _qwen3_vl(tokenizer, {**text, **_EXPERTS, "decoder_sparse_step": 1})
+    settings = dense.config.to_dict()
+    for part in (settings, settings["text_config"], settings["vision_config"]):
+        part.pop("model_type")
+    return Parts(hf.Qwen3VLMoeConfig(**settings), dense.processor)
 
 
 _CLIP = {
@@ -509,6 +520,7 @@ FAMILIES = {
     "qwen2-vl": Family(_QWEN_SPECIAL, _QWEN_IMAGE, _qwen2_vl),
     "qwen2.5-vl": Family(_QWEN_SPECIAL, _QWEN_IMAGE, _qwen2_5_vl),
     "qwen3-vl": Family(_QWEN_SPECIAL, _QWEN_IMAGE, _qwen3_vl),
+    "qwen3-vl-moe": Family(_QWEN_SPECIAL, _QWEN_IMAGE, _qwen3_vl_moe),
     "llava-next": Family(("<image>",), "<image>", _llava_next),
     "llava-onevision": Family(("<image>", "<video>"), "<image>", _llava_onevision),
     "internvl": Family(tuple(_INTERNVL.values()), "<IMG_CONTEXT>", _internvl, tuple(_INTERNVL.items())),
@@ -543,14 +555,11 @@ def build_text_model(
         model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _randomize(model)
     model.generation_config = hf.GenerationConfig(do_sample=False, **ids)
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # noqa: SLF001 - as train.model
-    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    save_student(model, out, out)
     # Saved again as the class that transformers takes for this type of model, so that any directory loads the same one.
     hf.AutoTokenizer.from_pretrained(out, local_files_only=True).save_pretrained(out)
 
-
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
 # Configuration class and settings beside `_TEXT` of each family.
 TEXT_FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -181,6 +181,7 @@ ADAPTERS = {
     "qwen2-vl": {"merger"},
     "qwen2.5-vl": {"merger"},
     "qwen3-vl": {"merger", "deepstack_merger_list"},
+    "qwen3-vl-moe": {"merger", "deepstack_merger_list"},
     "glm-4v": {"merger"},
     "llava-next": {"multi_modal_projector", "image_newline"},
     "llava-onevision": {"multi_modal_projector", "image_newline"},
