@@ -166,7 +166,12 @@ def test_an_option_that_vllm_does_not_have_is_named() -> None:
 
 def test_scoring_settings_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[EngineArgs] = []
-    monkeypatch.setattr("precompute.engine.vllm_engine.LLMEngine.from_engine_args", received.append)
+
+    def start_engine(arguments: EngineArgs) -> FakeEngine:
+        received.append(arguments)
+        return FakeEngine()
+
+    monkeypatch.setattr("precompute.engine.vllm_engine.LLMEngine.from_engine_args", start_engine)
     start(options={"block_size": 32})
     arguments = received[0]
     assert arguments.block_size == 32
