@@ -72,7 +72,7 @@ def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option 
     model: Annotated[
         Path,
         typer.Option(
-            help="LLaVA, CLIP or SigLIP directory with the vision tower of the student.",
+            help="Student, or another directory with its vision tower (CLIP, SigLIP).",
             show_default=False,
             callback=check_local_path,
         ),
@@ -88,8 +88,9 @@ def precompute_features(  # noqa: PLR0913, PLR0917 - each argument is an option 
         typer.Option(help="bf16 is exact for training in bf16; q8 takes three quarters of its bytes."),
     ] = "bf16",
     image_aspect_ratio: Annotated[
-        Literal["pad", "keep"], typer.Option(help="The same as data.image_aspect_ratio of the training.")
-    ] = "pad",
+        Literal["pad", "keep"] | None,
+        typer.Option(help="The same as data.image_aspect_ratio of the training. Default: pad for LLaVA, else keep."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images that the tower takes at once.")] = 16,
     images_per_shard: Annotated[int, typer.Option(min=1, metavar="N", help="Images in each file.")] = 128,
 ) -> None:

@@ -29,7 +29,7 @@ from common.estimates import Estimate, EstimateTable, format_value
 from train.choices import ParameterGroup, Precision, ZeroStage
 from train.config import TRAINABLE, TrainConfig
 from train.model.cached_tower import cached_tower_config
-from train.model.student import find_model_class, parameter_groups, set_trainable, trained_groups
+from train.model.student import find_model_class, leave_out_tower, parameter_groups, set_trainable, trained_groups
 from train.moe.upcycle import is_sparse, upcycle
 
 STAGES: tuple[ZeroStage, ...] = get_args(ZeroStage)
@@ -183,6 +183,8 @@ def build_on_meta(path: Path, *, tower: bool = True) -> PreTrainedModel:
         config = config if tower else cached_tower_config(config)
         with torch.device("meta"):
             model: PreTrainedModel = auto_class.from_config(config)
+        if not tower:
+            leave_out_tower(model)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(
             f"{path}: its config.json makes no student ({error}); expected a LLaVA or a causal language model"

@@ -227,7 +227,7 @@ class ProcessorImages:
         # Fast tokenizers may not be called from two threads at once.
         self._lock = threading.Lock()
         try:
-            probe = self._call(_blank_image(*_PROBED_SIZES[0]))
+            probe = self._call(blank_image(*_PROBED_SIZES[0]))
         except _PROCESSOR_ERRORS as error:
             raise ModelError(
                 f"{model_dir}: {type(self._processor).__name__} cannot process an image ({error}); check the files of "
@@ -248,7 +248,7 @@ class ProcessorImages:
             try:
                 offset = self._count_offset
                 if offset is None:
-                    count = len(self._call(_blank_image(width, height))["input_ids"][0])
+                    count = len(self._call(blank_image(width, height))["input_ids"][0])
                 else:
                     count = self._count_fast(width, height) + offset
             except _PROCESSOR_ERRORS as error:
@@ -281,7 +281,7 @@ class ProcessorImages:
         if not hasattr(self._processor, "_get_num_multimodal_tokens"):
             return None
         offsets = {
-            len(self._call(_blank_image(*size))["input_ids"][0]) - self._count_fast(*size) for size in _PROBED_SIZES
+            len(self._call(blank_image(*size))["input_ids"][0]) - self._count_fast(*size) for size in _PROBED_SIZES
         }
         return offsets.pop() if len(offsets) == 1 else None
 
@@ -382,7 +382,8 @@ def _mean_rgb(mean: Any) -> tuple[int, int, int]:
     return int(red * 255), int(green * 255), int(blue * 255)
 
 
-def _blank_image(width: int, height: int) -> Image.Image:
+def blank_image(width: int, height: int) -> Image.Image:
+    """Returns a grey RGB image."""
     return Image.new("RGB", (width, height), (128, 128, 128))
 
 

@@ -1,7 +1,8 @@
 """Tensors and fingerprint of the vision tower in a model directory, read from its files without torch.
 
 Tensors are found by the names that the tower itself gives them, without the files' prefixes. So a LLaVA that was saved
-again and the CLIP that it was composed from have the same tower.
+again and the CLIP that it was composed from have the same tower. Parts of a tower that map its output to the language
+model's are the adapter's, and are left out.
 """
 
 import hashlib
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.adapter_inputs import FIRST_ADAPTER_LAYER, is_in_adapter
 from common.data.images import AspectRatio, read_json
-from common.data.model_images import LlavaImages
+from common.data.model_images import LlavaImages, find_model_images
 from common.errors import ModelError, ProvenanceError, shorten
 from common.shards.feature_shard import to_bfloat16
 from common.shards.manifest import EncoderIdentity, FeatureManifest, list_differences
@@ -42,14 +44,15 @@ _OUTPUT_SETTINGS = (
 )
 _TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 
-# Key in the configuration of a vision tower: the number of the first layer that belongs to the student's adapter, as do
-# those after it (train.model.adapter). Absent if there are none.
-FIRST_ADAPTER_LAYER = "first_adapter_layer"
-
 # SigLIP's pooling head, which no LLaVA uses.
 _POOLING_HEAD = "head."
 
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+
+_TOWER_NAME = re.compile(r"(?:^|\.)(?:vision_tower|vision_model|visual)\.(?:vision_model\.)?(.+)")
+
+# Settings outside of the vision tower's own that choose what the adapter gets of it.
+_CHOOSING_SETTINGS = ("vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio")
 
 _MAX_CHUNK_VALUES = 1 << 22
 
@@ -119,34 +122,65 @@ def load_vision_config(model_dir: Path) -> tuple[Any, tuple[int, ...], str]:
     return vision, tuple(layer % num_states for layer in layers), strategy
 
 
-def compute_encoder_identity(model_dir: Path, aspect_ratio: AspectRatio) -> EncoderIdentity:
-    """Computes the fingerprint of the features that a model gives its multi-modal projector.
+def compute_encoder_identity(
+    model_dir: Path, aspect_ratio: AspectRatio, num_channels: int | None = None
+) -> EncoderIdentity:
+    """Computes the fingerprint of the features that a model gives its adapter.
 
     Reads the tower's tensors once, a few million values at a time; about a second for CLIP ViT-L/14.
+
+    Args:
+        model_dir: of a LLaVA, CLIP or SigLIP, or of any model whose processor transformers loads.
+        aspect_ratio: what becomes of an image before the processor gets it.
+        num_channels: of the features, which only the model itself tells unless it is a LLaVA, CLIP or SigLIP.
 
     Raises:
         ModelError: the directory has no vision tower, or one that is not supported.
     """
-    vision, layers, strategy = load_vision_config(model_dir)
-    images = LlavaImages.load(model_dir)
-    settings = json.dumps({name: getattr(vision, name) for name in _OUTPUT_SETTINGS}, sort_keys=True)
+    images = find_model_images(model_dir)
+    if images is None or isinstance(images, LlavaImages):
+        vision, layers, strategy = load_vision_config(model_dir)
+        images = LlavaImages.load(model_dir)
+        settings = {name: getattr(vision, name) for name in _OUTPUT_SETTINGS}
+        tokens_per_image: int | None = images.num_tower_tokens - (strategy == "default")
+        num_channels = vision.hidden_size * len(layers)
+    else:
+        vision, settings = _load_any_vision_config(model_dir)
+        layers, strategy, tokens_per_image = (), "model", None
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tower_tensors(model_dir).items()):
         sha256.update(f"{name} {list(tensor.shape)}\n".encode())
         for bits in tensor.bfloat16_chunks():
             sha256.update(bits.astype("<u2").tobytes())
-    return EncoderIdentity(
-        architecture=vision.model_type,
-        weights_sha256=sha256.hexdigest(),
-        config_sha256=hashlib.sha256(settings.encode()).hexdigest(),
-        layers=layers,
-        select_strategy="full" if strategy == "full" else "default",
-        processor_sha256=images.sha256,
-        aspect_ratio=aspect_ratio,
-        dtype="bfloat16",
-        tokens_per_image=images.num_tower_tokens - (strategy == "default"),
-        num_channels=vision.hidden_size * len(layers),
+    return EncoderIdentity.model_validate(
+        {
+            "architecture": vision.model_type,
+            "weights_sha256": sha256.hexdigest(),
+            "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            "layers": layers,
+            "select_strategy": strategy,
+            "processor_sha256": images.sha256,
+            "aspect_ratio": aspect_ratio,
+            "dtype": "bfloat16",
+            "tokens_per_image": tokens_per_image,
+            "num_channels": num_channels,
+        }
     )
+
+
+def _load_any_vision_config(model_dir: Path) -> tuple[Any, dict[str, Any]]:
+    """Returns the configuration of a model's vision tower, and the settings that change what the adapter gets of it."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{model_dir}: its config.json cannot be used ({error})") from error
+    # What every configuration has is about training, files and versions.
+    general = PreTrainedConfig().to_dict().keys() - {"model_type"}
+    settings = {name: value for name, value in config.vision_config.to_dict().items() if name not in general}
+    settings |= {name: getattr(config, name) for name in _CHOOSING_SETTINGS if hasattr(config, name)}
+    return config.vision_config, settings
 
 
 def check_encoder(manifest: FeatureManifest, cache: Location, model_dir: Path, aspect_ratio: AspectRatio) -> None:
@@ -155,7 +189,7 @@ def check_encoder(manifest: FeatureManifest, cache: Location, model_dir: Path, a
     Raises:
         ProvenanceError: it would not; names every difference. ModelError: as for `compute_encoder_identity`.
     """
-    found = compute_encoder_identity(model_dir, aspect_ratio)
+    found = compute_encoder_identity(model_dir, aspect_ratio, manifest.encoder.num_channels)
     names = "the cache", "the model"
     if differences := list_differences(manifest.encoder.model_dump(), found.model_dump(), names=names):
         raise ProvenanceError(
@@ -168,7 +202,7 @@ def check_encoder(manifest: FeatureManifest, cache: Location, model_dir: Path, a
 def tower_tensors(model_dir: Path) -> dict[str, StoredTensor]:
     """Returns the tower's floating-point tensors, by the names that transformers' vision model gives them.
 
-    SigLIP's pooling head and layers that belong to the adapter are left out.
+    SigLIP's pooling head and what belongs to the adapter are left out.
 
     Raises:
         ModelError: there are no safetensors, a file is damaged, a tensor is there twice, or none belongs to a tower.
@@ -182,6 +216,8 @@ def tower_tensors(model_dir: Path) -> dict[str, StoredTensor]:
             name = _tower_name(tensor.name) if vision else tensor.name.removeprefix("vision_model.")
             if name is None or name.startswith(_POOLING_HEAD) or tensor.dtype not in _FLOAT_TYPES:
                 continue
+            if is_in_adapter(name):
+                continue
             layer = _LAYER.match(name)
             if layer is not None and first_adapter_layer is not None and int(layer[1]) >= first_adapter_layer:
                 continue
@@ -191,7 +227,10 @@ def tower_tensors(model_dir: Path) -> dict[str, StoredTensor]:
                 )
             found[name] = tensor
     if not found:
-        raise ModelError(f"{model_dir}: its *.safetensors hold no vision tower; expected a LLaVA, CLIP or SigLIP")
+        raise ModelError(
+            f"{model_dir}: its *.safetensors hold no vision tower, named vision_tower, vision_model or visual; "
+            "expected a LLaVA, CLIP, SigLIP or another model that takes images"
+        )
     return found
 
 
@@ -217,7 +256,7 @@ def load_tower_weights(tower: Any, model_dir: Path) -> None:
 
 def _tower_name(name: str) -> str | None:
     """Returns the name that the tower itself gives a tensor of a model; None if the tensor is not the tower's."""
-    match = re.search(r"(?:^|\.)vision_tower\.(?:vision_model\.)?(.+)", name) or re.match(r"vision_model\.(.+)", name)
+    match = _TOWER_NAME.search(name)
     return match[1] if match else None
 
 

@@ -2,12 +2,13 @@
 
     output/
       manifest.json         the encoder, the images and the form of the features
-      images.parquet        the distinct images, in order of first appearance: SHA-256 of the file, paths
+      images.parquet        the distinct images, in order of first appearance: SHA-256 of the file, paths, and their
+                            sizes if the number of rows depends on them
       shard-00042.parquet   features of images [42 S, 43 S), with its receipt shard-00042.json beside it
 
-Legend: P tokens that the tower gives an image (patches), D channels.
+Legend: P rows of an image's features (patches), D channels.
 
-Features are the input of the multi-modal projector. They are stored in one of two forms:
+Features are the input of the model's adapter. They are stored in one of two forms:
 
     bf16   bfloat16, exact for a tower that computes in it; low and high bytes are separate columns, because only the
            high bytes repeat
@@ -53,7 +54,8 @@ from common.storage.files import Location, open_ranged, publish, read_bytes
 
 INDEX_NAME = "images.parquet"
 
-# A row group is read whole even for one image, so it holds only as many as fit into this, but at least one.
+# A row group is read whole even for one image, so it holds only as many as fit into this, but at least one. Images of
+# various sizes have one each.
 _MAX_GROUP_BYTES = 1 << 20
 
 # Limited, because a cache may have more shards than a process may have open files.
@@ -65,23 +67,24 @@ _PACKED_COLUMNS: dict[FeatureForm, tuple[str, ...]] = {
     "bf16": ("features_low", "features_high"),
     "q8": ("codes", "patch_scales", "channel_scales"),
 }
-_INDEX_SCHEMA = pa.schema(
-    [
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("paths", pa.list_(pa.field("element", pa.string(), nullable=False)), nullable=False),
-    ]
+_INDEX_FIELDS = (
+    pa.field("sha256", pa.string(), nullable=False),
+    pa.field("paths", pa.list_(pa.field("element", pa.string(), nullable=False)), nullable=False),
 )
+_SIZE_FIELDS = (pa.field("width", pa.int32(), nullable=False), pa.field("height", pa.int32(), nullable=False))
 
 
 @dataclass(frozen=True)
 class CachedImage:
     """Distinct image: SHA-256 (hex) of its encoded file, and the paths by which the dataset names it.
 
-    One whose file only the dataset itself holds has no path.
+    One whose file only the dataset itself holds has no path. `size` is width and height of what the processor gets, or
+    None where all images have the same number of rows.
     """
 
     sha256: str
     paths: tuple[str, ...]
+    size: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -99,22 +102,26 @@ class FeatureRow:
 
 
 def images_digest(images: Iterable[CachedImage]) -> str:
-    """Returns the SHA-256 (hex) of a list of images and their paths."""
+    """Returns the SHA-256 (hex) of a list of images, their sizes and their paths."""
     sha256 = hashlib.sha256()
     for image in images:
-        sha256.update((json.dumps([image.sha256, *image.paths]) + "\n").encode())
+        sha256.update((json.dumps([image.sha256, *(image.size or ()), *image.paths]) + "\n").encode())
     return sha256.hexdigest()
 
 
-def images_per_group(tokens_per_image: int, num_channels: int) -> int:
+def images_per_group(tokens_per_image: int | None, num_channels: int) -> int:
     """Returns the number of images of a row group."""
-    return max(1, _MAX_GROUP_BYTES // (2 * tokens_per_image * num_channels))
+    return 1 if tokens_per_image is None else max(1, _MAX_GROUP_BYTES // (2 * tokens_per_image * num_channels))
+
+
+def _index_schema(manifest: FeatureManifest) -> pa.Schema:
+    return pa.schema([*_INDEX_FIELDS, *(_SIZE_FIELDS if manifest.encoder.tokens_per_image is None else ())])
 
 
 def feature_schema(manifest: FeatureManifest) -> pa.Schema:
     """Returns the Arrow schema of a shard."""
     packed = [pa.field(name, pa.binary(), nullable=False) for name in _PACKED_COLUMNS[manifest.form]]
-    return pa.schema([pa.field("index", pa.int64(), nullable=False), *_INDEX_SCHEMA, *packed])
+    return pa.schema([pa.field("index", pa.int64(), nullable=False), *_index_schema(manifest), *packed])
 
 
 def pack_features(features_PD: npt.NDArray[np.float32], form: FeatureForm) -> dict[str, bytes]:
@@ -136,8 +143,11 @@ def unpack_features(packed: Mapping[str, bytes], manifest: FeatureManifest, wher
     Raises:
         ShardError: a column has not the size that the manifest implies, or a code is out of range; names `where`.
     """
-    shape = num_patches, num_channels = manifest.encoder.tokens_per_image, manifest.encoder.num_channels
-    num_values = num_patches * num_channels
+    num_patches, num_channels = manifest.encoder.tokens_per_image, manifest.encoder.num_channels
+    if num_patches is None:
+        # Another number of bytes than that of whole rows is found below.
+        num_patches = max(1, len(packed[_PACKED_COLUMNS[manifest.form][0]]) // num_channels)
+    shape, num_values = (num_patches, num_channels), num_patches * num_channels
     sizes = {"patch_scales": 4 * num_patches, "channel_scales": 4 * num_channels}
     for name in _PACKED_COLUMNS[manifest.form]:
         if len(packed[name]) != (expected := sizes.get(name, num_values)):
@@ -190,7 +200,7 @@ def write_feature_shard(
             group = rows[start : start + manifest.images_per_group]
             columns = [
                 pa.array([row.index for row in group], pa.int64()),
-                *_index_columns([row.image for row in group]),
+                *_index_columns([row.image for row in group], manifest),
                 *(
                     pa.array([row.packed[name] for row in group], pa.binary())
                     for name in _PACKED_COLUMNS[manifest.form]
@@ -210,7 +220,8 @@ class FeatureFile(ParquetShard):
 
     def __init__(self, path: Location, manifest: FeatureManifest, number: int, check: ShardCheck = "sha256") -> None:
         what = f"feature shard of the form {manifest.form}"
-        self._num_values = manifest.encoder.tokens_per_image * manifest.encoder.num_channels
+        # Without a number of rows there is the limit for columns that the manifest says nothing of.
+        self._num_values = (manifest.encoder.tokens_per_image or 0) * manifest.encoder.num_channels
         super().__init__(path, manifest, number, feature_schema(manifest), what, check)
         self._names = _PACKED_COLUMNS[manifest.form]
 
@@ -222,18 +233,17 @@ class FeatureFile(ParquetShard):
         """Reads the rows of one row group."""
         with self.shard_errors():
             table = self._read(group)
-            columns = [table.column(name).to_pylist() for name in self._names]
-            keys = (table.column(name).to_pylist() for name in ("index", "sha256", "paths"))
+            columns = [table.column(name).to_pylist() for name in ("index", *self._names)]
             return [
-                FeatureRow(index, CachedImage(sha256, tuple(paths)), dict(zip(self._names, packed, strict=True)))
-                for index, sha256, paths, *packed in zip(*keys, *columns, strict=True)
+                FeatureRow(index, image, dict(zip(self._names, packed, strict=True)))
+                for image, index, *packed in zip(_read_images(table), *columns, strict=True)
             ]
 
 
-def write_index(output: Location, images: Sequence[CachedImage]) -> None:
+def write_index(output: Location, images: Sequence[CachedImage], manifest: FeatureManifest) -> None:
     """Publishes images.parquet. Raises StorageError."""
     buffer = io.BytesIO()
-    table = pa.Table.from_arrays(_index_columns(images), schema=_INDEX_SCHEMA)
+    table = pa.Table.from_arrays(_index_columns(images, manifest), schema=_index_schema(manifest))
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     publish(output / INDEX_NAME, buffer.getvalue())
 
@@ -249,10 +259,9 @@ def read_index(output: Location, manifest: FeatureManifest) -> list[CachedImage]
     try:
         with open_ranged(path) as file:
             table = pq.read_table(pa.PythonFile(file, "r"), page_checksum_verification=True)
-        if not table.schema.equals(_INDEX_SCHEMA):
-            raise ShardError(f"{path}: its columns are not sha256 and paths")
-        columns = (table.column(name).to_pylist() for name in ("sha256", "paths"))
-        images = [CachedImage(sha256, tuple(paths)) for sha256, paths in zip(*columns, strict=True)]
+        if not table.schema.equals(schema := _index_schema(manifest)):
+            raise ShardError(f"{path}: its columns are not {', '.join(schema.names)}")
+        images = _read_images(table)
     except (OSError, pa.ArrowException, ValueError, TypeError) as error:
         raise ShardError(f"{path}: cannot be read ({error}); run precompute-features again, it writes it") from error
     if images_digest(images) != manifest.images_sha256:
@@ -346,8 +355,18 @@ def _read_footer_kind(path: Location) -> Any:
         return None
 
 
-def _index_columns(images: Sequence[CachedImage]) -> list[pa.Array]:
+def _index_columns(images: Sequence[CachedImage], manifest: FeatureManifest) -> list[pa.Array]:
+    values = [(image.sha256, image.paths, *(image.size or ())) for image in images]
     return [
-        pa.array([image.sha256 for image in images], pa.string()),
-        pa.array([image.paths for image in images], _INDEX_SCHEMA.field("paths").type),
+        pa.array([value[number] for value in values], field.type)
+        for number, field in enumerate(_index_schema(manifest))
+    ]
+
+
+def _read_images(table: pa.Table) -> list[CachedImage]:
+    names = [field.name for field in (*_INDEX_FIELDS, *_SIZE_FIELDS) if field.name in table.column_names]
+    columns = [table.column(name).to_pylist() for name in names]
+    return [
+        CachedImage(sha256, tuple(paths), (size[0], size[1]) if size else None)
+        for sha256, paths, *size in zip(*columns, strict=True)
     ]

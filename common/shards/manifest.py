@@ -145,18 +145,19 @@ class EncoderIdentity(StrictModel):
 
     `weights_sha256` covers the tower's tensors by name, in bfloat16, but not how files hold them. `dtype` is the type
     in which the tower computed. `layers` are numbers of hidden states, of which 0 is the embeddings; several are
-    concatenated along the channels.
+    concatenated along the channels. Under the strategy "model", `layers` is empty: the features are what the model's
+    own code gives its adapter. `tokens_per_image` is None if an image's number of rows depends on its size.
     """
 
     architecture: str
     weights_sha256: str
     config_sha256: str
     layers: Annotated[tuple[int, ...], FROM_LIST]
-    select_strategy: Literal["default", "full"]
+    select_strategy: Literal["default", "full", "model"]
     processor_sha256: str
     aspect_ratio: AspectRatio
     dtype: Literal["bfloat16"]
-    tokens_per_image: int
+    tokens_per_image: int | None
     num_channels: int
 
 

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from common.concurrency import prefetch_map
 from common.console import plain_text
 from common.data.dataset import Dataset
-from common.data.images import AspectRatio, ImageRoot, load_image, read_image_and_digest
-from common.data.model_images import LlavaImages
+from common.data.images import AspectRatio, ImageRoot, check_image, load_image, read_image_and_digest
+from common.data.model_images import ModelImages, describe_aspect_ratio, find_model_images
 from common.data.samples import ImageRef
 from common.errors import DataError, ModelError, ShardError
 from common.shards.encoder_identity import compute_encoder_identity
@@ -47,6 +47,7 @@ from common.shards.feature_shard import (
 )
 from common.shards.manifest import (
     DatasetIdentity,
+    EncoderIdentity,
     EngineIdentity,
     FeatureForm,
     FeatureManifest,
@@ -71,14 +72,14 @@ _WAITING_SHARDS = 1
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """Options of `precompute-features`."""
+    """Options of `precompute-features`. `aspect_ratio` None stands for the model's own choice."""
 
     model: Path
     dataset: Location
     image_root: ImageRoot | None
     output: Location
     form: FeatureForm = "bf16"
-    aspect_ratio: AspectRatio = "pad"
+    aspect_ratio: AspectRatio | None = None
     batch_size: int = 16
     images_per_shard: int = 128
 
@@ -106,7 +107,8 @@ class FeatureSummary:
         encoder, num_shards = self.manifest.encoder, self.manifest.num_shards
         table.add_row("output", plain_text(self.output))
         table.add_row("images", f"{self.manifest.num_images:,} distinct, {self.num_new_images:,} new")
-        shape = f"{encoder.tokens_per_image:,} x {encoder.num_channels:,}"
+        rows = "various" if encoder.tokens_per_image is None else f"{encoder.tokens_per_image:,}"
+        shape = f"{rows} x {encoder.num_channels:,}"
         table.add_row("features", f"{shape} an image, {self.manifest.form}, {self.num_bytes:,} bytes in all")
         table.add_row("shards", f"{self.num_complete_shards:,} of {num_shards:,}")
         if self.num_new_images:
@@ -126,6 +128,7 @@ class _FeatureJob:
     """All that is known before the vision tower starts.
 
     `embedded` says of the images inside the dataset, by SHA-256 (hex), in which sample they stand, and as which image.
+    `tower` is the vision tower if it had to be loaded already.
     """
 
     settings: FeatureSettings
@@ -133,7 +136,8 @@ class _FeatureJob:
     dataset: Dataset
     images: list[CachedImage]
     embedded: dict[str, tuple[int, int]]
-    mean_rgb: tuple[int, int, int]
+    model_images: ModelImages
+    tower: Any
 
 
 def run_features(settings: FeatureSettings, *, progress: bool = True) -> FeatureSummary:
@@ -152,7 +156,7 @@ def run_features(settings: FeatureSettings, *, progress: bool = True) -> Feature
     with directory_lock(settings.output):
         open_output(settings.output, job.manifest)
         if _known_images(settings.output) != job.images:
-            write_index(settings.output, job.images)
+            write_index(settings.output, job.images, job.manifest)
     remove_partials(settings.output)
     missing = [n for n in range(job.manifest.num_shards) if not is_complete(settings.output, n, job.manifest)]
     num_new, interrupted, started_s = 0, False, time.monotonic()
@@ -177,14 +181,20 @@ def run_features(settings: FeatureSettings, *, progress: bool = True) -> Feature
 
 def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
     """Returns the distinct images, and the manifest that they and the tower give."""
-    encoder = compute_encoder_identity(settings.model, settings.aspect_ratio)
-    mean_rgb = LlavaImages.load(settings.model).mean_rgb
+    model_images = find_model_images(settings.model)
+    if model_images is None:
+        raise ModelError(f"{settings.model}: takes no images, so it has no features; name a model that does")
+    aspect_ratio = settings.aspect_ratio or model_images.default_aspect_ratio
+    logger.info("%s: %s", settings.model, describe_aspect_ratio(model_images, aspect_ratio))
+    varies = model_images.tokens_per_image is None
+    tower = _load_tower(settings.model, model_images, None) if varies else None
+    encoder = compute_encoder_identity(settings.model, aspect_ratio, tower.num_channels if tower else None)
     # The kind does not matter, because only images are read.
     dataset = Dataset.open(settings.dataset, "kd")
     # If the output lists the images of another dataset, its manifest differs from the one below and is refused.
     images = _known_images(settings.output)
     if images is None:
-        images = distinct_images(dataset, settings.image_root, progress=progress)
+        images = distinct_images(dataset, settings.image_root, aspect_ratio if varies else None, progress=progress)
     if not images:
         raise DataError(f"{settings.dataset}: no sample has an image, so there are no features to compute")
     manifest = FeatureManifest(
@@ -198,7 +208,19 @@ def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
         images_per_group=images_per_group(encoder.tokens_per_image, encoder.num_channels),
     )
     embedded = {} if all(image.paths for image in images) else _find_embedded(dataset)
-    return _FeatureJob(settings, manifest, dataset, images, embedded, mean_rgb)
+    return _FeatureJob(settings, manifest, dataset, images, embedded, model_images, tower)
+
+
+def _load_tower(model_dir: Path, images: ModelImages, encoder: EncoderIdentity | None) -> Any:
+    """Loads the vision tower of a LLaVA, CLIP or SigLIP, whose fingerprint is `encoder`, or of another model."""
+    # Imported here, because loading torch takes seconds, which a run with nothing to do should not spend.
+    if encoder is not None:
+        from precompute.features.vision_tower import VisionTower
+
+        return VisionTower(model_dir, encoder)
+    from precompute.features.model_tower import ModelTower
+
+    return ModelTower(model_dir, images)
 
 
 def _known_images(output: Location) -> list[CachedImage] | None:
@@ -210,37 +232,48 @@ def _known_images(output: Location) -> list[CachedImage] | None:
         return None
 
 
-def distinct_images(dataset: Dataset, image_root: ImageRoot | None, *, progress: bool) -> list[CachedImage]:
+def distinct_images(
+    dataset: Dataset, image_root: ImageRoot | None, aspect_ratio: AspectRatio | None, *, progress: bool
+) -> list[CachedImage]:
     """Returns the images of a dataset, each once, in the order in which their files first appear.
+
+    With `aspect_ratio` they have the sizes that it gives them.
 
     Raises:
         DataError: an image is missing or unreadable; names the sample. StorageError: the store refused.
     """
     # By path, or for an image inside the dataset by its digest, which is no path.
-    first_index: dict[str | bytes, int] = {}
+    first_index: dict[str | bytes, tuple[int, int]] = {}
     for index in range(len(dataset)):
-        for ref in dataset.images(index):
+        for position, ref in enumerate(dataset.images(index)):
             key = hashlib.sha256(ref.data).digest() if ref.data is not None else ref.path
             assert key is not None
-            first_index.setdefault(key, index)
+            first_index.setdefault(key, (index, position))
 
-    def sha256(item: tuple[str | bytes, int]) -> str:
-        key, index = item
-        if isinstance(key, bytes):
-            return key.hex()
-        return read_image_and_digest(key, image_root, dataset.where(index))[0]
+    def read(item: tuple[str | bytes, tuple[int, int]]) -> tuple[str, tuple[int, int] | None]:
+        key, (index, position) = item
+        where = dataset.where(index)
+        if isinstance(key, str):
+            digest, data = read_image_and_digest(key, image_root, where)
+            ref = ImageRef(key, data)
+        elif aspect_ratio is None:
+            return key.hex(), None
+        else:
+            digest, ref = key.hex(), dataset.images(index)[position]
+        size = None if aspect_ratio is None else check_image(ref, image_root, aspect_ratio, where, need_size=True)
+        return digest, size
 
-    paths: dict[str, list[str]] = {}
+    paths: dict[tuple[str, tuple[int, int] | None], list[str]] = {}
     with (
-        closing(prefetch_map(sha256, first_index.items(), num_threads=_READERS, ahead=8 * _READERS)) as found,
+        closing(prefetch_map(read, first_index.items(), num_threads=_READERS, ahead=8 * _READERS)) as found,
         tqdm(total=len(first_index), desc="reading", unit=" images", disable=not progress) as bar,
     ):
-        for key, digest in zip(first_index, found, strict=True):
-            names = paths.setdefault(digest, [])
+        for key, image in zip(first_index, found, strict=True):
+            names = paths.setdefault(image, [])
             if isinstance(key, str):
                 names.append(key)
             bar.update()
-    return [CachedImage(digest, tuple(names)) for digest, names in paths.items()]
+    return [CachedImage(digest, tuple(names), size) for (digest, size), names in paths.items()]
 
 
 def _find_embedded(dataset: Dataset) -> dict[str, tuple[int, int]]:
@@ -255,11 +288,10 @@ def _find_embedded(dataset: Dataset) -> dict[str, tuple[int, int]]:
 
 def _compute_shards(job: _FeatureJob, missing: Sequence[int], counted: list[int], progress: bool) -> None:
     """Writes the missing shards; appends the number of images of each to `counted`."""
-    # Imported here, because loading torch takes seconds, which a run with nothing to do should not spend.
-    from precompute.features.vision_tower import VisionTower, single_threaded_torch
-
     settings, manifest = job.settings, job.manifest
-    tower = VisionTower(settings.model, manifest.encoder)
+    tower = job.tower or _load_tower(settings.model, job.model_images, manifest.encoder)
+    from precompute.features.vision_tower import single_threaded_torch
+
     logger.info("%s: %s; features as %s", settings.model, tower.description, settings.form)
 
     def load(batch: range) -> tuple[range, Any]:
@@ -301,7 +333,7 @@ def _begin_batches(job: _FeatureJob, numbers: Iterable[int], writer: ShardWriter
                 yield range(start, min(start + size, shard.stop))
 
 
-def _make_rows(job: _FeatureJob, batch: range, features_IPD: npt.NDArray[np.float32]) -> list[FeatureRow]:
+def _make_rows(job: _FeatureJob, batch: range, features_IPD: Iterable[npt.NDArray[np.float32]]) -> list[FeatureRow]:
     """Returns the rows of a batch's features.
 
     Raises:
@@ -331,7 +363,7 @@ def _open_image(job: _FeatureJob, index: int) -> Image:
             raise DataError(f"{where}: is no longer in the dataset; begin another output")
         sample, position = job.embedded[known.sha256]
         ref = job.dataset.images(sample)[position]
-        return load_image(ref, root, job.settings.aspect_ratio, job.mean_rgb, where)
+        return load_image(ref, root, job.manifest.encoder.aspect_ratio, job.model_images.mean_rgb, where)
     path = known.paths[0]
     digest, data = read_image_and_digest(path, root, where)
     if digest != known.sha256:
@@ -339,4 +371,4 @@ def _open_image(job: _FeatureJob, index: int) -> Image:
             f"{where}: has SHA-256 {digest}, the cache was begun with {known.sha256}: the file was changed since; put "
             "the old one back, or begin another output"
         )
-    return load_image(ImageRef(path, data), root, job.settings.aspect_ratio, job.mean_rgb, where)
+    return load_image(ImageRef(path, data), root, job.manifest.encoder.aspect_ratio, job.model_images.mean_rgb, where)

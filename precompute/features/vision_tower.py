@@ -68,7 +68,7 @@ class VisionTower:
     @property
     def num_threads(self) -> int:
         """Number of calls of `encode` to run at once."""
-        return 1 if self.device == "cuda" else int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        return num_parallel_calls(self.device)
 
     def preprocess(self, images: Sequence[Image.Image]) -> Any:
         """Returns opened images as the image processor prepares them, a float32 tensor [I, 3, height, width]."""
@@ -83,6 +83,11 @@ class VisionTower:
             chosen = [state[:, 1:] for state in chosen]
         found: npt.NDArray[np.float32] = torch.cat(chosen, dim=-1).float().cpu().numpy()
         return found
+
+
+def num_parallel_calls(device: str) -> int:
+    """Returns how many calls of a tower to run at once: on a CPU one a core."""
+    return 1 if device == "cuda" else int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 @contextmanager

@@ -198,7 +198,8 @@ class _FeatureVerifier(OutputVerifier[FeatureManifest]):
 def _manifest_problems(manifest: FeatureManifest) -> Iterator[str]:
     """Yields sizes that no cache can have."""
     encoder = manifest.encoder
-    sizes = manifest.num_images, manifest.images_per_shard, encoder.tokens_per_image, encoder.num_channels
+    rows = 1 if encoder.tokens_per_image is None else encoder.tokens_per_image
+    sizes = manifest.num_images, manifest.images_per_shard, rows, encoder.num_channels
     if min(sizes) < 1:
         yield f"has {sizes[0]} images, {sizes[1]} a shard, of {sizes[2]} x {sizes[3]} values"
     elif manifest.images_per_group != images_per_group(encoder.tokens_per_image, encoder.num_channels):

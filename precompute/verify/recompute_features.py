@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from common.console import plain_text
 from common.data.images import ImageRoot, load_image, read_image_and_digest
-from common.data.model_images import LlavaImages
+from common.data.model_images import find_model_images
 from common.data.samples import ImageRef
-from common.errors import DataError
+from common.errors import DataError, ShardError
 from common.shards.encoder_identity import check_encoder
 from common.shards.feature_shard import FeatureCache
 from common.storage.files import Location
+from precompute.features.model_tower import ModelTower
 from precompute.features.vision_tower import VisionTower, single_threaded_torch
 
 # Devices round differently in each of dozens of bfloat16 layers, and q8 adds the rounding of its codes. Features of
@@ -80,9 +81,13 @@ def recompute_features(  # noqa: PLR0913 - its arguments are the options of veri
         DataError: an image is gone or was changed.
     """
     cache = FeatureCache(output)
-    aspect_ratio = cache.manifest.encoder.aspect_ratio
+    encoder = cache.manifest.encoder
+    aspect_ratio = encoder.aspect_ratio
     check_encoder(cache.manifest, output, model_dir, aspect_ratio)
-    images, tower = LlavaImages.load(model_dir), VisionTower(model_dir, cache.manifest.encoder)
+    images = find_model_images(model_dir)
+    assert images is not None
+    is_fixed = encoder.tokens_per_image is not None
+    tower = VisionTower(model_dir, encoder) if is_fixed else ModelTower(model_dir, images)
     with_path = [index for index, image in enumerate(cache.images) if image.paths]
     if not with_path:
         raise DataError(f"{output}: all its images are inside the dataset; --recompute needs image files")
@@ -100,6 +105,11 @@ def recompute_features(  # noqa: PLR0913 - its arguments are the options of veri
             group = cache.group_range(index)
             stored_PD = cache.read(group)[index - group.start]
             recomputed_PD = tower.encode(tower.preprocess([opened]))[0]
+            if stored_PD.shape != recomputed_PD.shape:
+                raise ShardError(
+                    f"{output}: image {path} has features {list(stored_PD.shape)}, the model gives "
+                    f"{list(recomputed_PD.shape)}; begin another output"
+                )
             difference = float(np.linalg.norm(stored_PD - recomputed_PD) / np.linalg.norm(recomputed_PD))
             found.append((difference, bool((stored_PD == recomputed_PD).all()), path))
     worst = max(found, key=lambda entry: np.nan_to_num(entry[0], nan=np.inf))

@@ -60,6 +60,7 @@ def write_all(root: Path) -> Iterator[tuple[str, str]]:
         _write_scores(root / name, kind, top_k, settings)
     for form in ("bf16", "q8"):
         _write_features(root / f"features-{form}", form)
+    _write_features(root / "features-of-sizes", "bf16", varies=True)
     for path in sorted(root.rglob("*.*")):
         if path.is_file():
             yield path.relative_to(root).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()
@@ -75,20 +76,23 @@ def _write_scores(output: Path, kind: Kind, top_k: int, settings: dict[str, Any]
     )
 
 
-def _write_features(output: Path, form: Any) -> None:
+def _write_features(output: Path, form: Any, *, varies: bool = False) -> None:
     num_patches, num_channels = 16, 48
-    images = [CachedImage(f"{number:064x}", (f"{number}.png", f"copy/{number}.png")) for number in range(7)]
+    images = [
+        CachedImage(f"{n:064x}", (f"{n}.png", f"copy/{n}.png"), (28 * (n + 1), 28) if varies else None)
+        for n in range(7)
+    ]
     manifest = FeatureManifest(
         encoder=EncoderIdentity(
             architecture="clip_vision_model",
             weights_sha256="1" * 64,
             config_sha256="2" * 64,
-            layers=(2,),
-            select_strategy="default",
+            layers=() if varies else (2,),
+            select_strategy="model" if varies else "default",
             processor_sha256="3" * 64,
             aspect_ratio="pad",
             dtype="bfloat16",
-            tokens_per_image=num_patches,
+            tokens_per_image=None if varies else num_patches,
             num_channels=num_channels,
         ),
         dataset=DatasetIdentity(name="d.json", sha256="4" * 64, num_samples=9),
@@ -97,14 +101,15 @@ def _write_features(output: Path, form: Any) -> None:
         images_sha256=images_digest(images),
         form=form,
         images_per_shard=4,
-        images_per_group=2,
+        images_per_group=1 if varies else 2,
     )
     open_output(output, manifest)
-    write_index(output, images)
+    write_index(output, images, manifest)
     rng = np.random.default_rng(3)
+    shapes = [(n + 1 if varies else num_patches, num_channels) for n in range(len(images))]
     rows = [
-        FeatureRow(index, image, pack_features(rng.normal(size=(num_patches, num_channels)).astype(np.float32), form))
-        for index, image in enumerate(images)
+        FeatureRow(n, image, pack_features(rng.normal(size=shapes[n]).astype(np.float32), form))
+        for n, image in enumerate(images)
     ]
     write_feature_shard(output, 0, manifest, rows[:4])
     write_feature_shard(output, 1, manifest, rows[4:])

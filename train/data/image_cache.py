@@ -101,7 +101,7 @@ class ImageCache:
         while self._cached_bytes > _MAX_CACHED_BYTES:
             (ref, _), image = self._cached.popitem(last=False)
             self._cached_bytes -= _num_bytes(ref, image)
-        return _join(found)
+        return join_images(found)
 
     def check(self, request: ImageRequest) -> int:
         """Checks that an image is there and what its header says; returns its number of tokens.
@@ -114,7 +114,7 @@ class ImageCache:
 
     def dummy(self) -> BatchImages:
         """Returns a small image of the padding colour."""
-        return _join([self._images.process(Image.new("RGB", (32, 32), self._images.mean_rgb), "a dummy image")])
+        return join_images([dummy_image(self._images)])
 
     def _process(self, request: ImageRequest) -> ProcessedImage:
         ref, root, where = request
@@ -134,7 +134,13 @@ class ImageCache:
         return self._cached[key]
 
 
-def _join(images: Sequence[ProcessedImage]) -> BatchImages:
+def dummy_image(images: ModelImages) -> ProcessedImage:
+    """Returns a small image of the padding colour."""
+    return images.process(Image.new("RGB", (32, 32), images.mean_rgb), "a dummy image")
+
+
+def join_images(images: Sequence[ProcessedImage]) -> BatchImages:
+    """Returns the images of a batch."""
     types = [image.token_types for image in images if image.token_types is not None]
     return BatchImages(
         [image.token_ids for image in images],

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from common.shards.encoder_identity import FIRST_ADAPTER_LAYER
+from common.adapter_inputs import FIRST_ADAPTER_LAYER
 
 # The activation of a projector that is linear, as transformers names the identity.
 LINEAR = "linear"

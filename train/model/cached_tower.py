@@ -1,4 +1,4 @@
-"""Replaces the vision tower of a LLaVA by cached features of its output.
+"""Replaces the vision tower of a LLaVA by cached features of its output (of others: train.model.skipped_tower).
 
     LlavaConfig ── cached_tower_config ──> configuration from which transformers builds and loads everything else
     model ── full_config, full_state_dict ──> what is saved; the tower's part comes from the original model directory
@@ -22,8 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from common.adapter_inputs import FIRST_ADAPTER_LAYER
 from common.errors import ModelError
-from common.shards.encoder_identity import FIRST_ADAPTER_LAYER, tower_tensors
+from common.shards.encoder_identity import tower_tensors
 
 # The settings of a LLaVA that choose the tower and which of its outputs are used.
 _TOWER_SETTINGS = ("vision_config", "vision_feature_layer", "vision_feature_select_strategy")
@@ -83,13 +84,15 @@ class _CachedTower(PreTrainedModel):
 
 
 def cached_tower_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Returns the configuration of the same LLaVA with features as input instead of images.
+    """Returns the configuration of the same LLaVA with features as input instead of images; any other one unchanged.
 
     Raises:
-        ModelError: the configuration is not a LLaVA's.
+        ModelError: the configuration is that of a model without a vision tower.
     """
-    if not isinstance(config, LlavaConfig):
-        raise ModelError(f"found model type '{config.model_type}', expected 'llava': only it has a vision tower")
+    if getattr(config, "vision_config", None) is None:
+        raise ModelError(f"found model type '{config.model_type}', expected one with a vision tower")
+    if not isinstance(config, LlavaConfig) or config.vision_config.model_type not in _LAYERS:
+        return config
     AutoModel.register(_CachedTowerConfig, _CachedTower, exist_ok=True)
     layers, width = config.vision_feature_layer, config.vision_config.hidden_size
     is_single_layer = isinstance(layers, int)

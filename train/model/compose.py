@@ -25,9 +25,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from common.adapter_inputs import FIRST_ADAPTER_LAYER
 from common.data.samples import IMAGE_MARKER
 from common.errors import ModelError
-from common.shards.encoder_identity import FIRST_ADAPTER_LAYER, load_tower_weights
+from common.shards.encoder_identity import load_tower_weights
 from train.choices import AdapterType
 from train.model.adapter import LINEAR, add_attention_blocks, initialise_projector
 from train.model.logit_transform import find_logit_transform

@@ -27,16 +27,19 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from common.adapter_inputs import is_in_adapter
 from common.errors import ModelError, StorageError
 from common.model_layout import check_not_original_layout
 from train.choices import PARAMETER_GROUPS, ParameterGroup
 from train.model.adapter import is_adapter_block, is_frozen_identity
-from train.model.cached_tower import cached_tower_config, full_config, full_state_dict
+from train.model.cached_tower import cached_tower_config, full_config, full_state_dict, has_cached_tower
+from train.model.skipped_tower import has_skipped_tower, skip_tower
 
 # A setting in the text config of an upcycled Qwen2-MoE: its shared expert is frozen zeros, see train.moe.upcycle.
 ZERO_SHARED_EXPERT = "zero_shared_expert"
@@ -57,9 +60,6 @@ _ASSETS = (
     "video_preprocessor_config.json",
 )
 
-# Modules inside of a tower that map its output to the language model's: Qwen-VL's and GLM-4V's mergers, Llama 4's MLP.
-_ADAPTERS_IN_TOWERS = ("merger", "deepstack_merger_list", "vision_adapter")
-
 
 # Keys are safetensors' names.
 _FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -79,7 +79,7 @@ def load_student(path: Path, *, dtype: torch.dtype, tower: bool = True) -> PreTr
         path: a local directory with config.json and safetensors.
         dtype: of all parameters.
         tower: False to leave out the vision tower of a LLaVA, which then takes the tower's output instead of images
-            (train.model.cached_tower).
+            (train.model.cached_tower). Other students are loaded whole; `leave_out_tower` drops their tower.
 
     Raises:
         ModelError: the directory holds no model, one of another architecture, or damaged weights; or a weight has the
@@ -101,6 +101,12 @@ def load_student(path: Path, *, dtype: torch.dtype, tower: bool = True) -> PreTr
         ) from error
     check_all_weights_loaded(path, report)
     return model
+
+
+def leave_out_tower(model: PreTrainedModel) -> None:
+    """Drops the vision tower of a student that was loaded with it, so that it takes cached features."""
+    if not has_cached_tower(model):
+        skip_tower(model)
 
 
 def stored_dtype(path: Path) -> torch.dtype:
@@ -240,6 +246,8 @@ def save_student(
     model._weight_conversions = conversions  # noqa: SLF001 - transformers has no public way to choose the names
     try:
         weights = full_state_dict(model, state_dict, assets_from)
+        if has_skipped_tower(model):
+            weights = _tower_weights(assets_from, model.dtype) | dict(weights or model.state_dict())
         if weights is not None:
             # In a gathered state dict a tied weight is a copy, which transformers would store a second time.
             weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
@@ -250,6 +258,26 @@ def save_student(
                 shutil.copyfile(path, out / path.name)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{out}: the model could not be written ({error}); free space or choose another") from error
+
+
+def _tower_weights(model_dir: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the weights of a student's vision tower by name, whole even under ZeRO-3."""
+    with _without_partitioning():
+        model = load_student(model_dir, dtype=dtype)
+    groups = parameter_groups(model)
+    return {name: weight for name, weight in model.state_dict().items() if "vision_tower" in groups.get(name, ())}
+
+
+@contextmanager
+def _without_partitioning() -> Iterator[None]:
+    """Keeps transformers from dividing what it loads among the ranks, which all would have to take part in."""
+    current = deepspeed._hf_deepspeed_config_weak_ref  # noqa: SLF001 - transformers has no public way to get it
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if current is not None and (config := current()) is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def _check_experts_not_square(model: PreTrainedModel, out: Path) -> None:
@@ -337,7 +365,7 @@ def parameter_groups(model: PreTrainedModel) -> dict[str, frozenset[str]]:
     text = _parameter_ids(language_model(model)) | _parameter_ids(model.get_output_embeddings())
     groups = {}
     for name, parameter in model.named_parameters():
-        in_tower = id(parameter) in tower and not any(f".{part}." in name for part in _ADAPTERS_IN_TOWERS)
+        in_tower = id(parameter) in tower and not is_in_adapter(name)
         if id(parameter) in text:
             groups[name] = _text_groups(name)
         elif in_tower and not is_adapter_block(name, model.config):

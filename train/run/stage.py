@@ -38,7 +38,7 @@ from train.data.preflight import BadSample, Ranks, find_bad_samples
 from train.data.sources import ExampleSource
 from train.loss.fused_output import FusedOutput
 from train.model.packing import check_packing_supported
-from train.model.student import load_student, set_trainable, text_config, trained_groups
+from train.model.student import leave_out_tower, load_student, set_trainable, text_config, trained_groups
 from train.moe.expert_parallel import check_expert_parallel_supported, check_same_num_ranks, expert_parallel_settings
 from train.moe.router_monitor import RouterMonitor
 from train.moe.upcycle import is_sparse, upcycle
@@ -323,6 +323,8 @@ def prepare_student(config: TrainConfig) -> PreTrainedModel:
     model = load_student(config.model.path, dtype=dtype, tower=not config.data.has_features)
     if config.moe is not None and not is_sparse(model):
         model = upcycle(model, config.moe, seed=config.seed)
+    if config.data.has_features:
+        leave_out_tower(model)
     if (weight := config.loss.router_term) and not is_sparse(model):
         raise ConfigError(f"loss.{weight} needs a sparse student, {config.model.path} is dense; add a [moe] table")
     if config.data.batching == "packed":

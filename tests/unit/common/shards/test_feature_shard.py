@@ -79,7 +79,7 @@ def write_cache(output: Path, form: FeatureForm = "bf16") -> list[npt.NDArray[np
     images = [CachedImage(f"{number:064x}", (f"{number}.png", f"copy/{number}.png")) for number in range(NUM_IMAGES)]
     manifest = make_feature_manifest(images, form=form)
     open_output(output, manifest)
-    write_index(output, images)
+    write_index(output, images, manifest)
     features = [make_features(number) for number in range(NUM_IMAGES)]
     for number in range(manifest.num_shards):
         rows = [FeatureRow(i, images[i], pack_features(features[i], form)) for i in manifest.shard_range(number)]
@@ -107,6 +107,41 @@ def test_bf16_columns_hold_each_value_in_two_bytes(tmp_path: Path) -> None:
         values = torch.from_numpy(bits.view(np.int16).copy()).view(torch.bfloat16).float()
         assert np.array_equal(values.reshape(NUM_PATCHES, NUM_CHANNELS).numpy(), features[row["index"]])
         assert row["paths"] == [f"{row['index']}.png", f"copy/{row['index']}.png"]
+
+
+@pytest.mark.parametrize("form", ["bf16", "q8"])
+def test_images_of_various_sizes_have_as_many_rows_as_their_own(tmp_path: Path, form: FeatureForm) -> None:
+    images = [CachedImage(f"{n:064x}", (f"{n}.png",), (20 + n, 10)) for n in range(5)]
+    encoder = make_feature_manifest([]).encoder.model_copy(
+        update={"tokens_per_image": None, "layers": (), "select_strategy": "model"}
+    )
+    manifest = make_feature_manifest(images, form=form, encoder=encoder, images_per_group=images_per_group(None, 12))
+    open_output(tmp_path, manifest)
+    write_index(tmp_path, images, manifest)
+    features = [make_features(n)[: n + 1] for n in range(5)]
+    for number in range(manifest.num_shards):
+        rows = [FeatureRow(i, images[i], pack_features(features[i], form)) for i in manifest.shard_range(number)]
+        write_feature_shard(tmp_path, number, manifest, rows)
+    assert pq.read_table(tmp_path / "images.parquet").to_pylist()[3] == {
+        "sha256": images[3].sha256,
+        "paths": ["3.png"],
+        "width": 23,
+        "height": 10,
+    }
+    second = pq.read_table(shard_path(tmp_path, 1)).to_pylist()
+    assert [(row["index"], row["width"], row["height"]) for row in second] == [(3, 23, 10), (4, 24, 10)]
+    cache = FeatureCache(tmp_path)
+    assert cache.images == images
+    for number, expected in enumerate(features):
+        assert cache.group_range(number) == range(number, number + 1)
+        (found,) = cache.read(range(number, number + 1))
+        assert found.shape == (number + 1, NUM_CHANNELS)
+        assert np.abs(found - expected).max() <= (0 if form == "bf16" else 0.02 * np.abs(expected).max())
+    column = "features_high" if form == "bf16" else "codes"
+    packed = pack_features(features[4], form)
+    for broken in (packed[column][:-1], b""):
+        with pytest.raises(ShardError, match=r"here: \w+ has [\d,]+ bytes, expected"):
+            unpack_features({**packed, column: broken}, manifest, "here")
 
 
 def test_q8_columns_hold_a_code_and_the_scales_of_patch_and_channel(tmp_path: Path) -> None:
@@ -174,13 +209,13 @@ def test_an_incomplete_cache_and_a_changed_list_are_refused(tmp_path: Path) -> N
     write_cache(output)
     manifest = read_feature_manifest(output)
     images = read_index(output, manifest)
-    write_index(output, images[::-1])
+    write_index(output, images[::-1], manifest)
     with pytest.raises(ShardError, match="not the list of images that the manifest names"):
         FeatureCache(output)
     (output / "images.parquet").write_bytes(b"?")
     with pytest.raises(ShardError, match="run precompute-features again"):
         FeatureCache(output)
-    write_index(output, images)
+    write_index(output, images, manifest)
     (output / "shard-00001.json").unlink()
     with pytest.raises(ShardError, match=r"1 of 3 shards are missing, the first is 00001"):
         FeatureCache(output)
@@ -253,7 +288,7 @@ def test_a_list_of_images_with_other_columns_is_refused(tmp_path: Path) -> None:
     manifest = read_feature_manifest(tmp_path / "out")
     path = tmp_path / "out" / "images.parquet"
     pq.write_table(pq.read_table(path).rename_columns(["sha256", "names"]), path)
-    with pytest.raises(ShardError, match=r"images\.parquet: its columns are not sha256 and paths"):
+    with pytest.raises(ShardError, match=r"images\.parquet: its columns are not sha256, paths"):
         read_index(tmp_path / "out", manifest)
 
 

@@ -86,7 +86,7 @@ def list_image_twice(output: Path) -> None:
     manifest = read_feature_manifest(output)
     images = read_index(output, manifest)
     images[4] = images[3]
-    write_index(output, images)
+    write_index(output, images, manifest)
     write_with_digest(output / MANIFEST_NAME, manifest.model_copy(update={"images_sha256": images_digest(images)}))
 
 
@@ -147,7 +147,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str, list[str]]] = {
         ["images.parquet"],
     ),
     "the list of other images": (
-        lambda out: write_index(out, read_index(out, read_feature_manifest(out))[::-1]),
+        lambda out: write_index(out, read_index(out, read_feature_manifest(out))[::-1], read_feature_manifest(out)),
         "index",
         "not the list of images that the manifest names",
         ["images.parquet"],

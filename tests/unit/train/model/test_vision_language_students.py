@@ -1,6 +1,7 @@
 """Batches of students of many families against transformers' own processor and model, one sample at a time."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,33 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+from common.adapter_inputs import CACHED_FEATURES
 from common.data.chat_encoding import ChatEncoder
 from common.data.model_images import find_model_images
 from common.errors import ModelError
+from common.shards.encoder_identity import check_encoder
+from common.shards.feature_shard import FeatureCache
 from demo.families import FAMILIES, build_model
-from train.config import MoEConfig
+from precompute.features.run import FeatureSettings, run_features
+from precompute.verify.features import verify_features
+from precompute.verify.recompute_features import recompute_features
+from tests.support.models import randomise, tiny_causal_lm, tiny_llava
+from tests.support.training import stage
+from train.config import MoEConfig, TrainConfig
 from train.data.collator import Batch, Collator, StudentInputs
-from train.data.image_cache import ImageCache
+from train.data.feature_source import open_feature_source
+from train.data.image_cache import ImageCache, ImageSource
 from train.data.sources import DatasetSource
+from train.model.compose import compose_student
 from train.model.packing import TEXT_MODELS, check_packing_supported, rope_position_ids
-from train.model.student import is_multimodal, load_student, parameter_groups, save_student, text_config
+from train.model.student import (
+    is_multimodal,
+    leave_out_tower,
+    load_student,
+    parameter_groups,
+    save_student,
+    text_config,
+)
 from train.moe.upcycle import upcycle, upcycle_directory
 
 pytestmark = pytest.mark.slow
@@ -52,13 +70,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def collate(model_dir: Path, data: Path, *, packed: bool) -> tuple[Batch, list[Any], ChatEncoder]:
+def collate(
+    model_dir: Path, data: Path, *, packed: bool, features: ImageSource | None = None, samples: range = range(3)
+) -> tuple[Batch, list[Any], ChatEncoder]:
     images = find_model_images(model_dir)
     assert images is not None
     encoder = ChatEncoder.load(model_dir, placeholder=images.placeholder)
     source = DatasetSource(data / "data.json", "kd", encoder)
-    examples = [source[i] for i in range(3)]
-    student = StudentInputs(ImageCache(images, None), encoder.image_token_id, encoder.tokenizer.pad_token_id)
+    examples = [source[i] for i in samples]
+    student = StudentInputs(
+        features or ImageCache(images, None), encoder.image_token_id, encoder.tokenizer.pad_token_id
+    )
     collator = Collator(student, kind="kd", image_root=data, max_tokens=1000, packed=packed)
     return collator(examples), examples, encoder
 
@@ -99,6 +121,80 @@ def test_a_batch_gives_the_logits_of_each_sample_alone(family: str, data: Path, 
         for number, own in enumerate(expected):
             rows = found[batch.row_sequence == number][-len(own) :]
             assert (rows.log_softmax(-1) - own.log_softmax(-1)).abs().max() < 2e-5, (family, packed, number)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_features_give_the_logits_of_a_live_tower_bit_for_bit(family: str, data: Path, tmp_path: Path) -> None:
+    build_model(FAMILIES[family], tmp_path / "model", TEXTS, seed=0)
+    compare_cached_with_live(tmp_path, data)
+
+
+def test_cached_features_of_slices_end_before_the_adapters_blocks(data: Path, tmp_path: Path) -> None:
+    clip, text = tiny_llava(tmp_path / "clip"), tiny_causal_lm(tmp_path / "text", image_token=False)
+    compose_student(clip, text, tmp_path / "model", seed=0, adapter="attention", num_slices=4)
+    compare_cached_with_live(tmp_path, data)
+
+
+def compare_cached_with_live(tmp_path: Path, data: Path) -> None:
+    """Compares batches and saved students with cached features and with a live tower, after the adapter was trained."""
+    settings = FeatureSettings(tmp_path / "model", data / "data.json", data, tmp_path / "features", images_per_shard=2)
+    assert run_features(settings, progress=False).complete
+    assert verify_features(tmp_path / "features", data / "data.json", data, progress=False).ok
+    again = recompute_features(tmp_path / "features", tmp_path / "model", 9, image_root=data, progress=False)
+    assert (again.num_images, again.num_exact) == (3, 3)
+    model = load_student(tmp_path / "model", dtype=torch.float32)
+    randomise(((n, p) for n, p in model.named_parameters() if parameter_groups(model)[n] == {"adapter"}), 1)
+    save_student(model, tmp_path / "model", tmp_path / "trained")
+    live, cached = (load_student(tmp_path / "trained", dtype=torch.bfloat16) for _ in range(2))
+    leave_out_tower(cached)
+    groups = parameter_groups(cached)
+    assert not [name for name, found in groups.items() if "vision_tower" in found and re.search(r"\.\d+\.", name)]
+    kept = {name for name, found in parameter_groups(live).items() if "vision_tower" not in found}
+    assert kept <= groups.keys()
+    loss = {"cross_entropy": 1.0}
+    data_settings = {
+        "dataset": str(data / "data.json"),
+        "image_root": str(data),
+        "features": str(tmp_path / "features"),
+    }
+    config = stage(tmp_path / "out", tmp_path / "trained", loss=loss, data=data_settings, run={"precision": "bf16"})
+    features = open_feature_source(TrainConfig.model_validate(config))
+    assert features is not None
+    for samples in (range(3), range(1, 2)):
+        expected, found = (
+            collate(tmp_path / "model", data, packed=False, features=source, samples=samples)[0]
+            for source in (None, features)
+        )
+        assert torch.equal(expected.input_ids, found.input_ids)
+        assert expected.images.keys() == found.images.keys() - {CACHED_FEATURES}
+        assert (CACHED_FEATURES in found.images) == (len(samples) > 1)
+        with torch.no_grad():
+            of_live, of_cached = (
+                model(
+                    **{
+                        k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v
+                        for k, v in inputs.items()
+                    }
+                )
+                for model, inputs in ((live, expected.model_inputs), (cached, found.model_inputs))
+            )
+        rows = [output.logits.flatten(0, 1)[expected.rows] for output in (of_live, of_cached)]
+        assert torch.equal(*rows)
+    save_student(live, tmp_path / "trained", tmp_path / "of-live")
+    save_student(cached, tmp_path / "trained", tmp_path / "of-cached")
+    for path in (tmp_path / "of-live").iterdir():
+        assert path.read_bytes() == (tmp_path / "of-cached" / path.name).read_bytes(), path.name
+    # The next stage starts from the saved student, which keeps its cache.
+    check_encoder(FeatureCache(tmp_path / "features").manifest, tmp_path, tmp_path / "of-cached", "keep")
+
+
+def test_features_of_other_images_are_refused_by_their_number(data: Path, tmp_path: Path) -> None:
+    build_model(FAMILIES["qwen2.5-vl"], tmp_path / "model", TEXTS, seed=0)
+    model = load_student(tmp_path / "model", dtype=torch.float32)
+    leave_out_tower(model)
+    batch, _, _ = collate(tmp_path / "model", data, packed=False)
+    with pytest.raises(ModelError, match=r"the cached features have shape \[5, 64\], .* takes \[\d+, 64\]"):
+        model(**batch.model_inputs, cached_features=torch.zeros(5, 64))
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
