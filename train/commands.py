@@ -167,13 +167,17 @@ def export(
         Path, typer.Argument(metavar="OUT", help="Directory to make.", show_default=False, callback=check_local_path)
     ],
 ) -> None:
-    """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed."""
+    """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed.
+
+    Its chat template takes strings and lists of parts, and README.md is its model card.
+    """
     from train.model.export import export_student
     from train.run.checkpoint import check_undamaged
+    from train.run.model_card import write_card
 
     check_undamaged(source)
     hide_loading_bars()
-    export_student(source, out)
+    export_student(source, out, write_card)
     echo(f"{out}: exported")
 
 
@@ -251,8 +255,14 @@ def _compose(  # noqa: PLR0913, PLR0917 - the options of init-student
     vision: Path, language: Path, out: Path, adapter: AdapterType, slices: int | None, seed: int
 ) -> None:
     from train.model.compose import compose_student
+    from train.run.model_card import write_initial_card
 
     student = compose_student(vision, language, out, adapter=adapter, num_slices=slices, seed=seed)
+    names = [vision.resolve().name, language.resolve().name]
+    sliced = "" if slices is None else f", images in up to {slices} slices"
+    write_initial_card(
+        out, names, f"The vision tower of `{names[0]}`, a fresh adapter ({adapter}){sliced}, and `{names[1]}`."
+    )
     echo(
         f"{out}: {student.num_parameters / 1e6:,.1f}M parameters; <image> is token {student.image_token_id} "
         f"({student.image_token_row})"
@@ -289,7 +299,9 @@ def _parse_index(text: str) -> int | str:
 
 def _upcycle(dense: Path, out: Path, moe: "MoEConfig", seed: int) -> None:
     from train.moe.upcycle import upcycle_directory
+    from train.run.model_card import write_card
 
     num_parameters = upcycle_directory(dense, out, moe, seed=seed)
     layers = moe.layers if isinstance(moe.layers, str) else ",".join(map(str, moe.layers))
+    write_card(dense, out, f"Upcycled to {moe.num_experts} experts, top {moe.top_k}, layers {layers}.")
     echo(f"{out}: {num_parameters / 1e6:,.1f}M parameters, {moe.num_experts} experts, top {moe.top_k}, layers {layers}")

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.data.chat_template import ChatTemplate, Span, TemplateRefusalError
+from common.data.portable_template import original_template
 from common.data.samples import IMAGE_MARKER, Sample, Turn
 from common.errors import ConfigError, DataError, ModelError
 from common.storage.files import is_file, read_bytes
@@ -161,6 +162,7 @@ class ChatEncoder:
         self.placeholder = placeholder
         self.score: ScoredTokens = score
         self.vocab_size = len(tokenizer)
+        template = original_template(template)
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest()
         self.tokenizer_sha256 = tokenizer_sha256(tokenizer)
         image_id = tokenizer.convert_tokens_to_ids(placeholder)
@@ -170,7 +172,7 @@ class ChatEncoder:
         # All added special tokens, because a model may name only eos and bos while its end of turn is another one.
         added = tokenizer.added_tokens_decoder.items()
         special = {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
-        self._special_ids = special - {self.image_token_id}
+        self.special_ids = special - {self.image_token_id}
 
     @classmethod
     def load(
@@ -323,7 +325,7 @@ class ChatEncoder:
             return 0, 0
         if offsets[stop - 1, 1] > span[1] and text[offsets[stop - 1, 0] : span[1]].isspace():
             stop -= 1
-        special = [t for t in range(start, stop) if int(ids[t]) in self._special_ids]
+        special = [t for t in range(start, stop) if int(ids[t]) in self.special_ids]
         if special and not self.tokenizer.decode(ids[special[-1] + 1 : stop]).strip():
             stop = special[-1] + 1
         return start, stop

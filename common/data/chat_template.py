@@ -39,7 +39,7 @@ class ChatTemplate:
     Some templates take a message's content as a list of parts, others as a string. One trial rendering tells which: if
     the output for a list of parts holds the part's text, the template takes lists.
 
-    `date` is the date that is rendered; None if the template shows none.
+    `date` is the date that is rendered; None if the template shows none. `takes_parts` tells whether it takes lists.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ChatTemplate:
         self.date = (date or datetime.datetime.now().astimezone().date()) if "strftime_now" in text else None
         tokenizer.chat_template = text
         self._marks_responses = _GENERATION_MARK.search(text) is not None
-        self._takes_parts = self._check_takes_parts()
+        self.takes_parts = self._check_takes_parts()
         self.ends_turns, self.has_generation_prompt = self._probe()
 
     def render(self, turns: Sequence[Turn], where: str, *, generation_prompt: bool = False) -> str:
@@ -182,7 +182,7 @@ class ChatTemplate:
         return [{"role": turn.role, "content": self._to_content(turn.content)} for turn in turns]
 
     def _to_content(self, text: str) -> Any:
-        if not self._takes_parts:
+        if not self.takes_parts:
             return text.replace(IMAGE_MARKER, self._placeholder)
         parts: list[dict[str, str]] = []
         for number, piece in enumerate(text.split(IMAGE_MARKER)):

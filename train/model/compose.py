@@ -31,6 +31,7 @@ from common.errors import ModelError
 from common.shards.encoder_identity import load_tower_weights
 from train.choices import AdapterType
 from train.model.adapter import LINEAR, add_attention_blocks, initialise_projector
+from train.model.chat_files import write_chat_files
 from train.model.logit_transform import find_logit_transform
 from train.model.student import (
     LOAD_ERRORS,
@@ -196,6 +197,7 @@ def save_llava(parts: LlavaParts, out: Path, *, seed: int) -> ComposedStudent:
     if not had_image_token or parts.template is not None:
         tokenizer.save_pretrained(out)
     _save_processor(parts, out)
+    write_chat_files(out)
     return ComposedStudent(image_token_id, row, sum(parameter.numel() for parameter in model.parameters()))
 
 
