@@ -18,6 +18,7 @@ import typer
 
 import precompute.commands
 import train.commands
+import use.commands
 from common.config import MAX_SEED
 from common.console import (
     DEBUG_VARIABLE,
@@ -181,6 +182,7 @@ app.command("train")(train.commands.train)
 app.command("init-student")(train.commands.init_student)
 app.command("export")(train.commands.export)
 app.command("import-checkpoint")(train.commands.import_checkpoint)
+app.command("chat")(use.commands.chat)
 
 
 @app.command()
@@ -246,7 +248,7 @@ def _set_up_output() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Only rank 0 logs, because all ranks would write the same lines.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    for package in ("precompute", "train", "demo", "common"):
+    for package in ("precompute", "train", "demo", "common", "use"):
         logging.getLogger(package).setLevel(level)
 
 

@@ -169,7 +169,8 @@ def export(
 ) -> None:
     """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed.
 
-    Its chat template takes strings and lists of parts, and README.md is its model card.
+    Its chat template takes strings and lists of parts.
+    README.md is its model card.
     """
     from train.model.export import export_student
     from train.run.checkpoint import check_undamaged

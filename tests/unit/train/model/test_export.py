@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 
+from common.data.portable_template import original_template
 from common.errors import ModelError, StorageError
 from tests.support.models import TextFamily, randomise, tiny_causal_lm, tiny_llava
 from train.config import MoEConfig
@@ -77,10 +78,11 @@ def test_the_exported_directory_holds_a_model_and_nothing_else(checkpoint: Path,
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
-        "chat_template.jinja",
         "preprocessor_config.json",
     ):
         assert (tmp_path / "out" / name).read_bytes() == (checkpoint / "model" / name).read_bytes()
+    templates = [(path / "chat_template.jinja").read_text() for path in (tmp_path / "out", checkpoint / "model")]
+    assert original_template(templates[0]) == original_template(templates[1])
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id is not None
     assert not list(tmp_path.glob(".*"))
 
