@@ -183,6 +183,7 @@ app.command("init-student")(train.commands.init_student)
 app.command("export")(train.commands.export)
 app.command("import-checkpoint")(train.commands.import_checkpoint)
 app.command("chat")(use.commands.chat)
+app.command("report")(use.commands.report)
 
 
 @app.command()

@@ -219,13 +219,13 @@ def inspect_shards(  # noqa: PLR0913, PLR0917 - each argument is an option of th
     The exit code is 1 if something cannot be read; the rest is shown.
     """
     from common.storage.files import parse_location, publish
-    from precompute.inspection import formatting, html_page, terminal
+    from precompute.inspection import formatting, html_document, html_page, terminal
     from precompute.inspection.collect import inspect_output, open_target
     from precompute.inspection.unpack import check_unpack_destination, unpack_output
 
     location = parse_location(path)
     if html is not None:
-        html_page.check_page_destination(parse_location(html))
+        html_document.check_page_destination(parse_location(html))
     if unpack is not None:
         check_unpack_destination(open_target(location, check), unpack)
     found = inspect_output(

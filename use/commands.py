@@ -66,3 +66,41 @@ def chat(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
             run_chat(conversations, image or ())
         else:
             ask_once(conversations, ask, image or ())
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Output of a stage; of a single one, the stages before it are shown too.",
+            show_default=False,
+        ),
+    ],
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page that needs no network.")] = None,
+    markdown: Annotated[str | None, typer.Option(metavar="FILE", help="Write the same facts as Markdown.")] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Held-out samples to show; 0 loads no student.")
+    ] = 20,
+) -> None:
+    """Report on stages of training: curves, metrics side by side, settings, samples where student and teacher differ.
+
+    Give --html or --markdown, or both.
+    """
+    from common.storage.files import parse_location
+    from precompute.inspection.html_document import check_page_destination
+
+    if html is None and markdown is None:
+        raise typer.BadParameter("give --html FILE or --markdown FILE")
+    page, text = (None if name is None else parse_location(name) for name in (html, markdown))
+    from use.report.run import check_markdown_destination, write_report
+
+    if page is not None:
+        check_page_destination(page)
+    if text is not None:
+        check_markdown_destination(text)
+    hide_loading_bars()
+    with report_interrupt():
+        names = write_report(runs, html=page, markdown=text, num_samples=samples)
+    for name in filter(None, (html, markdown)):
+        echo(f"{name}: {', '.join(names)}")

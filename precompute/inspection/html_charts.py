@@ -115,7 +115,7 @@ def histogram_svg(distribution: Distribution) -> str:
     parts.append(f'<path class="axis" d="M{_LEFT} {y(0)}H{_WIDTH - _RIGHT}"/>')
     for tick in ticks(low, high, whole=metric.is_whole):
         parts.append(f'<path class="axis" d="M{x(tick):.1f} {y(0)}v4"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{y(0) + 16}" text-anchor="middle">{_format_tick(tick)}</text>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{y(0) + 16}" text-anchor="middle">{format_tick(tick)}</text>')
     median = x(distribution.quantiles[3])
     anchor = "end" if median > _WIDTH / 2 else "start"
     parts.append(f'<path class="median" d="M{median:.1f} {_TOP - 4}V{y(0)}"/>')
@@ -153,5 +153,6 @@ def _format_bin(start: float, stop: float, distribution: Distribution) -> str:
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
-def _format_tick(value: float) -> str:
+def format_tick(value: float) -> str:
+    """Returns a number beside an axis."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:g}"

@@ -1,19 +1,15 @@
 """Writes an inspection as one self-contained page: no script, no network, images inside."""
 
-import base64
 import html
-import io
 import math
 from collections.abc import Iterator
 
-from common.console import escape_control
 from common.data.images import load_image
 from common.data.samples import ImageRef
-from common.errors import ConfigError, DataError
-from common.storage.files import Location, read_bytes
+from common.errors import DataError
 from precompute.inspection import formatting, html_charts
 from precompute.inspection.collect import Inspection
-from precompute.inspection.html_style import STYLE
+from precompute.inspection.html_document import escape, render_document, thumbnail
 from precompute.inspection.sample_view import Conversation, SampleView, Token
 
 MAX_TOKENS = 400
@@ -22,62 +18,33 @@ NUM_SAMPLES = 8
 _MAX_TURN_CHARS = 4000
 _MAX_IMAGES = 4
 _MAX_IMAGE_BYTES = 20_000_000
-_THUMBNAIL_PIXELS = 320
 # Nats. A scale has at least one step of this size, so that it has a length where all values are 0.
 _SCALE_STEP = 0.25
-_MAX_HEAD_BYTES = 1000
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
-
-def check_page_destination(location: Location) -> None:
-    """Checks that a page replaces nothing but an earlier one.
-
-    Raises:
-        ConfigError: there is another file, or a directory.
-    """
-    try:
-        is_page = _POLICY.encode() in read_bytes(location)[:_MAX_HEAD_BYTES]
-    except FileNotFoundError:
-        return
-    except OSError:
-        is_page = False
-    if not is_page:
-        raise ConfigError(f"--html {location}: exists and is no page of inspect-shards; choose another name")
 
 
 def render_page(inspection: Inspection) -> str:
     """Returns the whole page. All text that comes from the output is escaped."""
-    title = f"inspect-shards: {_escape(str(inspection.path))}"
-    light, dark = html_charts.scale_css("light"), html_charts.scale_css("dark")
-    style = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{_level_rules()}{STYLE}"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title}</title><style>{style}</style></head><body>"
-        f"<header><h1>{_escape(str(inspection.path))}</h1></header><main>{''.join(_sections(inspection))}</main>"
-        "</body></html>\n"
-    )
+    name = str(inspection.path)
+    return render_document(f"inspect-shards: {name}", name, "".join(_sections(inspection)), _level_rules())
 
 
 def _sections(inspection: Inspection) -> Iterator[str]:
     if inspection.problems:
-        items = "".join(f"<li>{_escape(problem.path)}: {_escape(problem.what)}</li>" for problem in inspection.problems)
+        items = "".join(f"<li>{escape(problem.path)}: {escape(problem.what)}</li>" for problem in inspection.problems)
         yield f'<section class="problems"><h2>Cannot be read</h2><ul>{items}</ul></section>'
     provenance, counts = formatting.provenance_fields(inspection), formatting.count_fields(inspection)
     yield f'<div class="two"><section><h2>Provenance</h2>{_fields_table(provenance)}</section>'
     yield f"<section><h2>Counts</h2>{_fields_table(counts)}"
     if inspection.columns:
-        explanation = _escape(formatting.describe_columns(inspection))
+        explanation = escape(formatting.describe_columns(inspection))
         yield f"<h2>Bytes by column, compressed</h2>{_columns_table(inspection)}<p>{explanation}</p>"
     yield "</section></div>"
     if inspection.distributions:
-        reading = _escape(formatting.describe_reading(inspection))
+        reading = escape(formatting.describe_reading(inspection))
         yield f"<section><h2>Distributions, of {reading}</h2>{_quantiles_table(inspection)}"
         yield '<div class="charts">'
         for distribution in inspection.distributions:
-            meaning = _escape(distribution.measure.meaning)
+            meaning = escape(distribution.measure.meaning)
             yield f"<figure>{html_charts.histogram_svg(distribution)}<figcaption>{meaning}</figcaption></figure>"
         yield "</div></section>"
     if inspection.samples:
@@ -85,7 +52,7 @@ def _sections(inspection: Inspection) -> Iterator[str]:
 
 
 def _fields_table(rows: formatting.Fields) -> str:
-    cells = (f"<tr><th>{_escape(name)}</th><td>{_escape(value)}</td></tr>" for name, value in rows)
+    cells = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
     return f'<table class="facts">{"".join(cells)}</table>'
 
 
@@ -93,7 +60,7 @@ def _columns_table(inspection: Inspection) -> str:
     rows = formatting.column_rows(inspection)
     max_share = max(share for *_, share in rows)
     cells = (
-        f"<tr><td>{_escape(name)}</td><td>{num_bytes:,}</td><td>{bytes_per_token:,.2f}</td><td>{share:.1%}</td>"
+        f"<tr><td>{escape(name)}</td><td>{num_bytes:,}</td><td>{bytes_per_token:,.2f}</td><td>{share:.1%}</td>"
         f'<td class="bar"><i style="width:{100 * share / max_share:.1f}%"></i></td></tr>'
         for name, num_bytes, bytes_per_token, share in rows
     )
@@ -106,7 +73,7 @@ def _quantiles_table(inspection: Inspection) -> str:
     rows = []
     for d in inspection.distributions:
         values = "".join(f"<td>{value}</td>" for value in (*formatting.format_distribution(d), f"{d.num_values:,}"))
-        rows.append(f"<tr><td>{_escape(d.measure.name)}, {_escape(d.measure.unit)}</td>{values}</tr>")
+        rows.append(f"<tr><td>{escape(d.measure.name)}, {escape(d.measure.unit)}</td>{values}</tr>")
     return f'<div class="wide"><table class="numbers"><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
@@ -151,7 +118,7 @@ def _legend(key: str, scale: float) -> str:
 
 
 def _sample_section(sample: SampleView, number: int, scales: dict[str, float]) -> Iterator[str]:
-    yield f"<article><h3>{_escape(formatting.describe_sample(sample))}</h3>"
+    yield f"<article><h3>{escape(formatting.describe_sample(sample))}</h3>"
     if sample.images:
         yield '<div class="images">'
         yield from (_image(image) for image in sample.images[:_MAX_IMAGES])
@@ -160,12 +127,12 @@ def _sample_section(sample: SampleView, number: int, scales: dict[str, float]) -
         yield "</div>"
     for which, conversation in enumerate(sample.conversations):
         if conversation.name:
-            yield f"<h4>{_escape(conversation.name)}</h4>"
+            yield f"<h4>{escape(conversation.name)}</h4>"
         yield "<details><summary>messages</summary>"
         for turn in conversation.turns:
             num_more = len(turn.content) - _MAX_TURN_CHARS
             cut = f" <em>… {num_more:,} more characters</em>" if num_more > 0 else ""
-            yield f'<p class="turn"><b>{_escape(turn.role)}</b> {_escape(turn.content[:_MAX_TURN_CHARS])}{cut}</p>'
+            yield f'<p class="turn"><b>{escape(turn.role)}</b> {escape(turn.content[:_MAX_TURN_CHARS])}{cut}</p>'
         yield "</details>"
         yield from _heat_map(conversation, f"s{number}-{which}", scales)
     yield "</article>"
@@ -177,7 +144,7 @@ def _heat_map(conversation: Conversation, name: str, scales: dict[str, float]) -
         for token in span:
             entropy = html_charts.level(token.entropy, scales["e"])
             own = html_charts.level(-token.own_logprob, scales["o"])
-            shown = _escape(token.text.replace("\t", "⇥")).replace("\n", "↵\n")
+            shown = escape(token.text.replace("\t", "⇥")).replace("\n", "↵\n")
             ids = " id" if token.text == str(token.token_id) else ""
             yield (
                 f'<span class="t e{entropy} o{own}{ids}" tabindex="0" id="{name}-{token.position}">{shown}'
@@ -208,7 +175,7 @@ def _details(token: Token) -> str:
 
 def _image(image: ImageRef) -> str:
     """Returns a thumbnail of an image that the shard holds, or a text that names the image."""
-    name = _escape(image.path or "image")
+    name = escape(image.path or "image")
     if image.data is None:
         return f"<span>image {name}, not in the shard</span>"
     if len(image.data) > _MAX_IMAGE_BYTES:
@@ -217,12 +184,7 @@ def _image(image: ImageRef) -> str:
         picture = load_image(image, None, "keep", (0, 0, 0), "this sample")
     except DataError:
         return f"<span>image {name}, {len(image.data):,} bytes that are no image or too large a one</span>"
-    picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-    # The image is encoded again, so that nothing but its pixels gets into the page.
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{name}" title="{name}">'
+    return thumbnail(picture, name)
 
 
 def _level_rules() -> str:
@@ -233,11 +195,6 @@ def _level_rules() -> str:
         for key in "eo"
         for step in range(html_charts.NUM_LEVELS)
     )
-
-
-def _escape(text: str) -> str:
-    """Returns text escaped for any place in the page, with control characters spelled out."""
-    return html.escape(escape_control(text))
 
 
 def _escape_token(text: str) -> str:

@@ -154,7 +154,7 @@ class Collator:
         self._images = student.images
         self._image_token_id = student.image_token_id
         self._pad_token_id = student.pad_token_id
-        self._image_root = image_root
+        self.image_root = image_root
         self._max_tokens = max_tokens
         self._packed = packed
 
@@ -265,7 +265,7 @@ class Collator:
                 if example.sample.images:
                     raise DataError(f"sample {example.sample.id!r}: has images, but the student has no vision tower")
         return [
-            ImageRequest(ref, example.image_root or self._image_root, f"sample {example.sample.id!r}")
+            ImageRequest(ref, example.image_root or self.image_root, f"sample {example.sample.id!r}")
             for example in examples
             for ref in example.sample.images
         ]

@@ -121,6 +121,11 @@ class GlobalBatchSampler:
         self.steps_per_epoch = -(-sum(self.samples_per_epoch) // global_batch_size)
         self.micro_batches_per_step = global_batch_size // micro_batch_size
 
+    @property
+    def positions(self) -> IntArray:
+        """Returns the source positions of all samples, set by set."""
+        return np.concatenate(self._positions)
+
     def micro_batch(self, step: int, number: int) -> IntArray:
         """Returns the source positions of a micro-batch; fewer, or none, at the end of an epoch.
 

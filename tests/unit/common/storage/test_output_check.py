@@ -11,7 +11,8 @@ from common.errors import ConfigError
 from common.storage.output_check import OutputKind, check_output
 from precompute.config import PrecomputeConfig
 from precompute.inspection.collect import inspect_output
-from precompute.inspection.html_page import check_page_destination, render_page
+from precompute.inspection.html_document import check_page_destination
+from precompute.inspection.html_page import render_page
 from precompute.logits.run import run_capture
 from precompute.merge import merge_outputs
 from tests.support.fake_teacher import FakeTeacher, conversation_records, make_config
@@ -107,7 +108,7 @@ def test_a_page_replaces_nothing_but_an_earlier_page(tmp_path: Path) -> None:
     check_page_destination(page)
     (tmp_path / "thesis.tex").write_text("years of work")
     for path in (tmp_path / "thesis.tex", tmp_path / "out"):
-        with pytest.raises(ConfigError, match="exists and is no page of inspect-shards"):
+        with pytest.raises(ConfigError, match="exists and is no page of this program"):
             check_page_destination(path)
 
 

@@ -3,11 +3,8 @@
 import html.parser
 import io
 import re
-import shutil
 import socket
-import subprocess
 import threading
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ from common.shards.manifest import shard_path
 from precompute.inspection import html_charts
 from precompute.inspection.collect import inspect_output
 from precompute.inspection.html_page import MAX_TOKENS, NUM_SAMPLES, render_page
+from tests.support.browser import chromium, count_colours
 from tests.support.inspect_outputs import write_known_output, write_output
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;</style></title>"
@@ -33,36 +31,6 @@ def make_png() -> bytes:
 
 def render(output: Path) -> str:
     return render_page(inspect_output(output, num_samples=NUM_SAMPLES, max_tokens=MAX_TOKENS, progress=False))
-
-
-def chromium(url: str, *options: str, profile: Path) -> str:
-    """Opens a page without a window and returns what the browser prints."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.fail(
-            "no chromium was found; install it (apt install chromium), this test looks at the page in a browser"
-        )
-    fixed = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking")
-    done = subprocess.run(
-        [program, *fixed, f"--user-data-dir={profile}", *options, url],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout
-
-
-def count_colours(
-    path: Path, profile: Path, *options: str, fragment: str = "", size: str = "1200,2400"
-) -> Counter[str]:
-    """Returns the number of pixels of each colour in a screenshot."""
-    target = path.with_suffix(".png")
-    chromium(f"file://{path}{fragment}", f"--screenshot={target}", f"--window-size={size}", *options, profile=profile)
-    with Image.open(target) as image:
-        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    found, counts = np.unique(pixels, axis=0, return_counts=True)
-    return Counter({"#" + bytes(c).hex(): int(n) for c, n in zip(found, counts, strict=True)})
 
 
 class PageParser(html.parser.HTMLParser):
