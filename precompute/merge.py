@@ -38,6 +38,7 @@ from common.shards.output_files import output_kind
 from common.shards.score_shard import ShardFile, ShardRow, write_shard
 from common.storage.files import Location, directory_lock, publish, read_bytes, remove_partials
 from common.storage.output_check import check_output
+from precompute.dataset_card import write_card_if_complete
 from precompute.report import format_runs
 
 
@@ -130,6 +131,7 @@ def merge_outputs(
             else:
                 _write_shard(number, manifest, rows, out)
     receipts = read_receipts(out, manifest)
+    write_card_if_complete(out, manifest, receipts)
     return MergeResult(
         out=out,
         num_shards=manifest.num_shards,

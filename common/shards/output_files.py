@@ -8,6 +8,9 @@ from common.shards.manifest import MANIFEST_NAME, shard_number
 from common.storage.files import Location, list_files
 from common.storage.output_check import OutputKind
 
+# The dataset card of a complete output.
+CARD_NAME = "README.md"
+
 
 def list_output_files(output: Location, commands: str) -> dict[str, int]:
     """Returns names and bytes of the files in an output that `commands` write.
@@ -26,7 +29,7 @@ def list_output_files(output: Location, commands: str) -> dict[str, int]:
 
 def is_output_name(name: str) -> bool:
     """Returns True for a name that a file of an output or of a feature cache may have."""
-    return name in (MANIFEST_NAME, INDEX_NAME, "config.json", "broken") or shard_number(name) is not None
+    return name in (MANIFEST_NAME, INDEX_NAME, CARD_NAME, "config.json", "broken") or shard_number(name) is not None
 
 
 def output_kind(command: str) -> OutputKind:

@@ -26,6 +26,7 @@ from common.shards.output_files import output_kind
 from common.storage.files import Location, directory_lock, publish, remove_partials
 from common.storage.output_check import check_output
 from precompute.config import PrecomputeConfig
+from precompute.dataset_card import write_card_if_complete
 from precompute.logits.job import CaptureJob, check_samples, missing_shards, prepare_job
 from precompute.logits.pipeline import CaptureCounter, score_shards
 from precompute.scorer import Scorer, ScorerSettings
@@ -227,6 +228,7 @@ def _score_here(
 def _summarise(job: CaptureJob, counter: CaptureCounter, interrupted: bool) -> CaptureSummary:
     output = job.config.output
     receipts = read_receipts(output, job.manifest)
+    write_card_if_complete(output, job.manifest, receipts)
     own = range(job.config.node_rank, job.manifest.num_shards, job.config.num_nodes)
     return CaptureSummary(
         output=output,
