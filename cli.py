@@ -182,6 +182,7 @@ app.command("train")(train.commands.train)
 app.command("init-student")(train.commands.init_student)
 app.command("export")(train.commands.export)
 app.command("import-checkpoint")(train.commands.import_checkpoint)
+app.command("init")(use.commands.init)
 app.command("chat")(use.commands.chat)
 app.command("report")(use.commands.report)
 

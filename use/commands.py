@@ -1,8 +1,9 @@
-"""Commands for the day after training: `chat`, `report`.
+"""Commands before and after training: `init`, `chat`, `report`.
 
 Every heavy import stands inside its command, so that `--help` answers at once.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,90 @@ import typer
 
 from common.config import MAX_SEED
 from common.console import check_local_path, echo, hide_loading_bars, report_interrupt
+
+
+def init(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory to make.", show_default=False, callback=check_local_path)
+    ],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the teacher.", show_default=False, callback=check_local_path),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Conversations to distil.", show_default=False)
+    ] = None,
+    language: Annotated[
+        Path | None,
+        typer.Option(help="Language model that becomes the student's.", show_default=False, callback=check_local_path),
+    ] = None,
+    vision: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory with the student's vision tower.",
+            show_default="the teacher's tower",
+            callback=check_local_path,
+        ),
+    ] = None,
+    student: Annotated[
+        Path | None,
+        typer.Option(
+            help="Whole student, in place of --language and --vision.", show_default=False, callback=check_local_path
+        ),
+    ] = None,
+    image_root: Annotated[
+        str | None, typer.Option(help="Where the dataset's image paths start.", show_default=False)
+    ] = None,
+    captions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Data of the first stage.", show_default="the dataset")
+    ] = None,
+    preferences: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Preference pairs, for the last stage.", show_default=False)
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, metavar="N", help="GPUs of a node; 0 runs on the CPU.")] = None,
+    gpu_gib: Annotated[int, typer.Option(min=1, metavar="N", help="Memory of each GPU in GiB.")] = 80,
+) -> None:
+    """Write the configuration files of a whole chain, and the script that runs it.
+
+    What is not given is asked for in a terminal.
+    """
+    from common.storage.files import parse_location
+    from use.project import Answers, inspect_project, write_project
+
+    teacher = teacher or Path(_ask("--teacher", "directory of the teacher"))
+    if language is None and student is None:
+        language = Path(_ask("--language", "directory of the student's language model"))
+    dataset = dataset or _ask("--dataset", "file of conversations")
+    gpus = int(_ask("--gpus", "number of GPUs", default="1")) if gpus is None else gpus
+    locations = [
+        None if name is None else parse_location(name) for name in (dataset, image_root, captions, preferences)
+    ]
+    assert locations[0] is not None
+    hide_loading_bars()
+    with report_interrupt():
+        answers = Answers(
+            teacher, locations[0], locations[1], gpus, gpu_gib, language, vision, student, locations[2], locations[3]
+        )
+        project = inspect_project(answers)
+        written = write_project(directory, project)
+    for path in written:
+        echo(str(path))
+    if project.why_dense is not None:
+        echo(f"no sparse stage: {project.why_dense}")
+    echo(f"\nread the files, then run: bash {directory / 'run.sh'}")
+
+
+def _ask(option: str, what: str, default: str | None = None) -> str:
+    """Asks in a terminal for what an option would have said.
+
+    Raises:
+        typer.BadParameter: nobody can be asked.
+    """
+    if not sys.stdin.isatty():
+        if default is not None:
+            return default
+        raise typer.BadParameter(f"{option} is missing: {what}")
+    return str(typer.prompt(what, default=default)).strip()
 
 
 def chat(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
