@@ -170,15 +170,16 @@ def export(
     """Write a trained student as a plain Hugging Face directory that transformers and vLLM load, without DeepSpeed.
 
     Its chat template takes strings and lists of parts.
+    Its processor treats images as training did.
     README.md is its model card.
     """
     from train.model.export import export_student
     from train.run.checkpoint import check_undamaged
-    from train.run.model_card import write_card
+    from train.run.published_student import finish_export
 
     check_undamaged(source)
     hide_loading_bars()
-    export_student(source, out, write_card)
+    export_student(source, out, finish_export)
     echo(f"{out}: exported")
 
 

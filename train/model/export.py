@@ -17,7 +17,7 @@ from train.model.chat_files import write_chat_files
 from train.model.student import atomic_directory, load_student, save_student, stored_dtype
 
 
-def export_student(source: Path, out: Path, write_card: Callable[[Path, Path], None] | None = None) -> None:
+def export_student(source: Path, out: Path, finish: Callable[[Path, Path], None] | None = None) -> None:
     """Writes the model in `source` to `out`: weights, config, generation config, tokenizer, processor.
 
     Every tensor keeps its value and its dtype; if the source mixes dtypes, all tensors get the widest of them.
@@ -25,7 +25,7 @@ def export_student(source: Path, out: Path, write_card: Callable[[Path, Path], N
     Args:
         source: a student directory, a stage's output with its `final`, or a checkpoint with one model directory in it.
         out: a new or empty directory. It appears complete and verified, or not at all.
-        write_card: writes a model card into a directory (train.run.model_card); None for no card.
+        finish: adds files to the directory before it appears (train.run.published_student); it is given `source` too.
 
     Raises:
         ModelError: `source` holds no model, or several; see the message.
@@ -38,8 +38,8 @@ def export_student(source: Path, out: Path, write_card: Callable[[Path, Path], N
         save_student(model, model_dir, staging)
         write_chat_files(staging)
         _check_equal_weights(model, load_student(staging, dtype=stored_dtype(staging)), staging)
-        if write_card is not None:
-            write_card(source, staging)
+        if finish is not None:
+            finish(source, staging)
 
 
 def _resolve_model_dir(source: Path) -> Path:

@@ -11,9 +11,12 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, pipeline
 
 from common.data.chat_encoding import ChatEncoder
+from common.data.images import pad_to_square
+from common.data.model_images import find_model_images
 from common.data.portable_template import find_problem, make_portable, original_template
 from common.data.samples import Turn
 from tests.support.models import CHAT_TEMPLATE, tiny_causal_lm, tiny_llava
+from train.commands import export
 from train.config import MoEConfig
 from train.model.chat_files import write_chat_files
 from train.model.compose import compose_student
@@ -80,6 +83,23 @@ def test_a_pipeline_of_transformers_talks_to_an_exported_sparse_student(root: Pa
     content = [{"type": "image", "image": Image.new("RGB", (40, 30))}, {"type": "text", "text": QUESTION}]
     (found,) = talk(text=[{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
     assert isinstance(found["generated_text"], str)
+
+
+def test_the_processor_pads_images_as_training_does(root: Path, tmp_path: Path) -> None:
+    export(root / "sparse", tmp_path / "out")
+    pixels = torch.randint(0, 255, (30, 70, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(pixels.numpy())
+    images = find_model_images(root / "sparse")
+    assert images is not None
+    expected = images.process(pad_to_square(image, images.mean_rgb), "here").arrays["pixel_values"]
+    exported, before = (AutoProcessor.from_pretrained(path) for path in (tmp_path / "out", root / "sparse"))
+    found = exported(images=[image], text=["<image>"], return_tensors="pt")["pixel_values"]
+    assert torch.allclose(found, torch.from_numpy(expected), atol=1e-5)
+    cropped = before(images=[image], text=["<image>"], return_tensors="pt")["pixel_values"]
+    assert not torch.allclose(cropped, torch.from_numpy(expected), atol=0.5)
+    again = find_model_images(tmp_path / "out")
+    assert again is not None
+    assert (again.process(pad_to_square(image, again.mean_rgb), "here").arrays["pixel_values"] == expected).all()
 
 
 def test_a_portable_template_is_made_once_and_can_be_taken_back() -> None:
