@@ -22,8 +22,9 @@ from pathlib import Path
 from rich.console import Console
 
 from common.console import plain_text
+from common.data.dataset import Dataset
 from common.errors import DecantError
-from demo.data import write_dataset
+from demo.data import MAX_NEW_TOKENS, write_dataset
 from demo.models import LLAVA
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
@@ -110,9 +111,20 @@ def run_demo(out: Path, *, seed: int, family: str = LLAVA, max_steps: int | None
 
     console.rule("Held-out images")
     chain.module("demo.report", ".")
+
+    console.rule("Talk to it, and look back")
+    question = Dataset.open(data.test_questions, "kd")[0]
+    chain.decant(
+        "chat", "student", "--image", f"data/{question.images[0].path}", "--ask", "Which digit is this?",
+        "--max-new-tokens", str(MAX_NEW_TOKENS),
+    )  # fmt: skip
+    chain.decant("report", "runs/preference", "--html", "report.html", "--markdown", "report.md")
     minutes = (time.monotonic() - started) / 60
     _add_to_report(out, {"minutes": round(minutes, 2), "seconds": chain.seconds})
-    done = f"{out}: finished in {minutes:.1f} minutes; the exported student is {out / 'student'}"
+    done = (
+        f"{out}: finished in {minutes:.1f} minutes; the exported student is {out / 'student'}, and "
+        f"{out / 'report.html'} shows its training"
+    )
     console.print(plain_text(done))
 
 

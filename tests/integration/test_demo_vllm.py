@@ -33,5 +33,6 @@ def test_the_chain_of_a_family_without_a_sparse_stage(tmp_path: Path) -> None:
     assert all(torch.equal(given[name], (teacher if name in tower else fresh)[name]) for name in given)
     with Image.open(out / "losses.png") as image:
         assert len(image.getcolors(1 << 24) or ()) > 10
+    assert (out / "report.html").read_text("utf-8").count("<figure>") > 10
     with pytest.raises(DemoError, match=r"begun with .*qwen2\.5-vl.*choose another directory"):
         run_demo(out, seed=0, family="smolvlm", max_steps=4)
