@@ -157,7 +157,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Output of a stage; of a single one, the stages before it are shown too.",
             show_default=False,
         ),

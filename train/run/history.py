@@ -26,6 +26,14 @@ class StageHistory:
         return str(self.config.get("stage"))
 
     @property
+    def start_directory(self) -> Path:
+        """Returns the directory that relative paths of the configuration begin at, wherever the run is now."""
+        recorded, found = Path(str(self.config.get("output"))), self.output.resolve()
+        if recorded.is_absolute() or found.parts[-len(recorded.parts) :] != recorded.parts:
+            return Path.cwd()
+        return Path(*found.parts[: -len(recorded.parts)])
+
+    @property
     def num_steps(self) -> int:
         """Returns the last step that was logged, 0 if none was."""
         return max((int(line["step"]) for line in self.metrics if "step" in line), default=0)
@@ -75,7 +83,7 @@ def find_stages(model_dir: Path) -> tuple[list[StageHistory], Path]:
         if found is None:
             break
         stages.insert(0, found)
-        current = Path(str((found.config.get("model") or {}).get("path")))
+        current = found.start_directory / str((found.config.get("model") or {}).get("path"))
     return stages, current
 
 

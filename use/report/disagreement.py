@@ -3,6 +3,7 @@
 Legend: R scored tokens of a sample, V ids that the tokenizer knows, K kept entries of the teacher.
 """
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def find_disagreements(stage: StageHistory, num_samples: int) -> tuple[list[Comp
     Returns:
         The samples, and one sentence on what was looked at, or on why there are none.
     """
-    student = stage.output / "final"
+    student = stage.output.resolve() / "final"
     try:
         config = TrainConfig.model_validate(stage.config)
     except ValidationError:
@@ -78,7 +79,8 @@ def find_disagreements(stage: StageHistory, num_samples: int) -> tuple[list[Comp
     if not student.is_dir():
         return [], f"{student} is gone"
     try:
-        return _compare(config, student, num_samples)
+        with contextlib.chdir(stage.start_directory):
+            return _compare(config, student, num_samples)
     except DecantError as error:
         _log.warning("held-out samples cannot be compared: %s", error)
         return [], f"the held-out samples cannot be read: {error}"

@@ -82,7 +82,7 @@ def summary_rows(stages: Sequence[StageHistory]) -> tuple[list[str], list[list[s
         seconds = stage.last_metrics.get("train_runtime")
         rows.append(
             [
-                f"{stage.name} ({stage.output.name})",
+                stage.name if stage.name == stage.output.name else f"{stage.name} ({stage.output.name})",
                 ", ".join(stage.data),
                 weights,
                 f"{stage.num_steps:,}",

@@ -69,6 +69,22 @@ def test_an_exported_student_names_its_stages_with_their_last_metrics(root: Path
     assert str(root) not in (root / "out" / "README.md").read_text()
 
 
+def test_relative_paths_begin_where_the_run_did(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project that was moved, and is looked at from another directory."""
+    project = root / "project"
+    project.mkdir()
+    shutil.copytree(root / "dense", project / "student")
+    monkeypatch.chdir(project)
+    changes: dict[str, Any] = {"data": {"dataset": "d.json"}, "loss": {"cross_entropy": 1.0}}
+    write_stage(Path("runs/a"), Path("student"), "init", [], **changes)
+    write_stage(Path("runs/b"), Path("runs/a/final"), "dense-to-dense", [], **changes)
+    monkeypatch.chdir(root)
+    moved = project.rename(root / "moved")
+    stages, first = find_stages(moved / "runs" / "b" / "final")
+    assert [each.name for each in stages] == ["init", "dense-to-dense"]
+    assert first == moved / "student"
+
+
 def test_a_student_whose_stages_are_elsewhere_names_what_is_known(root: Path) -> None:
     write_stage(root / "b", root / "dense", "init", [], data={"dataset": "d.json"}, loss={"cross_entropy": 1.0})
     shutil.rmtree(root / "dense")
