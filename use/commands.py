@@ -64,8 +64,12 @@ def init(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
     teacher = teacher or Path(_ask("--teacher", "directory of the teacher"))
     if language is None and student is None:
         language = Path(_ask("--language", "directory of the student's language model"))
+    is_asked = dataset is None
     dataset = dataset or _ask("--dataset", "file of conversations")
-    gpus = int(_ask("--gpus", "number of GPUs", default="1")) if gpus is None else gpus
+    if sys.stdin.isatty():
+        if is_asked and image_root is None:
+            image_root = typer.prompt("directory of its images, empty for none", default="", show_default=False) or None
+        gpus = typer.prompt("number of GPUs, 0 for none", default=1, type=int) if gpus is None else gpus
     locations = [
         None if name is None else parse_location(name) for name in (dataset, image_root, captions, preferences)
     ]
@@ -73,7 +77,16 @@ def init(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
     hide_loading_bars()
     with report_interrupt():
         answers = Answers(
-            teacher, locations[0], locations[1], gpus, gpu_gib, language, vision, student, locations[2], locations[3]
+            teacher=teacher,
+            dataset=locations[0],
+            image_root=locations[1],
+            gpus=1 if gpus is None else gpus,
+            gpu_gib=gpu_gib,
+            language=language,
+            vision=vision,
+            student=student,
+            captions=locations[2],
+            preferences=locations[3],
         )
         project = inspect_project(answers)
         written = write_project(directory, project)
@@ -84,17 +97,15 @@ def init(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
     echo(f"\nread the files, then run: bash {directory / 'run.sh'}")
 
 
-def _ask(option: str, what: str, default: str | None = None) -> str:
+def _ask(option: str, what: str) -> str:
     """Asks in a terminal for what an option would have said.
 
     Raises:
         typer.BadParameter: nobody can be asked.
     """
     if not sys.stdin.isatty():
-        if default is not None:
-            return default
         raise typer.BadParameter(f"{option} is missing: {what}")
-    return str(typer.prompt(what, default=default)).strip()
+    return str(typer.prompt(what)).strip()
 
 
 def chat(  # noqa: PLR0913, PLR0917 - each argument is an option of the command

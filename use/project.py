@@ -23,7 +23,7 @@ from common.storage.files import Location
 from precompute.planning.workload import ModelShape
 from train.config import MoEConfig
 from train.model.student import load_config
-from train.moe.upcycle import sparse_config
+from train.moe.upcycle import check_composition, sparse_config
 
 # Share of a GPU's memory for the teacher's weights; the rest is for the key-value cache and activations.
 _WEIGHTS_SHARE = 0.5
@@ -54,7 +54,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class Project:
-    """The answers, and what was found of the models and the data; `why_dense` says why there is no sparse stage."""
+    """The answers, and what was found of the models and the data.
+
+    `why_dense` says why there is no sparse stage. With `keeps_aspect_ratio` a LLaVA is trained on images as the teacher
+    sees them, not padded to squares.
+    """
 
     answers: Answers
     is_composed: bool
@@ -62,6 +66,7 @@ class Project:
     num_samples: int
     num_pairs: int | None
     why_dense: str | None
+    keeps_aspect_ratio: bool = False
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -104,6 +109,7 @@ def inspect_project(answers: Answers) -> Project:
         num_samples=len(Dataset.open(answers.dataset, "kd")),
         num_pairs=None if answers.preferences is None else len(Dataset.open(answers.preferences, "dpo")),
         why_dense=_find_why_dense(text_from),
+        keeps_aspect_ratio=is_composed and not isinstance(teacher_images, LlavaImages),
     )
 
 
@@ -134,8 +140,10 @@ def write_project(directory: Path, project: Project) -> list[Path]:
 
 
 def _find_why_dense(text_from: Path) -> str | None:
+    config = load_config(text_from)
     try:
-        sparse_config(load_config(text_from).get_text_config(), MoEConfig())
+        sparse_config(config.get_text_config(), MoEConfig())
+        check_composition(config)
     except ModelError as error:
         return str(error)
     return None
@@ -158,6 +166,8 @@ def _stages(project: Project) -> dict[str, tuple[str, dict[str, Any]]]:
     answers = project.answers
     student = "student" if project.is_composed else str((answers.student or answers.language or Path()).resolve())
     images = {"data.image_root": _address(answers.image_root)}
+    if project.keeps_aspect_ratio:
+        images["data.image_aspect_ratio"] = "keep"
     found: dict[str, tuple[str, dict[str, Any]]] = {}
 
     def add(stage: str, num_samples: int, values: Mapping[str, Any]) -> None:

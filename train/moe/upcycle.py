@@ -157,11 +157,7 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
         with no_init_weights():
             upcycled: PreTrainedModel = Qwen3VLMoeForConditionalGeneration(_qwen3_vl_moe_config(model.config, sparse))
     elif is_multimodal(model):
-        if model.config.model_type not in _COMPOSITIONS:
-            raise ModelError(
-                f"{type(model).__name__}: cannot be upcycled: vLLM's class of it knows dense text models alone; "
-                f"expected one of {', '.join(_COMPOSITIONS)}"
-            )
+        check_composition(model.config)
         config = copy.deepcopy(model.config)
         config.text_config = sparse
         with no_init_weights():
@@ -174,6 +170,16 @@ def upcycle(model: PreTrainedModel, moe: MoEConfig, *, seed: int) -> PreTrainedM
     load_sparse_weights(upcycled, _sparse_weights(model.state_dict(), layers, moe, seed))
     upcycled.generation_config = copy.deepcopy(model.generation_config)
     return upcycled.train(model.training)
+
+
+def check_composition(config: PreTrainedConfig) -> None:
+    """Raises ModelError if a model of images, by its configuration, cannot hold a sparse text model."""
+    takes_images = getattr(config, "vision_config", None) is not None
+    if takes_images and config.model_type not in (*_COMPOSITIONS, "qwen3_vl"):
+        raise ModelError(
+            f"{config.model_type}: cannot be upcycled: vLLM's class of it knows dense text models alone; expected one "
+            f"of {', '.join(_COMPOSITIONS)}"
+        )
 
 
 def upcycle_directory(dense: Path, out: Path, moe: MoEConfig, *, seed: int) -> int:

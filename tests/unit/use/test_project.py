@@ -101,6 +101,20 @@ def test_a_whole_student_that_cannot_be_upcycled(root: Path, tmp_path: Path, mon
     assert "init-student" not in script
 
 
+def test_a_student_of_another_layout_than_the_teachers(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LLaVA that learns from a Qwen2.5-VL sees images in their own shape, as the teacher does."""
+    teacher = root / "qwen2.5-vl"
+    monkeypatch.setattr("use.project.tokenizer_sha256", lambda _: "the same")
+    project = inspect_project(answers(root, teacher=teacher, vision=root / "clip"))
+    found = write(tmp_path / "p", project, monkeypatch)
+    assert {found[name].data.image_aspect_ratio for name in ("1-init", "3-dense-to-sparse")} == {"keep"}
+    build_model(FAMILIES["smolvlm"], root / "smolvlm", ["a text"] * 9, seed=0)
+    smol = inspect_project(answers(root, teacher=root / "smolvlm", language=None, student=root / "smolvlm"))
+    assert "smolvlm: cannot be upcycled" in str(smol.why_dense)
+
+
 def test_a_teacher_of_many_gpus(root: Path) -> None:
     project = inspect_project(answers(root))
     sizes = [
