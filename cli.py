@@ -124,6 +124,7 @@ def _common_options(
     """Declares the options before a command. The deepspeed launcher adds its rank, which the environment has too."""
 
 
+app.command("init")(use.commands.init)
 app.command("precompute-logits")(precompute.commands.precompute_logits)
 app.command("precompute-features")(precompute.commands.precompute_features)
 app.command("verify-shards")(precompute.commands.verify_shards)
@@ -182,7 +183,6 @@ app.command("train")(train.commands.train)
 app.command("init-student")(train.commands.init_student)
 app.command("export")(train.commands.export)
 app.command("import-checkpoint")(train.commands.import_checkpoint)
-app.command("init")(use.commands.init)
 app.command("chat")(use.commands.chat)
 app.command("report")(use.commands.report)
 
