@@ -1,12 +1,12 @@
 """Writes what other programs need to talk to a student: a template that takes parts, and where generation stops."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from common.data.chat_encoding import ChatEncoder, load_tokenizer
+from common.data.images import read_json
 from common.data.model_images import find_model_images, find_placeholder
 from common.data.portable_template import find_problem, make_portable
 from common.data.samples import Turn
@@ -41,18 +41,19 @@ def write_chat_files(model_dir: Path) -> None:
 
 
 def _write_generation_config(model_dir: Path, encoder: ChatEncoder) -> None:
+    # As JSON, because transformers refuses to write some that it reads, such as Vicuna's temperature without do_sample.
     path = model_dir / "generation_config.json"
-    config: Any = GenerationConfig.from_pretrained(model_dir) if path.is_file() else GenerationConfig()
+    config: dict[str, Any] = read_json(path) if path.is_file() else {}
     tokenizer = encoder.tokenizer
-    own = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    own = config.get("eos_token_id", tokenizer.eos_token_id)
     stops = own if isinstance(own, list) else [] if own is None else [own]
     if (end := _find_end_of_turn(encoder)) is not None and end not in stops:
         stops = [*stops, end]
     if stops:
-        config.eos_token_id = stops[0] if len(stops) == 1 else stops
-        if config.pad_token_id is None:
-            config.pad_token_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config.save_pretrained(model_dir)
+        config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+        if config.get("pad_token_id") is None:
+            config["pad_token_id"] = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _find_end_of_turn(encoder: ChatEncoder) -> int | None:

@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
@@ -251,13 +252,34 @@ def save_student(
         if weights is not None:
             # In a gathered state dict a tied weight is a copy, which transformers would store a second time.
             weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
-        model.save_pretrained(out, state_dict=weights)
+        with _any_generation_config(model, out):
+            model.save_pretrained(out, state_dict=weights)
         full_config(model, assets_from).save_pretrained(out)
         for path in assets:
             if path.parent.resolve() != out.resolve():
                 shutil.copyfile(path, out / path.name)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{out}: the model could not be written ({error}); free space or choose another") from error
+
+
+@contextmanager
+def _any_generation_config(model: PreTrainedModel, out: Path) -> Iterator[None]:
+    """Writes the generation config as it is, also one that transformers reads but refuses to write.
+
+    Vicuna's, for example, has a temperature and no `do_sample`.
+    """
+    own = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            model.generation_config = own
+        (out / "generation_config.json").write_text(own.to_json_string(), encoding="utf-8")
+    else:
+        yield
 
 
 def _tower_weights(model_dir: Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -78,6 +78,17 @@ def test_generation_stops_at_the_end_of_a_turn(root: Path) -> None:
     assert tokenizer.convert_tokens_to_ids(end) in (stops if isinstance(stops, list) else [stops])
 
 
+def test_generation_settings_that_transformers_does_not_write_are_kept(root: Path, tmp_path: Path) -> None:
+    """Vicuna has a temperature and draws nothing."""
+    model = shutil.copytree(root / "lm", tmp_path / "lm")
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+    compose_student(root / "clip", model, tmp_path / "student", seed=0)
+    export_student(tmp_path / "student", tmp_path / "exported")
+    found = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert (found["temperature"], found["top_p"]) == (0.9, 0.6)
+    assert found["eos_token_id"] is not None
+
+
 def test_a_pipeline_of_transformers_talks_to_an_exported_sparse_student(root: Path) -> None:
     talk: Any = pipeline("image-text-to-text", model=str(root / "exported"), dtype=torch.float32, device="cpu")
     content = [{"type": "image", "image": Image.new("RGB", (40, 30))}, {"type": "text", "text": QUESTION}]
