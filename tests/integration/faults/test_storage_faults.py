@@ -255,4 +255,5 @@ def test_a_disk_is_full_at_each_write_in_turn_and_a_rerun_completes(
         assert_nothing_is_half_published(read_from_disk(config.output), expected)
         capture(config)
         assert read_from_disk(config.output) == expected
-    assert failing == 4 * (2 + 2 * len(published_shards(local.output)))
+    # Manifest, configuration and card, and two files a shard.
+    assert failing == 4 * (3 + 2 * len(published_shards(local.output)))

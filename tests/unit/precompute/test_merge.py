@@ -217,7 +217,9 @@ def test_outputs_of_a_store_and_of_a_disk_are_joined(store: Store, whole: Path, 
         parse_location(f"s3://{BUCKET}/part/{name}").write_bytes(data)
     parts = [parse_location(f"s3://{BUCKET}/part"), copy_shards(whole / "out", tmp_path / "b", 2)]
     merge_outputs(parts, parse_location(f"s3://{BUCKET}/merged"), progress=False)
-    assert store.objects("merged") == read_published_files(whole / "out")
+    merged = store.objects("merged")
+    assert merged.pop("README.md").startswith(b"---\nconfigs: ")
+    assert merged == read_published_files(whole / "out")
 
 
 def test_a_directory_that_is_no_output_is_named(whole: Path, tmp_path: Path) -> None:
