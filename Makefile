@@ -24,8 +24,7 @@ demo: setup
 
 test: setup browser check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NO_VLLM) -m "slow and not vllm and not alone" -n 2 --dist loadfile --durations=15
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -m "vllm and not alone" -n 2 --dist loadfile --durations=15
-	$(BIN)/python -m pytest -m alone --durations=15
+	$(BIN)/python -m pytest -m "vllm or alone" --durations=15
 
 # The tier for the loop of writing code: starts no engine.
 test-fast: setup
