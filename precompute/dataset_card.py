@@ -11,7 +11,7 @@ from common.shards.output_files import CARD_NAME
 from common.shards.score_shard import score_schema
 from common.storage.files import Location, is_file, publish
 
-# What the columns hold. Of preference pairs each has the prefix chosen_ or rejected_.
+# Meaning of each column; those of preference pairs have the prefix chosen_ or rejected_.
 _COLUMNS = {
     "sample_id": "the sample's id, unique in this dataset",
     "source_id": "the id that the dataset gave it, if it was another one",

@@ -17,10 +17,10 @@ import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
 from common.data.chat_encoding import ChatEncoder, expand_placeholders
-from common.data.images import load_image
-from common.data.model_images import find_model_images, find_placeholder, merge_arrays
+from common.data.model_images import find_model_images, find_placeholder
 from common.data.samples import ImageRef, Turn
 from common.errors import ConfigError, DataError, ModelError, shorten
+from train.data.image_cache import BatchImages, ImageCache, ImageRequest
 from train.model.student import LOAD_ERRORS, SAFE_WEIGHTS, find_model_class, load_config, load_student, text_config
 
 Quantization = Literal["4bit", "8bit"]
@@ -50,8 +50,10 @@ class ChatModel:
         self.path = path
         base = _find_base(path)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._images = find_model_images(base)
-        self._encoder = ChatEncoder.load(base, placeholder=find_placeholder(self._images))
+        model_images = find_model_images(base)
+        # Keeps the images of a conversation, which each of its questions needs again.
+        self._images = None if model_images is None else ImageCache(model_images, None)
+        self._encoder = ChatEncoder.load(base, placeholder=find_placeholder(model_images))
         model = _load(base, quantization, self._device)
         self._model: Any = model if base == path else _add_lora(model, path, base)
         self._model.eval()
@@ -137,33 +139,19 @@ class ChatModel:
             if images:
                 raise DataError(f"{self.path}: takes no images; ask without one")
             return self._to_inputs(ids_T, {}, None)
-        processed = [
-            self._images.process(
-                load_image(
-                    ImageRef(path.name),
-                    path.resolve().parent,
-                    self._images.default_aspect_ratio,
-                    self._images.mean_rgb,
-                    str(path),
-                ),
-                str(path),
-            )
-            for path in images
-        ]
-        expanded = expand_placeholders(ids_T, self._encoder.image_token_id, [image.token_ids for image in processed])
+        requests = [ImageRequest(ImageRef(path.name), path.resolve().parent, str(path)) for path in images]
+        read = self._images.read(requests) if requests else BatchImages([], None, {})
+        expanded = expand_placeholders(ids_T, self._encoder.image_token_id, read.token_ids)
         types = None
         if self._images.types_argument is not None:
             types = np.zeros(len(expanded.ids), np.int64)
-            if processed:
-                types[expanded.is_image] = np.concatenate([image.token_types for image in processed])
-        return self._to_inputs(expanded.ids, merge_arrays(processed) if processed else {}, types)
+            if read.token_types is not None:
+                types[expanded.is_image] = np.concatenate(read.token_types)
+        return self._to_inputs(expanded.ids, read.tensors, types)
 
-    def _to_inputs(self, ids_T: Any, arrays: Mapping[str, Any], types_T: Any) -> dict[str, Any]:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        tensors = {
-            name: tensor.to(self._model.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        }
+    def _to_inputs(self, ids_T: Any, images: Mapping[str, torch.Tensor], types_T: Any) -> dict[str, Any]:
+        dtype = self._model.dtype
+        tensors = {name: each.to(dtype) if each.is_floating_point() else each for name, each in images.items()}
         tensors["input_ids"] = torch.from_numpy(np.asarray(ids_T, np.int64))[None]
         tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
         if types_T is not None:

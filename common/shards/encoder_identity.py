@@ -176,7 +176,7 @@ def _load_any_vision_config(model_dir: Path) -> tuple[Any, dict[str, Any]]:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{model_dir}: its config.json cannot be used ({error})") from error
-    # What every configuration has is about training, files and versions.
+    # The settings that every configuration has are about training, files and versions.
     general = PreTrainedConfig().to_dict().keys() - {"model_type"}
     settings = {name: value for name, value in config.vision_config.to_dict().items() if name not in general}
     settings |= {name: getattr(config, name) for name in _CHOOSING_SETTINGS if hasattr(config, name)}

@@ -21,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 from common.adapter_inputs import hook_adapter_inputs
 from common.data.model_images import ModelImages, ProcessedImage
 from common.errors import ModelError
-from precompute.features.vision_tower import num_parallel_calls
+from precompute.features.vision_tower import describe_device, num_parallel_calls
 
 
 class ModelTower:
@@ -63,9 +63,9 @@ class ModelTower:
     def description(self) -> str:
         """Tower and its device in one line."""
         tower = self._model.get_encoder(modality="image")
-        device = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {self.num_threads} thread(s)"
         return (
-            f"{type(tower).__name__}, {self._num_parameters / 1e6:,.1f}M parameters; {device}, bfloat16, attention "
+            f"{type(tower).__name__}, {self._num_parameters / 1e6:,.1f}M parameters; {describe_device(self.device)}, "
+            "bfloat16, attention "
             f"{tower.config._attn_implementation}"  # noqa: SLF001 - transformers has no public name
         )
 

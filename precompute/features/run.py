@@ -187,8 +187,11 @@ def _prepare(settings: FeatureSettings, progress: bool) -> _FeatureJob:
     aspect_ratio = settings.aspect_ratio or model_images.default_aspect_ratio
     logger.info("%s: %s", settings.model, describe_aspect_ratio(model_images, aspect_ratio))
     varies = model_images.tokens_per_image is None
-    tower = _load_tower(settings.model, model_images, None) if varies else None
-    encoder = compute_encoder_identity(settings.model, aspect_ratio, tower.num_channels if tower else None)
+    num_channels, tower = _known_channels(settings.output), None
+    if varies and num_channels is None:
+        tower = _load_tower(settings.model, model_images, None)
+        num_channels = tower.num_channels
+    encoder = compute_encoder_identity(settings.model, aspect_ratio, num_channels)
     # The kind does not matter, because only images are read.
     dataset = Dataset.open(settings.dataset, "kd")
     # If the output lists the images of another dataset, its manifest differs from the one below and is refused.
@@ -221,6 +224,14 @@ def _load_tower(model_dir: Path, images: ModelImages, encoder: EncoderIdentity |
     from precompute.features.model_tower import ModelTower
 
     return ModelTower(model_dir, images)
+
+
+def _known_channels(output: Location) -> int | None:
+    """Returns the channels of a cache that was begun already, so that no model is loaded to find them."""
+    try:
+        return read_feature_manifest(output).encoder.num_channels
+    except ShardError:
+        return None
 
 
 def _known_images(output: Location) -> list[CachedImage] | None:

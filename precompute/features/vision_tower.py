@@ -59,7 +59,7 @@ class VisionTower:
     def description(self) -> str:
         """Tower and its device in one line."""
         config, millions = self._model.config, sum(p.numel() for p in self._model.parameters()) / 1e6
-        device = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {self.num_threads} thread(s)"
+        device = describe_device(self.device)
         return (
             f"{type(self._model).__name__}, {config.num_hidden_layers} layers, {millions:,.1f}M parameters; {device}, "
             f"bfloat16, attention {config._attn_implementation}"  # noqa: SLF001 - transformers has no public name
@@ -88,6 +88,11 @@ class VisionTower:
 def num_parallel_calls(device: str) -> int:
     """Returns how many calls of a tower to run at once: on a CPU one a core."""
     return 1 if device == "cuda" else int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+def describe_device(device: str) -> str:
+    """Returns the name of the GPU, or how many calls run at once on the CPU."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {num_parallel_calls(device)} thread(s)"
 
 
 @contextmanager

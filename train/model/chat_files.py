@@ -41,7 +41,7 @@ def write_chat_files(model_dir: Path) -> None:
 
 
 def _write_generation_config(model_dir: Path, encoder: ChatEncoder) -> None:
-    # As JSON, because transformers refuses to write some that it reads, such as Vicuna's temperature without do_sample.
+    # Written as JSON, because transformers refuses to write some configs that it reads, such as Vicuna's.
     path = model_dir / "generation_config.json"
     config: dict[str, Any] = read_json(path) if path.is_file() else {}
     tokenizer = encoder.tokenizer

@@ -309,7 +309,7 @@ def load_vision(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         raise ModelError(f"{path}/config.json: describes no vision tower that can be made ({error})") from error
     load_tower_weights(tower, path)
     processor = load_component(AutoImageProcessor, path, "image processor")
-    # Of an exported LLaVA. Whether images are padded is a setting of the training (data.image_aspect_ratio).
+    # An exported LLaVA's processor pads. In training, data.image_aspect_ratio decides that.
     if getattr(processor, "do_pad", False):
         processor.do_pad = False
     size = dict(processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size)

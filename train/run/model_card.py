@@ -15,8 +15,8 @@ _TITLE = "A student distilled with Decant"
 
 _LOSSES = ("distillation", "cross_entropy", "balance", "router_z", "preference")
 
-# What a reader of a card wants to know of the last lines of a log.
-_METRICS = ("distillation", "cross_entropy", "preference", "balance", "reward_accuracy")
+# Metrics whose last values a card shows.
+_METRICS = ("distillation", "cross_entropy", "preference", "balance", "rewards/accuracies")
 
 
 def write_initial_card(out: Path, base_models: list[str], how: str) -> None:

@@ -115,7 +115,7 @@ def expected_answer(student: Path, image: Path | None) -> str:
     return "".join(ChatModel(student).answer(turns, [] if image is None else [image], Sampling(NUM_TOKENS)))
 
 
-# What `vllm serve` starts; that command itself wants a package of the name vllm, which the build for CPUs has not.
+# `vllm serve` starts this module; the command itself wants a package named vllm, which the build for CPUs is not.
 VLLM = "vllm.entrypoints.openai.api_server --model {} --dtype float32 --enforce-eager --max-model-len 256"
 SERVERS = {"vllm": VLLM, "transformers": "transformers.cli.transformers serve {} --dtype float32 --device cpu"}
 

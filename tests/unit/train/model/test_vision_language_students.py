@@ -188,6 +188,16 @@ def compare_cached_with_live(tmp_path: Path, data: Path) -> None:
     check_encoder(FeatureCache(tmp_path / "features").manifest, tmp_path, tmp_path / "of-cached", "keep")
 
 
+def test_a_rerun_of_a_complete_cache_loads_no_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_model(FAMILIES["qwen2.5-vl"], tmp_path / "model", TEXTS, seed=0)
+    settings = FeatureSettings(tmp_path / "model", data / "data.json", data, tmp_path / "features")
+    assert run_features(settings, progress=False).num_new_images == 3
+    monkeypatch.setattr("precompute.features.run._load_tower", None)
+    assert run_features(settings, progress=False).num_new_images == 0
+
+
 def test_features_of_other_images_are_refused_by_their_number(data: Path, tmp_path: Path) -> None:
     build_model(FAMILIES["qwen2.5-vl"], tmp_path / "model", TEXTS, seed=0)
     model = load_student(tmp_path / "model", dtype=torch.float32)

@@ -51,7 +51,7 @@ def test_an_exported_student_names_its_stages_with_their_last_metrics(root: Path
     first = [{"step": 1, "cross_entropy": 5.0}, {"step": 40, "cross_entropy": 2.51234, "eval_cross_entropy": 2.7}]
     data = {"dataset": str(root / "captions.json")}
     write_stage(root / "a", root / "dense", "init", first, data=data, loss={"cross_entropy": 1.0})
-    second = [{"step": 7, "distillation": 0.25, "loss": 0.25}]
+    second = [{"step": 7, "distillation": 0.25, "loss": 0.25, "rewards/accuracies": 0.75}]
     data = {"shards": str(root / "scores")}
     write_stage(root / "b", root / "a" / "final", "dense-to-dense", second, data=data, loss={"distillation": 1.0})
     stages, initial = find_stages(root / "b")
@@ -66,6 +66,7 @@ def test_an_exported_student_names_its_stages_with_their_last_metrics(root: Path
     assert "**init**: cross_entropy 1; 40 steps of" in lines[1]
     assert "At the end: cross_entropy 2.512, eval_cross_entropy 2.7." in lines[1]
     assert "**dense-to-dense**: distillation 1; 7 steps" in lines[2]
+    assert "At the end: distillation 0.25, rewards/accuracies 0.75." in lines[2]
     assert str(root) not in (root / "out" / "README.md").read_text()
 
 
